@@ -1,0 +1,1 @@
+"""Per-layer hidden states of Qwen2.5, by independent pre-emptible workers."""

@@ -1,0 +1,113 @@
+"""Flags as all our scripts take them: flag, then environment variable, then default."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qwen_jax.errors import ToolkitError
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+
+
+def parse_bool(text: str) -> bool:
+    """Reads a yes/no environment variable; raises ValueError on anything else."""
+    word = text.strip().lower()
+    if word in _TRUE:
+        return True
+    if word in _FALSE:
+        return False
+    raise ValueError(f"expected true or false, got {text!r}")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose flags may carry an environment variable, and whose --help shows it.
+
+    Flags are spelled with underscores; dashes are accepted (`--batch-size` is `--batch_size`).
+    """
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+        self._env_flags: list[tuple[argparse.Action, str]] = []
+
+    def flag(self, name: str, help: str, *, env: str = "", default: Any = None, **kwargs: Any) -> None:
+        """Adds `--name`; `env` names the variable that is read where the flag is absent."""
+        shown = "none" if default in (None, "") else default
+        notes = "" if kwargs.get("required") else f"default: {shown}"
+        if env:
+            notes += f"{', ' if notes else ''}variable: {env}"
+        text = f"{help} [{notes}]" if notes else help
+        action = self.add_argument(f"--{name}", help=text.replace("%", "%%"), default=default, **kwargs)
+        if env:
+            self._env_flags.append((action, env))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        self._apply_environment()
+        return super().parse_args(args, namespace)
+
+    def _apply_environment(self) -> None:
+        for action, env in self._env_flags:
+            if env not in os.environ or (os.environ[env] == "" and action.nargs != 0):
+                continue
+            try:
+                action.default = self._value_from_text(action, os.environ[env])
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                self.error(f"environment variable {env}: {error}")
+            action.required = False
+
+    def _value_from_text(self, action: argparse.Action, text: str) -> Any:
+        if action.nargs == 0:
+            return parse_bool(text)
+        convert = action.type or str
+        values = [convert(word) for word in (text.split() if action.nargs == "+" else [text])]  # type: ignore[operator]
+        for value in values:
+            if action.choices is not None and value not in action.choices:
+                raise ValueError(f"invalid choice {value!r} (choose from {', '.join(map(str, action.choices))})")
+        return values if action.nargs == "+" else values[0]
+
+
+def _with_underscores(arg: str) -> str:
+    if not arg.startswith("--") or arg == "--":
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Runs a script's main and turns our errors into one clear line and their exit code."""
+    try:
+        code = main(None)
+    except ToolkitError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
