@@ -1,0 +1,69 @@
+"""Where a model comes from: a local folder, or the Hugging Face Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_jax.errors import ConfigError, StorageError
+
+_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """name: what the user asked for; revision: the hub's commit, "" for a local folder."""
+
+    name: str
+    revision: str
+    folder: Path
+
+
+def fetch_model(model_path: str, revision: str | None = None) -> ModelSource:
+    """Returns a local folder as it is, else downloads the hub's files (once, into the hub's own cache).
+
+    Raises ConfigError for a folder, id or revision that does not exist, StorageError when the hub cannot
+    be reached and the files are not in its cache.
+    """
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise ConfigError(f"--revision {revision} is for hub models, but {model_path} is a local folder")
+        return ModelSource(model_path, "", folder)
+    if model_path.startswith((".", "/", "~")):
+        raise ConfigError(f"--model_path {model_path}: no such folder; give a checkpoint folder or a hub id")
+    snapshot = _download(model_path, revision)
+    return ModelSource(model_path, snapshot.name, snapshot)
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(_FILES)))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ConfigError(
+            f"--model_path {model_id}: neither a local folder nor a model on the Hugging Face Hub "
+            f"(revision {revision or 'main'}): {_first_line(error)}"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise StorageError(
+            f"--model_path {model_id}: not in the local cache, and the Hugging Face Hub cannot be reached "
+            f"({_first_line(error)}); try again, or give a local folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

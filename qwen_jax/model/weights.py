@@ -1,0 +1,239 @@
+"""safetensors -> stacked, sharded parameters, by a table of names. No torch.
+
+The loader closes the books: every tensor of the checkpoint is either needed, left out on purpose
+(named below), or an error; all errors are raised at once.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, so that safetensors can return it)
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+
+from qwen_jax.errors import ConfigError
+from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.qwen2 import Qwen2, abstract_model
+from qwen_jax.model.sharding import sharding_of
+
+EMBEDDING = "model.embed_tokens.weight"
+
+# Checkpoint name below `model.layers.{i}.` -> (our path, checkpoint axes in our dimension letters).
+# Axes that the checkpoint flattens stand together: "NH D" is a [N * H, D] matrix.
+LAYER_TENSORS = {
+    "input_layernorm.weight": (("attn_norm", "scale_D"), "D"),
+    "self_attn.q_proj.weight": (("attn", "q_NHD"), "NH D"),
+    "self_attn.q_proj.bias": (("attn", "q_bias_NH"), "NH"),
+    "self_attn.k_proj.weight": (("attn", "k_KHD"), "KH D"),
+    "self_attn.k_proj.bias": (("attn", "k_bias_KH"), "KH"),
+    "self_attn.v_proj.weight": (("attn", "v_KHD"), "KH D"),
+    "self_attn.v_proj.bias": (("attn", "v_bias_KH"), "KH"),
+    "self_attn.o_proj.weight": (("attn", "o_DNH"), "D NH"),
+    "post_attention_layernorm.weight": (("mlp_norm", "scale_D"), "D"),
+    "mlp.gate_proj.weight": (("mlp", "gate_FD"), "F D"),
+    "mlp.up_proj.weight": (("mlp", "up_FD"), "F D"),
+    "mlp.down_proj.weight": (("mlp", "down_DF"), "D F"),
+}
+# Left out on purpose: we stop before the final norm. Old checkpoints also store rope frequencies.
+UNUSED_TENSORS = ("lm_head.weight", "model.norm.weight")
+UNUSED_LAYER_TENSORS = ("self_attn.rotary_emb.inv_freq",)
+READABLE_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a local checkpoint folder: file and shape of each, by name."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    location: Mapping[str, Path]
+
+    def digest(self) -> str:
+        """sha256 over the files' own sha256 sums (those that the Hugging Face Hub shows), by name."""
+        with ThreadPoolExecutor() as pool:
+            sums = list(pool.map(_file_sha256, self.files))
+        listing = "".join(f"{s}  {f.name}\n" for s, f in zip(sums, self.files, strict=True))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Finds `model.safetensors` or the files of `model.safetensors.index.json`; reads only headers.
+
+    Raises ConfigError for missing files, unreadable files and tensors that stand in two files.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        files = _indexed_files(index)
+    elif single.exists():
+        files = [single]
+    else:
+        raise ConfigError(
+            f"{folder} holds neither {single.name} nor {index.name}; give a complete checkpoint"
+        )
+    location: dict[str, Path] = {}
+    duplicates = []
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if name in location:
+                    duplicates.append(f"{name} (in {location[name].name} and {file.name})")
+                location[name] = file
+    if duplicates:
+        raise ConfigError(f"{folder}: tensors stored twice: {', '.join(duplicates)}")
+    return Checkpoint(folder, tuple(files), location)
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{index} is not a safetensors index ({error!r}); download the model again"
+        ) from error
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ConfigError(f"{index} names files that are not there: {', '.join(missing)}; download them")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file} cannot be read as safetensors ({error}); download it again") from error
+
+
+def load_model(
+    checkpoint: Checkpoint, config: Qwen2Config, num_layers: int, dtype: jnp.dtype, mesh: Mesh
+) -> Qwen2:
+    """The first `num_layers` layers on the devices of `mesh`, in `dtype`.
+
+    Each device's part of each parameter is read straight from the files; no full copy of the model
+    is held on the host. Raises ConfigError with all unknown, missing, mis-shaped and unreadable tensors.
+    """
+    check_tensors(checkpoint, config, num_layers)
+    graph, abstract = nnx.split(abstract_model(config, num_layers, dtype))
+    handles = {file: _open(file) for file in checkpoint.files}
+    filled = []
+    for path, leaf in nnx.to_flat_state(abstract):
+        names, axes = _sources(path, num_layers)
+        letters = axes.replace(" ", "")
+        tensors = [_Tensor(handles[checkpoint.location[name]], name, axes, config) for name in names]
+        if path[0] == "blocks":
+            letters = "L" + letters
+            read = _stack_reader(tensors, leaf.dtype)
+        else:
+            read = partial(tensors[0].read, dtype=leaf.dtype)
+        sharding = sharding_of(mesh, letters, config.dims)
+        filled.append((path, leaf.replace(_place(leaf.shape, sharding, read))))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+_PATH_TO_TENSOR = {path: (suffix, axes) for suffix, (path, axes) in LAYER_TENSORS.items()}
+
+
+def _sources(path: tuple[str, ...], num_layers: int) -> tuple[list[str], str]:
+    """The checkpoint names behind one of our parameters, and their axes."""
+    if path == ("embed_VD",):
+        return [EMBEDDING], "V D"
+    suffix, axes = _PATH_TO_TENSOR[path[1:]]
+    return [f"model.layers.{i}.{suffix}" for i in range(num_layers)], axes
+
+
+Index = tuple[slice, ...]
+
+
+class _Tensor:
+    """One stored tensor, readable by an index into its unflattened axes."""
+
+    def __init__(self, handle: Any, name: str, axes: str, config: Qwen2Config):
+        self._stored = handle.get_slice(name)
+        self._groups = axes.split()
+        self._dims = config.dims
+
+    def read(self, index: Index, dtype: jnp.dtype) -> np.ndarray:
+        """The part at `index` (a start and stop for each letter), cast to `dtype`."""
+        parts = iter(index)
+        flat = tuple(self._flatten(group, [next(parts) for _ in group]) for group in self._groups)
+        return self._stored[flat].reshape([part.stop - part.start for part in index]).astype(dtype)
+
+    def _flatten(self, group: str, parts: list[slice]) -> slice:
+        """Only the first letter of a flattened group is ever split, so the part is one range."""
+        inner = math.prod(self._dims[letter] for letter in group[1:])
+        return slice(parts[0].start * inner, parts[0].stop * inner)
+
+
+def _stack_reader(tensors: list[_Tensor], dtype: jnp.dtype) -> Callable[[Index], np.ndarray]:
+    def read(index: Index) -> np.ndarray:
+        stack = np.empty([part.stop - part.start for part in index], dtype)
+        for row, tensor in enumerate(tensors):
+            stack[row] = tensor.read(index[1:], dtype)
+        return stack
+
+    return read
+
+
+def _place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """Reads each distinct part once and puts it on every device that holds it."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: Index) -> np.ndarray:
+        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+        key = tuple((b.start, b.stop) for b in bounds)
+        if key not in parts:
+            parts[key] = read(bounds)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def check_tensors(checkpoint: Checkpoint, config: Qwen2Config, num_layers: int) -> None:
+    """Raises one ConfigError that names every tensor which does not fit the architecture."""
+    expected = expected_shapes(config)
+    needed = expected_shapes(config, num_layers)
+    unused = {*UNUSED_TENSORS} | {
+        f"model.layers.{i}.{suffix}" for i in range(config.num_layers) for suffix in UNUSED_LAYER_TENSORS
+    }
+    found = set(checkpoint.location)
+    faults = [f"missing {name}" for name in sorted(needed.keys() - found)]
+    faults += [f"unknown {name}" for name in sorted(found - expected.keys() - unused)]
+    for name in sorted(needed.keys() & found):
+        with _open(checkpoint.location[name]) as tensors:
+            stored = tensors.get_slice(name)
+            if tuple(stored.get_shape()) != needed[name]:
+                faults.append(f"{name} has shape {tuple(stored.get_shape())}, expected {needed[name]}")
+            if stored.get_dtype() not in READABLE_DTYPES:
+                faults.append(f"{name} is {stored.get_dtype()}, readable are {', '.join(READABLE_DTYPES)}")
+    if faults:
+        raise ConfigError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(faults)}")
+
+
+def expected_shapes(config: Qwen2Config, num_layers: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> shape of the embedding and of the first `num_layers` layers (default all)."""
+
+    def shape(axes: str) -> tuple[int, ...]:
+        return tuple(math.prod(config.dims[letter] for letter in group) for group in axes.split())
+
+    shapes = {EMBEDDING: shape("V D")}
+    for i in range(config.num_layers if num_layers is None else num_layers):
+        shapes |= {f"model.layers.{i}.{suffix}": shape(axes) for suffix, (_, axes) in LAYER_TENSORS.items()}
+    return shapes

@@ -1,0 +1,118 @@
+"""Random Qwen2 checkpoints made with transformers and torch, and their hidden states: the truth in tests.
+
+As a script it writes a checkpoint of a published size, for trying things at the true shape:
+    python tests/hf_reference.py OUT_FOLDER --size 0.5B --dtype bfloat16
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+# Published sizes (config.json of Qwen/Qwen2.5-*): hidden, mlp, layers, heads, kv heads, vocabulary, tied.
+PUBLISHED = {
+    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "3B": (2048, 11008, 36, 16, 2, 151936, True),
+    "7B": (3584, 18944, 28, 28, 4, 152064, False),
+    "14B": (5120, 13824, 48, 40, 8, 152064, False),
+    "32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "72B": (8192, 29568, 80, 64, 8, 152064, False),
+}
+
+
+def make_reference(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool, seed: int = 0
+) -> Qwen2ForCausalLM:
+    """A Qwen2 whose every tensor is random, with three channels 100 times larger than the rest.
+
+    Zero biases or unit norms would hide a dropped bias or norm. The outliers stand in the embedding, so
+    that the mean squares of the norms are dominated by them, as in the trained models; the norm weights
+    of those channels are small, as there too, or attention would saturate and the comparison would only
+    measure chaos.
+    """
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        max_window_layers=layers,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    model = model.to_empty(device="cpu").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not a weight
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(seed)
+    outliers = torch.randperm(hidden, generator=generator)[:3]
+    for name, parameter in model.named_parameters():
+        _randomise(name, parameter.data, outliers, generator)
+    return model
+
+
+def _randomise(name: str, data: torch.Tensor, outliers: torch.Tensor, generator: torch.Generator) -> None:
+    if "norm" in name:
+        data.uniform_(0.5, 1.5, generator=generator)
+        data[outliers] *= 0.05
+    elif "bias" in name:
+        data.normal_(0, 0.3, generator=generator)
+    elif "embed" in name:
+        data.normal_(0, 0.05, generator=generator)
+        data[:, outliers] *= 100
+    else:
+        data.normal_(0, 0.7 / data.shape[1] ** 0.5, generator=generator)
+
+
+def save_reference(model: Qwen2ForCausalLM, folder: str | Path, dtype: str = "float32", **kwargs) -> Path:
+    """Writes the model as a checkpoint folder; its weights are rounded to `dtype` first."""
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **kwargs)
+    return Path(folder)
+
+
+def load_reference(folder: str | Path, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def reference_taps(model: Qwen2ForCausalLM, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Every tap of every block, through hooks: tap -> float32 [L, B, T, D].
+
+    Hooks, because the last entry of Hugging Face's own hidden_states is already normed.
+    """
+    caught: dict[str, list[np.ndarray]] = {"residual": [], "attn": [], "mlp": []}
+
+    def keep(tap: str):
+        def hook(module, args, output):
+            first = output[0] if isinstance(output, tuple) else output
+            caught[tap].append(first.detach().float().numpy().copy())
+
+        return hook
+
+    handles = []
+    for block in model.model.layers:
+        handles.append(block.self_attn.register_forward_hook(keep("attn")))
+        handles.append(block.mlp.register_forward_hook(keep("mlp")))
+        handles.append(block.register_forward_hook(keep("residual")))
+    with torch.no_grad():
+        model.model(torch.from_numpy(np.asarray(tokens, np.int64)))
+    for handle in handles:
+        handle.remove()
+    return {tap: np.stack(arrays) for tap, arrays in caught.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--size", choices=PUBLISHED, default="0.5B")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    print(save_reference(make_reference(*PUBLISHED[args.size]), args.folder, args.dtype))
+
+
+if __name__ == "__main__":
+    main()

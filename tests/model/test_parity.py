@@ -1,0 +1,152 @@
+"""Our hidden states are Hugging Face's: every layer of every tap, module by module and as a stack."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from qwen_jax.model.config import read_config
+from qwen_jax.model.qwen2 import TAPS, rope_tables
+from qwen_jax.model.sharding import make_mesh
+from qwen_jax.model.weights import load_model, open_checkpoint
+from tests.hf_reference import load_reference, reference_taps
+
+MODULE_TOLERANCE = 1e-5
+STACK_TOLERANCE = 1e-4
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def worst_error(ours, theirs) -> float:
+    """The largest error, relative to the largest value of its own channel and of its own layer's typical one.
+
+    Dividing by the layer's maximum alone would hide everything behind the outlier channels.
+    """
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    error = np.abs(ours - theirs).reshape(-1, theirs.shape[-1])
+    scale = np.abs(theirs).reshape(-1, theirs.shape[-1]).max(axis=0)
+    return float((error.max(axis=0) / np.maximum(scale, np.median(scale))).max())
+
+
+@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("rows, length", [(1, 1), (3, 37), (2, 130)])
+def test_every_layer_of_the_stack(reference, tap, rows, length):
+    tokens = reference.tokens(rows, length)
+    theirs = reference_taps(reference.hf, tokens)[tap]
+    ours = reference.ours()(tokens, range(reference.config.num_layers), tap)
+    for layer in range(reference.config.num_layers):
+        assert worst_error(ours[layer], theirs[layer]) < STACK_TOLERANCE, f"layer {layer}"
+
+
+def test_query_blocks_agree_with_hugging_face_over_several_blocks(small):
+    tokens = small.tokens(1, 1300)
+    theirs = reference_taps(small.hf, tokens)["residual"]
+    ours = small.ours()(tokens, range(small.config.num_layers))
+    assert worst_error(ours, theirs) < STACK_TOLERANCE
+
+
+def test_unequal_lengths_in_a_batch(reference):
+    """Each right-padded row equals the same prompt alone in Hugging Face."""
+    tokens = reference.tokens(3, 24)
+    ours = np.asarray(reference.ours()(tokens, range(reference.config.num_layers)))
+    for row, length in enumerate((24, 5, 17)):
+        theirs = reference_taps(reference.hf, tokens[row : row + 1, :length])["residual"]
+        assert worst_error(ours[:, row : row + 1, :length], theirs) < STACK_TOLERANCE
+
+
+def test_hidden_states_of_hugging_face_are_our_layers_shifted_by_one(reference):
+    """hidden_states[i + 1] is our layer i, but for the last, which Hugging Face norms."""
+    tokens = reference.tokens(2, 9)
+    with torch.no_grad():
+        theirs = reference.hf(
+            torch.from_numpy(tokens.astype(np.int64)), output_hidden_states=True
+        ).hidden_states
+    last = reference.config.num_layers - 1
+    ours = reference.ours()(tokens, range(last + 1))
+    for layer in range(last):
+        assert worst_error(ours[layer], theirs[layer + 1].numpy()) < STACK_TOLERANCE
+    assert worst_error(ours[last], theirs[last + 1].numpy()) > 0.01
+
+
+def test_each_module_alone(reference):
+    """Given Hugging Face's own input, each module's output is within the tighter module tolerance."""
+    tokens = reference.tokens(2, 33)
+    caught = _module_inputs_and_outputs(reference.hf, tokens)
+    graph, params = nnx.split(reference.ours().blocks)
+    cos_TH, sin_TH = rope_tables(reference.config, tokens.shape[1], jnp.float32)
+    for layer in range(reference.config.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
+        modules = {
+            "input_layernorm": block.attn_norm,
+            "self_attn": lambda x, attn=block.attn: attn(x, cos_TH, sin_TH),
+            "post_attention_layernorm": block.mlp_norm,
+            "mlp": block.mlp,
+        }
+        for name, module in modules.items():
+            given, expected = caught[layer, name]
+            assert worst_error(module(jnp.asarray(given)), expected) < MODULE_TOLERANCE, (layer, name)
+
+
+def _module_inputs_and_outputs(hf, tokens) -> dict:
+    caught = {}
+
+    def keep(key):
+        def hook(module, args, kwargs, output):
+            given = args[0] if args else kwargs["hidden_states"]
+            result = output[0] if isinstance(output, tuple) else output
+            caught[key] = (given.detach().numpy().copy(), result.detach().numpy().copy())
+
+        return hook
+
+    handles = [
+        getattr(block, name).register_forward_hook(keep((layer, name)), with_kwargs=True)
+        for layer, block in enumerate(hf.model.layers)
+        for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    ]
+    with torch.no_grad():
+        hf.model(torch.from_numpy(tokens.astype(np.int64)))
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+def test_bfloat16_is_as_close_to_float32_as_hugging_faces_own(reference):
+    """bfloat16 rounds at the same points as Hugging Face: cosine above 0.999, and no worse than theirs."""
+    tokens = reference.tokens(2, 40)
+    exact = reference_taps(reference.hf, tokens)["residual"]
+    theirs = reference_taps(load_reference(reference.folder, torch.bfloat16), tokens)["residual"]
+    ours = np.asarray(reference.ours(jnp.bfloat16)(tokens, range(reference.config.num_layers)), np.float32)
+    for layer in range(reference.config.num_layers):
+        our_error, their_error = (_relative_error(x[layer], exact[layer]) for x in (ours, theirs))
+        print(f"layer {layer}: relative error ours {our_error:.2e}, Hugging Face {their_error:.2e}")
+        assert _cosine(ours[layer], exact[layer]) > 0.999
+        assert our_error < 0.02
+        assert our_error < 1.5 * their_error
+
+
+def _relative_error(x, exact) -> float:
+    return float(np.linalg.norm(x - exact) / np.linalg.norm(exact))
+
+
+def _cosine(x, exact) -> float:
+    """The smallest cosine over the tokens."""
+    dots = (x * exact).sum(-1)
+    return float((dots / (np.linalg.norm(x, axis=-1) * np.linalg.norm(exact, axis=-1))).min())
+
+
+def test_golden_file_without_torch():
+    """What tests/model/make_golden.py recorded from Hugging Face; needs neither torch nor transformers."""
+    expected = np.load(GOLDEN / "taps.npz")
+    config = read_config(GOLDEN)
+    model = load_model(open_checkpoint(GOLDEN), config, config.num_layers, jnp.float32, make_mesh())
+    for tap in TAPS:
+        ours = model(expected["tokens"], range(config.num_layers), tap)
+        assert worst_error(ours, expected[tap]) < STACK_TOLERANCE, tap
+
+
+def test_golden_file_states_its_source():
+    assert json.loads((GOLDEN / "config.json").read_text())["model_type"] == "qwen2"

@@ -1,0 +1,68 @@
+"""Eight virtual devices compute what one computes. The devices must exist before jax starts: own process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen_jax.errors import ConfigError
+from qwen_jax.model.sharding import check_mesh, make_mesh
+from tests.model.conftest import SHAPES, build_reference
+
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from qwen_jax.model.capture import Capture
+from qwen_jax.model.config import read_config
+from qwen_jax.model.sharding import check_mesh, make_mesh
+from qwen_jax.model.weights import load_model, open_checkpoint
+
+folder, model_parallel = sys.argv[1], int(sys.argv[2])
+config = read_config(folder)
+mesh = make_mesh(model_parallel)
+check_mesh(mesh, config)
+model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float32, mesh)
+tokens = np.random.default_rng(7).integers(0, config.vocab_size, (16, 24), np.int32)
+out = Capture(model, tuple(range(config.num_layers)), "residual", "float32", mesh)(tokens)
+np.save(sys.argv[3], np.asarray(out))
+per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
+print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device}))
+"""
+
+
+def run(folder: Path, devices: int, model_parallel: int, out: Path) -> dict:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(model_parallel), str(out)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape, model_parallel", [("0.5B-like", 1), ("1.5B-like", 4), ("7B-like", 4)])
+def test_eight_devices_equal_one(shape, model_parallel, tmp_path):
+    """1.5B-like with 4 parts has fewer kv heads than parts: they are replicated."""
+    import numpy as np
+
+    folder = build_reference(SHAPES[shape], tmp_path / "reference").folder
+    one = run(folder, 1, 1, tmp_path / "one.npy")
+    many = run(folder, 8, model_parallel, tmp_path / "many.npy")
+    assert many["devices"] == 8
+    expected, sharded = np.load(tmp_path / "one.npy"), np.load(tmp_path / "many.npy")
+    np.testing.assert_allclose(sharded, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    if model_parallel > 1:
+        assert many["bytes_per_device"] < one["bytes_per_device"] / 2
+
+
+def test_uneven_splits_are_refused(small):
+    with pytest.raises(ConfigError, match="does not divide the 1 local devices"):
+        make_mesh(3)
+
+    class Mesh:
+        shape = {"data": 1, "model": 3}  # noqa: RUF012
+
+    with pytest.raises(ConfigError, match="14 heads"):
+        check_mesh(Mesh(), small.config)
