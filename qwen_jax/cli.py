@@ -28,14 +28,24 @@ class FlagParser(argparse.ArgumentParser):
     Flags are spelled with underscores; dashes are accepted (`--batch-size` is `--batch_size`).
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, *, env_for_all: bool = False, **kwargs: Any):
+        """env_for_all: every flag has the variable of its own name in capitals, unless it says otherwise."""
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self._env_for_all = env_for_all
         self._env_flags: list[tuple[argparse.Action, str]] = []
 
-    def flag(self, name: str, help: str, *, env: str = "", default: Any = None, **kwargs: Any) -> None:
-        """Adds `--name`; `env` names the variable that is read where the flag is absent."""
-        shown = "none" if default in (None, "") else default
+    def switch(self, name: str, help: str, *, env: str | None = None) -> None:
+        """Adds a `--name` that is either there or not."""
+        self.flag(name, help, env=env, default=False, action="store_true")
+
+    def flag(
+        self, name: str, help: str, *, env: str | None = None, default: Any = None, **kwargs: Any
+    ) -> None:
+        """Adds `--name`; `env` names the variable that is read where the flag is absent ("": none)."""
+        if env is None:
+            env = name.upper() if self._env_for_all else ""
+        shown = {None: "none", "": "none", False: "off"}.get(default, default)
         notes = "" if kwargs.get("required") else f"default: {shown}"
         if env:
             notes += f"{', ' if notes else ''}variable: {env}"
@@ -66,7 +76,8 @@ class FlagParser(argparse.ArgumentParser):
         values = [convert(word) for word in (text.split() if action.nargs == "+" else [text])]  # type: ignore[operator]
         for value in values:
             if action.choices is not None and value not in action.choices:
-                raise ValueError(f"invalid choice {value!r} (choose from {', '.join(map(str, action.choices))})")
+                choices = ", ".join(map(str, action.choices))
+                raise ValueError(f"invalid choice {value!r} (choose from {choices})")
         return values if action.nargs == "+" else values[0]
 
 

@@ -1,6 +1,7 @@
 """One random reference per shape, saved once a session, and our model loaded from it."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     folder: Path
     config: Qwen2Config
     hf: object
 
+    @cache  # noqa: B019  (a few tiny models a session)
     def ours(self, dtype=jnp.float32, num_layers: int | None = None) -> Qwen2:
         layers = self.config.num_layers if num_layers is None else num_layers
         return load_model(open_checkpoint(self.folder), self.config, layers, dtype, make_mesh())

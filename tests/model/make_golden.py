@@ -1,4 +1,7 @@
-"""Writes tests/model/golden: a tiny checkpoint and Hugging Face's taps of it. Run: python -m tests.model.make_golden"""
+"""Writes tests/model/golden: a tiny checkpoint and Hugging Face's taps of it.
+
+Run: python -m tests.model.make_golden
+"""
 
 from pathlib import Path
 

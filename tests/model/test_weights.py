@@ -97,7 +97,7 @@ def test_all_faults_are_raised_at_once_by_name(small, copy):
 def test_a_tensor_in_two_files_is_refused(small, copy):
     folder, tensors, _ = copy
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "more.safetensors")
-    files = {name: "model.safetensors" for name in tensors} | {"x": "more.safetensors"}
+    files = dict.fromkeys(tensors, "model.safetensors") | {"x": "more.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(ConfigError, match="twice: model.norm.weight"):
         open_checkpoint(folder)

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""A dataset -> N stream files, one for each worker, dealt round-robin. Run it once."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from qwen_jax.cli import FlagParser, positive_int, run_script
+from qwen_jax.data.arc import Row
+from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
+from qwen_jax.data.streams import stream_name, write_streams
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = FlagParser(prog="create_dataset_streams.py", description=__doc__)
+    parser.flag("num_streams", "number of streams, one a worker", default=32, type=positive_int)
+    parser.flag("output_dir", "folder for the streams", env="DATASET_DIR", default="./data/streams")
+    parser.flag("max_samples", "rows to read; without it all of them", type=positive_int)
+    parser.flag(
+        "dataset_name",
+        "Hugging Face id, local .jsonl/.json/.parquet file, or folder",
+        default=DEFAULT_DATASET,
+    )
+    parser.flag("column_name", "column that holds the pairs of grids", default="examples")
+    parser.flag("split", "split of a Hugging Face dataset", default="train")
+    parser.flag("revision", "branch, tag or commit of a Hugging Face dataset")
+    parser.switch("verbose", "name every rejected row")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+
+    started = time.monotonic()
+    rows = islice(iter_source_rows(args.dataset_name, args.split, args.revision), args.max_samples)
+    source = {"dataset_name": args.dataset_name, "split": args.split, "revision": args.revision}
+    source["max_samples"] = args.max_samples
+    folder = Path(args.output_dir)
+    report = write_streams(
+        _with_progress(rows, args.max_samples),
+        args.num_streams,
+        folder,
+        column_name=args.column_name,
+        source=source,
+    )
+    seconds = time.monotonic() - started
+    for row in report.listed if args.verbose else report.listed[:5]:
+        print(f"row {row.row} rejected: {row.reason}", file=sys.stderr)
+    print(
+        f"{report.samples} samples in {args.num_streams} streams ({folder / stream_name(0)} ...), "
+        f"{report.rejected} rows rejected, {seconds:.1f} s, {report.samples / seconds:.0f} rows/s"
+    )
+    return 0
+
+
+def _with_progress(rows: Iterator[Row], total: int | None) -> Iterator[Row]:
+    """A bar on a terminal, a line every half minute elsewhere."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return iter(tqdm(rows, total=total, unit="row", mininterval=interval, file=sys.stderr))
+
+
+if __name__ == "__main__":
+    run_script(main)

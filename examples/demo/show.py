@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Shows what the demo wrote and how to read it (the last step of ./launch_worker.sh --demo)."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from qwen_jax.shards import load_shard
+
+HOW_TO_READ = """
+Read a shard:
+    from qwen_jax.shards import load_shard    # safe for shards from strangers
+    data = load_shard("{shard}")
+    data[{layer}][0]["activation"]            # float32 [n_tokens, hidden] of layer {layer}, first sample
+Or with the standard library alone (only for shards that you made yourself):
+    import gzip, pickle
+    with gzip.open("{shard}", "rb") as f:
+        data = pickle.load(f)
+
+For your own model and data: README.md, docs/guide.md.
+"""
+
+
+def main(root: str) -> None:
+    folder = Path(root) / "bucket" / "activations" / "tpu_0"
+    metadata = json.loads((folder / "metadata.json").read_text())
+    totals = metadata["totals"]
+    print(f"\nThe bucket ({folder}):")
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            print(f"  {path.name:32} {path.stat().st_size:>10,} bytes")
+    print(f"\n{totals['samples']} samples, {totals['tokens']} tokens, layers {metadata['layers']}, "
+          f"{metadata['activation_dtype']}; a layer is: {metadata['layer_meaning']}")  # fmt: skip
+    shard = folder / metadata["shards"][0]["filename"]
+    layer = metadata["layers"][-1]
+    record = load_shard(shard)[layer][0]
+    print(f"\n{shard.name}, layer {layer}, first sample: task {record['task_id']!r}, "
+          f"activation {record['activation'].dtype} {record['shape']}")  # fmt: skip
+    print(HOW_TO_READ.format(shard=shard, layer=layer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,195 @@
+"""What a stream line may hold: an ARC task or a text, validated; and how source rows become such lines."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Grid = list[list[int]]
+
+
+class BadRecord(ValueError):
+    """One input record that cannot be used; str() is the reason."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An ARC task. train: pairs {"input": grid, "output": grid}; test: the same, the output optional.
+
+    A grid is a rectangle of colours 0-9, a list of rows.
+    """
+
+    task_id: str
+    train: list[dict[str, Grid]]
+    test: list[dict[str, Grid]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt given as it is: either `text` or chat `messages` ({"role", "content"} each)."""
+
+    task_id: str
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+
+
+Row = tuple[int, dict[str, Any] | BadRecord]
+"""A row of a source dataset with its index; a row that cannot even be read is its BadRecord."""
+
+
+def parse_line(raw: bytes) -> Task | Text:
+    """Reads one line of a stream; raises BadRecord with the reason if it is not usable."""
+    if not raw.strip():
+        raise BadRecord("empty line")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8 (byte {error.start})") from error
+    return parse_record(parse_json(text))
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no NaN or infinity; raises BadRecord, also for nesting too deep to read."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise BadRecord("not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise BadRecord(f"not JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def parse_record(record: Any) -> Task | Text:
+    """A decoded JSON object as Task or Text; raises BadRecord for anything else, and for invalid grids."""
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"not a JSON object but {type(record).__name__}")
+    task_id = record.get("task_id") or ""
+    if not isinstance(task_id, str):
+        raise BadRecord("task_id is not a string")
+    _check_encodable(task_id, "task_id")
+    if "train" in record and "test" in record:
+        train = _parse_pairs(record["train"], "train", output_required=True)
+        return Task(task_id, train, _parse_pairs(record["test"], "test", output_required=False))
+    if "messages" in record:
+        return Text(task_id, messages=_parse_messages(record["messages"]))
+    for key in ("text", "prompt"):
+        if key in record:
+            return Text(task_id, text=_parse_text(record[key], key))
+    keys = ", ".join(sorted(map(str, record))[:10]) or "none"
+    raise BadRecord(f"neither an ARC task (train, test) nor text, prompt or messages; its keys: {keys}")
+
+
+def _parse_pairs(pairs: Any, where: str, *, output_required: bool) -> list[dict[str, Grid]]:
+    if not isinstance(pairs, list) or not pairs:
+        raise BadRecord(f"{where} is not a list of pairs, or empty")
+    parsed = []
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, Mapping) or "input" not in pair:
+            raise BadRecord(f"{where}[{number}] is not an object with input and output")
+        sides = ["input"]
+        if output_required or pair.get("output") is not None:
+            sides.append("output")
+        parsed.append({side: _parse_grid(pair.get(side), f"{where}[{number}].{side}") for side in sides})
+    return parsed
+
+
+def _parse_grid(grid: Any, where: str) -> Grid:
+    if not isinstance(grid, list) or not grid or not all(isinstance(row, list) for row in grid):
+        raise BadRecord(f"{where} is not a grid (a list of rows), or empty")
+    widths = {len(row) for row in grid}
+    if widths == {0}:
+        raise BadRecord(f"{where} is an empty grid")
+    if len(widths) > 1:
+        raise BadRecord(f"{where} is ragged: rows of {min(widths)} to {max(widths)} cells")
+    for row in grid:
+        for cell in row:
+            if type(cell) is not int or not 0 <= cell <= 9:
+                raise BadRecord(
+                    f"{where} has the cell {str(cell)[:20]!r}; cells are whole numbers from 0 to 9"
+                )
+    return grid
+
+
+def _parse_text(text: Any, key: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise BadRecord(f"{key} is not a string, or empty")
+    _check_encodable(text, key)
+    return text
+
+
+def _check_encodable(text: str, key: str) -> None:
+    """JSON can spell half of a surrogate pair, which no UTF-8 and no tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"{key} holds half of a surrogate pair") from error
+
+
+def _parse_messages(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise BadRecord("messages is not a list, or empty")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise BadRecord(f"messages[{number}] is not an object with role and content")
+        for key in ("role", "content"):
+            _parse_text(message.get(key), f"messages[{number}].{key}")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def task_from_row(row: Mapping[str, Any], column_name: str, task_id: str) -> dict[str, Any]:
+    """One row of a source dataset as the object of a stream line.
+
+    row: holds pairs of grids under `column_name` ([input, output] or {"input", "output"}; a JSON string of
+    them, arrays and tuples are fine), the last pair being the test; or is an ARC task or a text row already.
+    task_id: the name where the row has none of its own.
+    Raises BadRecord with the reason.
+    """
+    row = _plain(row)
+    name = next((row[key] for key in ("task_id", "source", "id", "uid") if _is_name(row.get(key))), task_id)
+    if column_name in row and not ("train" in row and "test" in row):
+        *train, test = _pairs_of_column(row[column_name], column_name)
+        row = {"train": train, "test": [test]}
+    record = parse_record(row | {"task_id": name})
+    if isinstance(record, Task):
+        return {"task_id": name, "train": record.train, "test": record.test}
+    if record.messages is not None:
+        return {"task_id": name, "messages": record.messages}
+    return {"task_id": name, "text": record.text}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _pairs_of_column(pairs: Any, column_name: str) -> list[Any]:
+    if isinstance(pairs, str):
+        pairs = parse_json(pairs)
+    if not isinstance(pairs, list) or len(pairs) < 2:
+        raise BadRecord(f"{column_name} is not a list of at least two pairs of grids")
+    named = []
+    for number, pair in enumerate(pairs):
+        if isinstance(pair, list) and len(pair) == 2:
+            pair = {"input": pair[0], "output": pair[1]}
+        if not isinstance(pair, Mapping):
+            raise BadRecord(f"{column_name}[{number}] is not a pair of grids")
+        named.append(pair)
+    return named
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tuples and integral floats (as Parquet and pandas give them) as plain lists and ints."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, str | bytes | bool | int | None):
+        return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) and value.is_integer() else value
+    if isinstance(value, Iterable):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,107 @@
+"""Samples -> batches of few shapes with little padding, so that a resumed run makes the same batches again.
+
+The stream is read in windows: runs of lines that never cross a multiple of WINDOW_LINES and never hold
+more tokens than the look-ahead allows. Each window is sorted by length and cut into batches on its own,
+so a sample's batch shape, and with it its bits, depends on the stream and the settings alone, and a
+resumed run needs to go back no further than the start of one window.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from qwen_jax.data.prompts import TokenizedSample
+
+WINDOW_LINES = 64
+_LENGTH_STEP = 64
+_MAX_LENGTHS = 32
+# Any token id does: a padded position is never read, and the causal mask hides it from the others.
+_PAD_ID = 0
+
+
+@dataclass(frozen=True)
+class BatchShapes:
+    """The few [rows, length] shapes a run compiles.
+
+    max_seq_length: tokens of the longest sample. rows_per_device: rows a device takes at that length;
+    shorter batches take more, so that tokens per step stay near constant. devices: rows are a multiple
+    of it.
+    """
+
+    max_seq_length: int
+    rows_per_device: int
+    devices: int = 1
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """At most _MAX_LENGTHS padded lengths, evenly spaced up to max_seq_length."""
+        step = _LENGTH_STEP
+        while step * _MAX_LENGTHS < self.max_seq_length:
+            step += _LENGTH_STEP
+        return (*range(step, self.max_seq_length, step), self.max_seq_length)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most positions that one step computes, over all devices."""
+        return self.rows_per_device * self.max_seq_length * self.devices
+
+    def length_for(self, n_tokens: int) -> int:
+        """The smallest padded length that holds `n_tokens`."""
+        return next(length for length in self.lengths if length >= n_tokens)
+
+    def rows_for(self, length: int, wanted: int) -> int:
+        """Rows of a batch of this length: as many as fit a step, halved while `wanted` still fit."""
+        rows = self.rows_per_device * self.max_seq_length // length
+        while rows > 1 and (rows + 1) // 2 * self.devices >= wanted:
+            rows = (rows + 1) // 2
+        return rows * self.devices
+
+
+@dataclass(frozen=True)
+class Batch:
+    """token_ids: int32 [rows, length], padded on the right; row i is samples[i], further rows are dummies."""
+
+    token_ids: np.ndarray
+    samples: tuple[TokenizedSample, ...]
+
+
+def windows(samples: Iterable[TokenizedSample], max_tokens: int) -> Iterator[list[TokenizedSample]]:
+    """Cuts samples (ascending sample_idx) into windows of at most `max_tokens` tokens (or one sample)."""
+    window: list[TokenizedSample] = []
+    tokens = 0
+    for sample in samples:
+        n_tokens = len(sample.token_ids)
+        crosses = window and sample.sample_idx // WINDOW_LINES != window[0].sample_idx // WINDOW_LINES
+        if window and (crosses or tokens + n_tokens > max_tokens):
+            yield window
+            window, tokens = [], 0
+        window.append(sample)
+        tokens += n_tokens
+    if window:
+        yield window
+
+
+def window_start(sample_idx: int) -> int:
+    """The first line a run must read again, to make the same windows from `sample_idx` on."""
+    return sample_idx - sample_idx % WINDOW_LINES
+
+
+def plan_batches(window: Sequence[TokenizedSample], shapes: BatchShapes) -> list[Batch]:
+    """Cuts a window, longest samples first, into batches; those with the earliest samples come first."""
+    by_length = sorted(window, key=lambda sample: (-len(sample.token_ids), sample.sample_idx))
+    batches = []
+    while by_length:
+        length = shapes.length_for(len(by_length[0].token_ids))
+        rows = shapes.rows_for(length, len(by_length))
+        batches.append(_fill(by_length[:rows], rows, length))
+        by_length = by_length[rows:]
+    return sorted(batches, key=lambda batch: min(sample.sample_idx for sample in batch.samples))
+
+
+def _fill(samples: Sequence[TokenizedSample], rows: int, length: int) -> Batch:
+    token_ids = np.full((rows, length), _PAD_ID, np.int32)
+    for row, sample in zip(token_ids, samples, strict=False):
+        row[: len(sample.token_ids)] = sample.token_ids
+    return Batch(token_ids, tuple(samples))

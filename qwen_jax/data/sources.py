@@ -1,0 +1,116 @@
+"""Where rows come from: a dataset on the Hugging Face Hub, or local files, always one row at a time."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.data.arc import BadRecord, Row
+from qwen_jax.data.streams import MAX_LINE_BYTES, read_lines
+from qwen_jax.errors import BadDataError, ConfigError, StorageError
+
+DEFAULT_DATASET = "barc0/200k_HEAVY_gpt4o-description-gpt4omini-code_generated_problems"
+
+
+def iter_source_rows(dataset_name: str, split: str = "train", revision: str | None = None) -> Iterator[Row]:
+    """Yields (row index, row) of a dataset, in order and in bounded memory.
+
+    dataset_name: a Hugging Face dataset id (streamed); a local .jsonl, .json or .parquet file; a folder of
+    such files (in order of their names) or one made by `Dataset.save_to_disk`.
+    A line that is not JSON yields a BadRecord in its place. Raises ConfigError if a local path or dataset
+    does not exist, StorageError if the hub cannot be reached.
+    """
+    path = Path(dataset_name).expanduser()
+    if path.exists():
+        rows = _local_rows(path)
+    elif dataset_name.startswith((".", "/", "~")) or path.suffix in _READERS:
+        raise ConfigError(f"--dataset_name {dataset_name}: no such file or folder")
+    else:
+        rows = _hub_rows(dataset_name, split, revision)
+    return enumerate(rows)
+
+
+def _local_rows(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
+    if path.is_file():
+        reader = _READERS.get(path.suffix)
+        if reader is None:
+            raise ConfigError(
+                f"--dataset_name {path}: can read {', '.join(_READERS)} files, not '{path.suffix}'"
+            )
+        yield from reader(path)
+    elif (path / "state.json").exists():
+        from datasets import load_from_disk
+
+        yield from load_from_disk(str(path))
+    else:
+        files = [file for file in sorted(path.iterdir()) if file.suffix in _READERS]
+        if not files:
+            raise ConfigError(f"--dataset_name {path}: the folder holds no {', '.join(_READERS)} file")
+        for file in files:
+            yield from _READERS[file.suffix](file)
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
+    with path.open("rb") as file:
+        for raw in read_lines(file):
+            yield _row_from_line(raw)
+
+
+def _row_from_line(raw: bytes | None) -> dict[str, Any] | BadRecord:
+    try:
+        if raw is None:
+            raise BadRecord(f"line longer than {MAX_LINE_BYTES} bytes")
+        row = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return error if isinstance(error, BadRecord) else BadRecord(f"not JSON: {error}")
+    return row if isinstance(row, dict) else BadRecord("not a JSON object")
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
+    """A list of rows, one ARC task, or ARC tasks by task id."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadDataError(f"{path} is not JSON ({error}); mend it or leave it out") from error
+    if isinstance(content, dict) and "train" in content and "test" in content:
+        content = {path.stem: content}
+    if isinstance(content, dict):
+        content = [
+            {"task_id": task_id, **task} if isinstance(task, dict) else task
+            for task_id, task in content.items()
+        ]
+    for row in content if isinstance(content, list) else [content]:
+        yield row if isinstance(row, dict) else BadRecord("not a JSON object")
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[dict[str, Any] | BadRecord]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _hub_rows(dataset_name: str, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield from load_dataset(dataset_name, split=split, revision=revision, streaming=True)
+    except (DatasetNotFoundError, HFValidationError, ValueError) as error:
+        raise ConfigError(
+            f"--dataset_name {dataset_name} (split {split}, revision {revision or 'main'}): {error}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise StorageError(
+            f"--dataset_name {dataset_name}: the Hugging Face Hub cannot be reached ({error}); try again, or "
+            "give a local file"
+        ) from error
