@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Runs one worker on this machine; sets up its Python environment first where there is none.
+#
+#   ./launch_worker.sh 5              worker 5; or set TPU_WORKER_ID
+#   ./launch_worker.sh 5 --verbose    further flags go to extract_activations.py
+#   ./launch_worker.sh --demo         a bundled tiny model and stream, a local folder as the bucket
+#
+# Settings come from environment variables: ./launch_worker.sh --help lists them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+VENV_DIR=${VENV_DIR:-.venv}
+
+fail() { # exit code, message
+    echo "launch_worker.sh: error: $2" >&2
+    exit "$1"
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail 78 "Python 3.11 or newer is needed and was not found; install it (for example: apt-get install python3.11 python3.11-venv)"
+}
+
+jax_package() {
+    if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+        echo 'jax[tpu]'
+    elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+        echo 'jax[cuda13]'
+    else
+        echo 'jax'
+    fi
+}
+
+# The marker is written last, so an installation that was cut off is done again; it names what was
+# installed, so a changed requirements.txt is installed too.
+set_up_environment() {
+    local python package wanted
+    package=$(jax_package)
+    wanted="$package $(cksum <requirements.txt)"
+    if [ "$(cat "$VENV_DIR/.installed" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    python=$(find_python)
+    echo "installing $package and requirements.txt into $VENV_DIR" >&2
+    "$python" -m venv "$VENV_DIR" || fail 78 "cannot create $VENV_DIR with $python; install its venv module (for example: apt-get install python3-venv)"
+    "$VENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check "$package" -r requirements.txt >&2 ||
+        fail 75 "pip could not install the requirements; check the network and start again"
+    echo "$wanted" >"$VENV_DIR/.installed"
+}
+
+run_demo() {
+    local out=demo_output
+    export MODEL_PATH=examples/demo/model DATASET_DIR=examples/demo/streams MAX_SEQ_LENGTH=1024
+    export OUTPUT_DIR=$out/activations CHECKPOINT_DIR=$out/checkpoints SHARD_SIZE_GB=0.008
+    export UPLOAD_TO_GCS=true GCS_BUCKET="file://$PWD/$out/bucket"
+    "$VENV_DIR/bin/python" extract_activations.py --worker_id 0
+    "$VENV_DIR/bin/python" examples/demo/show.py "$out"
+}
+
+exec 9>".$(basename "$VENV_DIR").lock" # several workers may start on one machine at once
+if command -v flock >/dev/null; then flock 9; fi
+set_up_environment
+exec 9>&-
+
+if [ "${1:-}" = --demo ]; then
+    [ $# -eq 1 ] || fail 2 "--demo takes no further arguments"
+    run_demo
+    exit
+fi
+arguments=("$@")
+if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
+    arguments=(--worker_id "$@")
+elif [ $# -gt 0 ] && [[ "$1" != -* ]]; then
+    fail 2 "the worker id must be a whole number, got '$1'"
+fi
+# exec: SIGTERM must reach the worker itself.
+exec "$VENV_DIR/bin/python" extract_activations.py "${arguments[@]}"

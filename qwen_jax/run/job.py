@@ -1,0 +1,146 @@
+"""What the settings come to: model, layers, stream and the identity of the run that they define."""
+
+import hashlib
+from dataclasses import dataclass
+
+from qwen_jax.data.streams import StreamSummary, stream_summary
+from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.model.capture import resolve_dtype
+from qwen_jax.model.config import Qwen2Config, read_config
+from qwen_jax.model.source import ModelSource, fetch_model
+from qwen_jax.model.weights import Checkpoint, open_checkpoint
+from qwen_jax.run.fingerprint import Fingerprint, files_digest
+from qwen_jax.run.ledger import RunIdentity
+from qwen_jax.run.settings import Settings
+
+LAYER_MEANINGS = {
+    "residual": "residual stream after block i (0-based), before the final norm; Hugging Face "
+    "hidden_states[i + 1] for every block but the last, whose entry there is already normed",
+    "attn": "output of block i's attention (0-based), before it is added to the residual stream",
+    "mlp": "output of block i's MLP (0-based), before it is added to the residual stream",
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the settings come to, once model, tokenizer and stream have been looked at."""
+
+    settings: Settings
+    source: ModelSource
+    config: Qwen2Config
+    checkpoint: Checkpoint
+    stream: StreamSummary
+    layers: tuple[int, ...]
+    dtype: str
+    activation_dtype: str
+
+    @property
+    def lines(self) -> int:
+        """Stream lines that this run deals with."""
+        limit = self.settings.max_samples
+        return self.stream.lines if limit is None else min(limit, self.stream.lines)
+
+
+def prepare(settings: Settings) -> Job:
+    """Reads the stream's digest, the model's config and headers; checks every setting against them."""
+    stream = stream_summary(settings.dataset_path)
+    source = fetch_model(settings.model_path, settings.revision)
+    config = read_config(source.folder)
+    if settings.max_seq_length > config.max_positions:
+        raise ConfigError(
+            f"--max_seq_length {settings.max_seq_length} is beyond the {config.max_positions} positions that "
+            "the model knows"
+        )
+    dtype = resolve_dtype(settings.dtype)
+    activation_dtype = dtype if settings.activation_dtype == "auto" else settings.activation_dtype
+    return Job(
+        settings,
+        source,
+        config,
+        open_checkpoint(source.folder),
+        stream,
+        choose_layers(settings.layers_to_extract, config.num_layers),
+        dtype,
+        activation_dtype,
+    )
+
+
+def choose_layers(wanted: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
+    """The layers in ascending order; None is all. Raises UsageError naming the range."""
+    if wanted is None:
+        return tuple(range(num_layers))
+    outside = [layer for layer in wanted if not 0 <= layer < num_layers]
+    if outside:
+        raise UsageError(
+            f"--layers_to_extract: this model has layers 0 to {num_layers - 1}, "
+            f"got {' '.join(map(str, outside))}"
+        )
+    if len(set(wanted)) != len(wanted):
+        raise UsageError(f"--layers_to_extract names a layer twice: {' '.join(map(str, wanted))}")
+    return tuple(sorted(wanted))
+
+
+def identify(job: Job) -> RunIdentity:
+    """The fingerprint and the descriptive header that every commit of this run carries."""
+    settings = job.settings
+    fingerprint = make_fingerprint(job)
+    header = {
+        "model": {
+            "name": settings.model_path,
+            "revision": job.source.revision,
+            "weights_digest": fingerprint["weights_digest"],
+            "hidden_size": job.config.hidden_size,
+            "num_layers": job.config.num_layers,
+        },
+        "dataset": {
+            "path": str(settings.dataset_path),
+            "sha256": job.stream.sha256,
+            "lines": job.stream.lines,
+        },
+        "activation_type": settings.activation_type,
+        "layers": list(job.layers),
+        "layer_meaning": LAYER_MEANINGS[settings.activation_type],
+        "compute_dtype": job.dtype,
+        "activation_dtype": job.activation_dtype,
+        "settings": {
+            "max_seq_length": settings.max_seq_length,
+            "batch_size": settings.batch_size,
+            "lookahead": settings.lookahead,
+            "prompt_format": settings.prompt_format,
+            "chat_template": settings.chat_template,
+            "overlong": settings.overlong,
+            "shard_size_gb": settings.shard_size_gb,
+            "max_samples": settings.max_samples,
+        },
+    }
+    return RunIdentity(
+        settings.worker_id, str(settings.dataset_path), settings.model_path, fingerprint, header
+    )
+
+
+def make_fingerprint(job: Job) -> Fingerprint:
+    """Everything that the bytes of the shards depend on, but for batch size and device count."""
+    settings, folder = job.settings, job.source.folder
+    weights = files_digest(folder, ("config.json",)) + job.checkpoint.digest()
+    return {
+        "stream_sha256": job.stream.sha256,
+        "weights_digest": hashlib.sha256(weights.encode()).hexdigest(),
+        "tokenizer_digest": files_digest(folder, _TOKENIZER_FILES),
+        "layers": list(job.layers),
+        "activation_type": settings.activation_type,
+        "compute_dtype": job.dtype,
+        "activation_dtype": job.activation_dtype,
+        "max_seq_length": settings.max_seq_length,
+        "prompt_format": settings.prompt_format,
+        "chat_template": settings.chat_template,
+        "overlong": settings.overlong,
+        "shard_size_gb": settings.shard_size_gb,
+        "max_samples": settings.max_samples,
+    }

@@ -1,0 +1,269 @@
+"""The ledger of a run: which samples are durably stored, where, and which were left out and why.
+
+It is kept twice, written in this order: `metadata.json` holds all of it, for readers of the shards;
+`checkpoint_worker_N.json` holds how far it goes, for people and for the next start.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from qwen_jax.run.fingerprint import Fingerprint
+
+IN_PROGRESS, COMPLETED = "in_progress", "completed"
+METADATA_NAME = "metadata.json"
+
+
+class DamagedError(ValueError):
+    """A metadata or checkpoint file that is empty, torn or holds impossible values; str says what."""
+
+
+def shard_name(number: int) -> str:
+    """The file name of the `number`th shard, counted from 1."""
+    return f"shard_{number:04d}.pkl.gz"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One durable shard. bytes: compressed size; raw_bytes: of the activations; crc32c: base64, as in GCS."""
+
+    filename: str
+    first_sample_idx: int
+    last_sample_idx: int
+    samples: int
+    tokens: int
+    bytes: int
+    raw_bytes: int
+    crc32c: str
+    layer_norms: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What stays the same over all commits of a run. header: the descriptive part of metadata.json."""
+
+    worker_id: int
+    dataset_path: str
+    model_path: str
+    fingerprint: Fingerprint
+    header: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is durable: shards in order, and the samples that were left out, cut or shortened.
+
+    last_processed_sample_idx: the last stream line dealt with, -1 before the first.
+    """
+
+    shards: tuple[ShardEntry, ...] = ()
+    skipped: tuple[dict[str, Any], ...] = ()
+    truncated: tuple[dict[str, Any], ...] = ()
+    shortened: tuple[dict[str, Any], ...] = ()
+    last_processed_sample_idx: int = -1
+    status: str = IN_PROGRESS
+
+    @property
+    def next_sample_idx(self) -> int:
+        return self.last_processed_sample_idx + 1
+
+    @property
+    def samples_written(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bad_records(self) -> int:
+        return sum(1 for note in self.skipped if note["bad_record"])
+
+    def with_shard(
+        self, shard: ShardEntry, skipped: Iterable[dict], truncated: Iterable[dict], shortened: Iterable[dict]
+    ) -> Self:
+        """The ledger after one more shard and the notes on the stream lines up to its last sample."""
+        return replace(
+            self,
+            shards=(*self.shards, shard),
+            skipped=(*self.skipped, *skipped),
+            truncated=(*self.truncated, *truncated),
+            shortened=(*self.shortened, *shortened),
+            last_processed_sample_idx=shard.last_sample_idx,
+        )
+
+    def completed(self, lines: int, skipped: Iterable[dict]) -> Self:
+        """The ledger at the end of a stream of `lines` lines, the last of which may have been skipped."""
+        return replace(
+            self,
+            skipped=(*self.skipped, *skipped),
+            last_processed_sample_idx=lines - 1,
+            status=COMPLETED,
+        )
+
+    def prefix(self, shards: int) -> Self:
+        """The ledger as it was after its first `shards` shards; itself if that is all of them."""
+        if shards == len(self.shards):
+            return self
+        last = self.shards[shards - 1].last_sample_idx if shards else -1
+
+        def upto(notes: Sequence[dict]) -> tuple[dict, ...]:
+            return tuple(note for note in notes if note["sample_idx"] <= last)
+
+        return Ledger(
+            self.shards[:shards], upto(self.skipped), upto(self.truncated), upto(self.shortened), last
+        )
+
+    def metadata(self, run: RunIdentity) -> dict[str, Any]:
+        """The content of metadata.json: the same ledger gives the same bytes, whatever run wrote it."""
+        return {
+            "worker_id": run.worker_id,
+            "status": self.status,
+            "last_processed_sample_idx": self.last_processed_sample_idx,
+            **run.header,
+            "totals": self._totals(),
+            "layer_norms": _merge_norms(self.shards),
+            "shards": [vars(shard) for shard in self.shards],
+            "skipped": list(self.skipped),
+            "truncated": list(self.truncated),
+            "shortened": list(self.shortened),
+            "fingerprint": run.fingerprint,
+        }
+
+    def _totals(self) -> dict[str, int]:
+        return {
+            "samples": self.samples_written,
+            "tokens": sum(shard.tokens for shard in self.shards),
+            "bytes": sum(shard.bytes for shard in self.shards),
+            "raw_bytes": sum(shard.raw_bytes for shard in self.shards),
+            "shards": len(self.shards),
+            "skipped": len(self.skipped),
+            "bad_records": self.bad_records,
+            "truncated": len(self.truncated),
+            "shortened": len(self.shortened),
+        }
+
+    def checkpoint(self, run: RunIdentity) -> dict[str, Any]:
+        """The content of checkpoint_worker_N.json: the guide's keys, and the fingerprint."""
+        return {
+            "worker_id": run.worker_id,
+            "last_processed_sample_idx": self.last_processed_sample_idx,
+            "total_samples_processed": self.next_sample_idx,
+            "total_samples_written": self.samples_written,
+            "total_shards": len(self.shards),
+            "dataset_path": run.dataset_path,
+            "model_path": run.model_path,
+            "status": self.status,
+            "fingerprint": run.fingerprint,
+        }
+
+
+def _merge_norms(shards: Sequence[ShardEntry]) -> dict[str, dict[str, float]]:
+    """Mean and maximum token norm of each layer over all shards."""
+    tokens = sum(shard.tokens for shard in shards)
+    layers = shards[0].layer_norms if shards else {}
+    return {
+        layer: {
+            "mean": sum(shard.layer_norms[layer]["mean"] * shard.tokens for shard in shards) / tokens,
+            "max": max(shard.layer_norms[layer]["max"] for shard in shards),
+        }
+        for layer in layers
+    }
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What a stored checkpoint claims."""
+
+    worker_id: int
+    total_shards: int
+    last_processed_sample_idx: int
+    status: str
+    fingerprint: Fingerprint = field(default_factory=dict)
+
+
+def parse_checkpoint(data: bytes) -> CheckpointRecord:
+    """Reads a checkpoint file; raises DamagedError for anything that no run of ours wrote."""
+    fields = _json_object(data)
+    record = CheckpointRecord(
+        worker_id=_count(fields, "worker_id"),
+        total_shards=_count(fields, "total_shards"),
+        last_processed_sample_idx=_count(fields, "last_processed_sample_idx", least=-1),
+        status=_status(fields),
+        fingerprint=_typed(fields, "fingerprint", dict),
+    )
+    return record
+
+
+def parse_metadata(data: bytes) -> tuple[Ledger, int, Fingerprint]:
+    """Reads metadata.json back: the ledger, its worker id and its fingerprint; raises DamagedError."""
+    fields = _json_object(data)
+    shards = tuple(
+        _shard_entry(entry, number) for number, entry in enumerate(_typed(fields, "shards", list), 1)
+    )
+    ordered = [index for shard in shards for index in (shard.first_sample_idx, shard.last_sample_idx)]
+    ledger = Ledger(
+        shards,
+        _notes(fields, "skipped"),
+        _notes(fields, "truncated"),
+        _notes(fields, "shortened"),
+        _count(fields, "last_processed_sample_idx", least=-1),
+        _status(fields),
+    )
+    if ordered != sorted(ordered) or (ordered and ordered[-1] > ledger.last_processed_sample_idx):
+        raise DamagedError("its shards are not in sample order")
+    return ledger, _count(fields, "worker_id"), _typed(fields, "fingerprint", dict)
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"not JSON ({error})" if data else "empty") from error
+    if not isinstance(fields, dict):
+        raise DamagedError("not a JSON object")
+    return fields
+
+
+def _typed(fields: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = fields.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DamagedError(f"{key} is missing or not a {kind.__name__}")
+    return value
+
+
+def _count(fields: Mapping[str, Any], key: str, least: int = 0) -> int:
+    value = _typed(fields, key, int)
+    if not least <= value < 2**53:
+        raise DamagedError(f"{key} is {value}")
+    return value
+
+
+def _status(fields: Mapping[str, Any]) -> str:
+    if fields.get("status") not in (IN_PROGRESS, COMPLETED):
+        raise DamagedError(f"status is {fields.get('status')!r}")
+    return fields["status"]
+
+
+def _notes(fields: Mapping[str, Any], key: str) -> tuple[dict, ...]:
+    notes = _typed(fields, key, list)
+    for note in notes:
+        if not isinstance(note, dict):
+            raise DamagedError(f"{key} holds something that is not an object")
+        _count(note, "sample_idx")
+        if key == "skipped" and not isinstance(note.get("bad_record"), bool):
+            raise DamagedError("a skipped sample does not say whether it was a bad record")
+    return tuple(notes)
+
+
+def _shard_entry(entry: Any, number: int) -> ShardEntry:
+    if not isinstance(entry, dict) or set(entry) != set(ShardEntry.__dataclass_fields__):
+        raise DamagedError(f"the entry of shard {number} has other keys than ours")
+    for key in ("first_sample_idx", "last_sample_idx", "samples", "tokens", "bytes", "raw_bytes"):
+        _count(entry, key)
+    _typed(entry, "crc32c", str)
+    if entry["filename"] != shard_name(number):
+        raise DamagedError(f"shard {number} is called {entry['filename']!r}")
+    for norms in _typed(entry, "layer_norms", dict).values():
+        if not isinstance(norms, dict) or not all(
+            isinstance(norms.get(k), int | float) for k in ("mean", "max")
+        ):
+            raise DamagedError(f"the layer norms of shard {number} are not numbers")
+    return ShardEntry(**entry)

@@ -1,0 +1,30 @@
+"""The two places a worker keeps things: its local folders, and the bucket if there is one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_jax.run.ledger import METADATA_NAME
+from qwen_jax.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Places:
+    """output_dir: shards and metadata.json. checkpoint_path: None with --no_checkpointing. store: the bucket.
+
+    The bucket, when there is one, is the truth, and every local file is a cache of it.
+    """
+
+    output_dir: Path
+    checkpoint_path: Path | None
+    checkpoint_name: str
+    store: Store | None
+
+    @property
+    def metadata_path(self) -> Path:
+        return self.output_dir / METADATA_NAME
+
+    def local_shard_names(self) -> list[str]:
+        return sorted(path.name for path in self.output_dir.glob("shard_*.pkl.gz"))
+
+    def __str__(self) -> str:
+        return f"{self.store.url} and {self.output_dir}" if self.store else str(self.output_dir)

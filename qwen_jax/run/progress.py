@@ -1,0 +1,66 @@
+"""What a running worker says: a bar on a terminal, one plain line every 30 s elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 30.0
+
+
+class Progress:
+    """Counts samples, tokens and raw bytes since this start and shows them with rates and an ETA."""
+
+    def __init__(self, done: int, total: int, backlog: Callable[[], int]):
+        """done, total: stream lines dealt with before this start, and in all.
+
+        backlog: how many shards are not yet durable.
+        """
+        self._done, self._total = done, total
+        self._first = done
+        self._tokens = self._raw_bytes = self._shards = 0
+        self._backlog = backlog
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(total=total, initial=done, unit="sample") if sys.stderr.isatty() else None
+
+    def sample(self, sample_idx: int, tokens: int, raw_bytes: int) -> None:
+        """One more sample has left the device."""
+        self._tokens += tokens
+        self._raw_bytes += raw_bytes
+        step, self._done = sample_idx + 1 - self._done, sample_idx + 1
+        if self._bar is not None:
+            self._bar.update(step)
+            self._bar.set_postfix_str(self._rates(), refresh=False)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._print_line()
+
+    def shard(self) -> None:
+        """One more shard was handed over for writing."""
+        self._shards += 1
+
+    def _rates(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return (
+            f"{self._tokens / seconds:.0f} tokens/s, {self._raw_bytes / seconds / 1e6:.1f} MB/s, "
+            f"{self._shards} shards, backlog {self._backlog()}"
+        )
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        per_sample = (self._last_line - self._started) / max(self._done - self._first, 1)
+        eta = tqdm.format_interval(per_sample * (self._total - self._done))
+        line = f"{self._done}/{self._total} samples, {self._rates()}, ETA {eta}"
+        print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done > self._first:
+            self._print_line()

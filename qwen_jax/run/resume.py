@@ -1,0 +1,214 @@
+"""Where a start picks up: what the checkpoint and metadata say, believed only as far as shards exist.
+
+Never a silent restart from sample 0: whatever is missing, torn or foreign is either rebuilt from the
+shards, with a warning, or refused.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_jax.errors import ConfigError
+from qwen_jax.run.commit import Fence
+from qwen_jax.run.fingerprint import check_fingerprint
+from qwen_jax.run.ledger import (
+    METADATA_NAME,
+    CheckpointRecord,
+    DamagedError,
+    Ledger,
+    RunIdentity,
+    ShardEntry,
+    parse_checkpoint,
+    parse_metadata,
+    shard_name,
+)
+from qwen_jax.run.places import Places
+from qwen_jax.storage.checksum import file_crc32c
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """ledger: what is durable; to_adopt: the ledgers after each further shard that only lies locally."""
+
+    ledger: Ledger
+    to_adopt: tuple[Ledger, ...]
+    fence: Fence
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What one place says about the run; None where it says nothing readable."""
+
+    place: str
+    checkpoint: CheckpointRecord | None
+    ledger: Ledger | None
+    problems: tuple[str, ...]
+
+    @property
+    def says_nothing(self) -> bool:
+        return self.checkpoint is None and self.ledger is None
+
+
+def resume(run: RunIdentity, places: Places) -> Resumed:
+    """Finds the longest prefix of the run that is durable.
+
+    Raises ConfigError (78) if what is stored belongs to a run with other settings, or cannot be trusted:
+    shards without metadata, a damaged checkpoint with nothing to rebuild it from, a shard that the
+    checkpoint covers but that is missing or changed.
+    """
+    fence = Fence()
+    claims = [_local_claim(run, places)]
+    if places.store is not None:
+        claims.insert(0, _bucket_claim(run, places, fence))
+    for claim in claims:
+        for problem in claim.problems:
+            log.warning("%s: %s", claim.place, problem)
+    _refuse_unexplained(places, claims)
+    covered = next((c.checkpoint.total_shards for c in claims if c.checkpoint is not None), 0)
+    ledgers = [claim.ledger for claim in claims if claim.ledger is not None]
+    is_durable = _bucket_check(places) if places.store is not None else _local_check(places)
+    ledger = max((_verified(ledger, is_durable) for ledger in ledgers), key=_reach, default=Ledger())
+    if len(ledger.shards) < covered:
+        raise ConfigError(
+            f"the checkpoint in {claims[0].place} covers {covered} shards, but "
+            f"{shard_name(len(ledger.shards) + 1)} is missing, changed or not described in metadata.json; "
+            "restore it, or pass --force_restart to start over"
+        )
+    adopt = _adoptable(ledger, claims[-1].ledger, places) if places.store is not None else ()
+    is_new = all(claim.says_nothing for claim in claims)
+    if not is_new and claims[0].checkpoint is None and places.checkpoint_path is not None:
+        log.warning("checkpoint of worker %d rebuilt from %d shards", run.worker_id, len(ledger.shards))
+    return Resumed(ledger, adopt, fence, is_new)
+
+
+def _reach(ledger: Ledger) -> tuple[int, int]:
+    return len(ledger.shards), ledger.last_processed_sample_idx
+
+
+def _local_claim(run: RunIdentity, places: Places) -> _Claim:
+    checkpoint = _read_local(places.checkpoint_path) if places.checkpoint_path else None
+    return _claim(run, str(places.output_dir), checkpoint, _read_local(places.metadata_path))
+
+
+def _read_local(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _bucket_claim(run: RunIdentity, places: Places, fence: Fence) -> _Claim:
+    """Reads the bucket's markers and remembers their generations: the fencing token of this writer."""
+    contents: dict[str, bytes | None] = {}
+    for name in (places.checkpoint_name, METADATA_NAME):
+        stored = places.store.get_bytes(name)
+        contents[name] = stored[0] if stored else None
+        fence.generations[name] = stored[1].generation if stored else 0
+    checkpoint = contents[places.checkpoint_name] if places.checkpoint_path else None
+    return _claim(run, places.store.url, checkpoint, contents[METADATA_NAME])
+
+
+def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: bytes | None) -> _Claim:
+    problems = []
+    record = ledger = None
+    if checkpoint is not None:
+        try:
+            record = parse_checkpoint(checkpoint)
+        except DamagedError as error:
+            problems.append(f"the checkpoint is damaged ({error})")
+        else:
+            _refuse_foreign(run, record.worker_id, record.fingerprint, f"the checkpoint of {place}")
+    if metadata is not None:
+        try:
+            ledger, worker_id, fingerprint = parse_metadata(metadata)
+        except DamagedError as error:
+            problems.append(f"metadata.json is damaged ({error})")
+        else:
+            _refuse_foreign(run, worker_id, fingerprint, f"metadata.json of {place}")
+    return _Claim(place, record, ledger, tuple(problems))
+
+
+def _refuse_foreign(run: RunIdentity, worker_id: int, fingerprint: dict, source: str) -> None:
+    check_fingerprint(
+        {"worker_id": worker_id, **fingerprint}, {"worker_id": run.worker_id, **run.fingerprint}, source
+    )
+
+
+def _refuse_unexplained(places: Places, claims: list[_Claim]) -> None:
+    """A first run marks its folder before its first shard, so shards without metadata are not ours."""
+    if any(claim.ledger is not None for claim in claims):
+        return
+    found = places.local_shard_names()
+    if places.store is not None:
+        found += [info.name for info in places.store.list("shard_")]
+    damaged = any(claim.problems for claim in claims) or any(claim.checkpoint for claim in claims)
+    if found or damaged:
+        what = f"{len(found)} shards ({found[0]} ...)" if found else "a checkpoint"
+        raise ConfigError(
+            f"{places} holds {what} but no readable metadata.json, so the run cannot be resumed; choose "
+            "another --output_dir, restore metadata.json, or pass --force_restart to overwrite it all"
+        )
+
+
+ShardCheck = Callable[[list[ShardEntry]], list[bool]]
+
+
+def _bucket_check(places: Places) -> ShardCheck:
+    def check(entries: list[ShardEntry]) -> list[bool]:
+        present = {info.name: (info.size, info.crc32c) for info in places.store.list("shard_")}
+        return [present.get(entry.filename) == (entry.bytes, entry.crc32c) for entry in entries]
+
+    return check
+
+
+def _local_check(places: Places) -> ShardCheck:
+    def is_whole(entry: ShardEntry) -> bool:
+        path = places.output_dir / entry.filename
+        try:
+            return path.stat().st_size == entry.bytes and file_crc32c(path) == (entry.bytes, entry.crc32c)
+        except FileNotFoundError:
+            return False
+
+    def check(entries: list[ShardEntry]) -> list[bool]:
+        if entries:
+            log.info("checking %d shards in %s", len(entries), places.output_dir)
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(is_whole, entries))
+
+    return check
+
+
+def _verified(ledger: Ledger, is_durable: ShardCheck) -> Ledger:
+    """The longest prefix of `ledger` whose shards all exist as described."""
+    checks = [*is_durable(list(ledger.shards)), False]
+    return ledger.prefix(checks.index(False))
+
+
+def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[Ledger, ...]:
+    """The steps from the bucket's ledger to the local one, as far as the local files are whole."""
+    if local is None or len(local.shards) <= len(durable.shards):
+        return ()
+    further = list(local.shards[len(durable.shards) :])
+    checks = [*_local_check(places)(further), False]
+    first = len(durable.shards) + 1
+    return tuple(local.prefix(n) for n in range(first, first + checks.index(False)))
+
+
+def discard(places: Places) -> None:
+    """Deletes what an earlier run left in both places, markers first (`--force_restart`)."""
+    local = [places.checkpoint_path, places.metadata_path]
+    local += [places.output_dir / name for name in places.local_shard_names()]
+    local = [path for path in local if path is not None and path.exists()]
+    stored = [info.name for info in places.store.list()] if places.store is not None else []
+    markers = (places.checkpoint_name, METADATA_NAME)
+    stored = [name for name in stored if name in markers or name.startswith("shard_")]
+    if local or stored:
+        names = [*map(str, local), *(f"{places.store.url}/{name}" for name in stored)]
+        shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+        log.warning("--force_restart: deleting %d files: %s", len(names), shown)
+    for name in sorted(stored, key=lambda name: name not in markers):
+        places.store.delete(name)
+    for path in local:
+        path.unlink()

@@ -1,0 +1,168 @@
+"""One worker, from its settings to a completed run."""
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import TextIO
+
+from jax.sharding import Mesh
+
+from qwen_jax.data.batching import BatchShapes, windows
+from qwen_jax.data.prompts import PromptEncoder, load_tokenizer
+from qwen_jax.errors import TerminatedError, WriterConflictError
+from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
+from qwen_jax.model.sharding import check_mesh, make_mesh
+from qwen_jax.model.weights import load_model
+from qwen_jax.run.commit import BackgroundCommitter, Committer
+from qwen_jax.run.job import Job, identify, prepare
+from qwen_jax.run.ledger import COMPLETED, Ledger
+from qwen_jax.run.pipeline import SampleReader, captured_samples, filled_shards, prefetch
+from qwen_jax.run.places import Places
+from qwen_jax.run.progress import Progress
+from qwen_jax.run.resume import discard, resume
+from qwen_jax.run.settings import Settings
+from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
+from qwen_jax.storage.store import open_store
+
+log = logging.getLogger(__name__)
+
+
+def extract(settings: Settings, stop: Event) -> Ledger:
+    """Runs one worker to the end of its stream and returns what is then durable.
+
+    Raises a ToolkitError (its exit_code says which) and leaves everything consistent; the next call with
+    the same settings resumes. `stop` set from another thread ends it with TerminatedError.
+    """
+    job = prepare(settings)
+    with exclusive(settings):
+        places = open_places(settings, stop)
+        identity = identify(job)
+        if settings.force_restart:
+            discard(places)
+        resumed = resume(identity, places)
+        committer = Committer(
+            identity,
+            places,
+            job.layers,
+            resumed.ledger,
+            resumed.fence,
+            delete_local_after_upload=settings.delete_local_after_upload,
+        )
+        if resumed.is_new:
+            committer.open()
+        for ledger in resumed.to_adopt:
+            committer.adopt(ledger)
+        _report_start(job, places, committer.ledger, resumed.is_new)
+        if committer.ledger.status != COMPLETED:
+            run(job, committer, stop)
+    return committer.ledger
+
+
+def open_places(settings: Settings, stop: Event) -> Places:
+    """Makes the local folders and opens the bucket."""
+    checkpoint_path = None
+    if settings.checkpointing:
+        checkpoint_path = settings.checkpoint_dir / settings.checkpoint_name
+    for leftover in settings.output_dir.glob(f"*{TEMP_SUFFIX}"):
+        leftover.unlink()
+    store = open_store(settings.bucket_url, stop=stop) if settings.bucket_url else None
+    return Places(settings.output_dir, checkpoint_path, settings.checkpoint_name, store)
+
+
+@contextmanager
+def exclusive(settings: Settings) -> Iterator[None]:
+    """Holds the worker's folders for this process; raises WriterConflictError if another has them."""
+    folders = [settings.output_dir, *([settings.checkpoint_dir] if settings.checkpointing else [])]
+    files = []
+    try:
+        for folder in folders:
+            files.append(_lock(folder, settings.worker_id))
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
+def _lock(folder: Path, worker_id: int) -> TextIO:
+    path = folder / f".worker_{worker_id}.lock"
+    with storage_errors("write in", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise WriterConflictError(
+            f"another process on this machine runs worker {worker_id} in {folder}; stop it, or use another id"
+        ) from error
+    return file
+
+
+def run(job: Job, committer: Committer, stop: Event) -> None:
+    """Extracts from the first sample that is not yet durable to the end of the stream."""
+    settings = job.settings
+    first = committer.ledger.next_sample_idx
+    mesh = make_mesh(settings.model_parallel)
+    shapes = BatchShapes(settings.max_seq_length, settings.batch_size, mesh.shape["data"])
+    reader = SampleReader(settings, make_encoder(job), first, committer.ledger.bad_records)
+    ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
+    capture = load_capture(job, mesh)
+    samples = captured_samples(ahead, shapes, capture, first)
+    with (
+        BackgroundCommitter(committer) as background,
+        Progress(first, job.lines, lambda: background.backlog) as progress,
+    ):
+        for shard in filled_shards(_watched(samples, progress, stop), settings.shard_bytes, reader):
+            background.add(shard)
+            progress.shard()
+        background.wait()
+    committer.complete(job.lines, reader.take_skipped())
+
+
+def _watched(samples: Iterator, progress: Progress, stop: Event) -> Iterator:
+    """Passes samples on; shows progress; ends the run once `stop` is set."""
+    for tokenized, sample in samples:
+        if stop.is_set():
+            raise TerminatedError("SIGTERM: stopped; the next start resumes from the last checkpoint")
+        progress.sample(sample.sample_idx, len(sample.token_ids), sample.activations.nbytes)
+        yield tokenized, sample
+
+
+def make_encoder(job: Job) -> PromptEncoder:
+    settings = job.settings
+    return PromptEncoder(
+        load_tokenizer(str(job.source.folder)),
+        prompt_format=settings.prompt_format,
+        chat_template=settings.chat_template,
+        max_seq_length=settings.max_seq_length,
+        overlong=settings.overlong,
+    )
+
+
+def load_capture(job: Job, mesh: Mesh) -> Capture:
+    """Loads the weights up to the deepest layer, each device its part, and returns the capture step."""
+    check_mesh(mesh, job.config)
+    use_compilation_cache(job.settings.compilation_cache_dir)
+    num_layers = job.layers[-1] + 1
+    log.info("loading %d of %d layers in %s", num_layers, job.config.num_layers, job.dtype)
+    model = load_model(job.checkpoint, job.config, num_layers, COMPUTE_DTYPES[job.dtype], mesh)
+    return Capture(model, job.layers, job.settings.activation_type, job.activation_dtype, mesh)
+
+
+def _report_start(job: Job, places: Places, ledger: Ledger, is_new: bool) -> None:
+    worker = job.settings.worker_id
+    if ledger.status == COMPLETED:
+        log.info("worker %d has completed its stream already; nothing to do", worker)
+    elif is_new:
+        log.info("worker %d: %d samples from %s to %s", worker, job.lines, job.settings.dataset_path, places)
+    else:
+        log.info(
+            "worker %d resumes at sample %d of %d (%d shards are done)",
+            worker,
+            ledger.next_sample_idx,
+            job.lines,
+            len(ledger.shards),
+        )
