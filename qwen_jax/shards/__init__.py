@@ -1,0 +1,23 @@
+"""What a shard is, how it is written, and how a stranger's is read."""
+
+from qwen_jax.shards.format import (
+    ACTIVATION_DTYPES,
+    OPTIONAL_KEYS,
+    RECORD_KEYS,
+    Sample,
+    ShardError,
+    ShardInfo,
+    load_shard,
+    write_shard,
+)
+
+__all__ = [
+    "ACTIVATION_DTYPES",
+    "OPTIONAL_KEYS",
+    "RECORD_KEYS",
+    "Sample",
+    "ShardError",
+    "ShardInfo",
+    "load_shard",
+    "write_shard",
+]

@@ -1,0 +1,359 @@
+"""What a shard is: gzip of a pickle `{layer: [record, ...]}`, written in one pass and read safely."""
+
+import io
+import itertools
+import os
+import pickle
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from qwen_jax.errors import BadDataError
+from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
+from qwen_jax.shards.unpickle import ArrayShell, Unpickler
+
+RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "token_ids")
+"""What every record holds, in this order."""
+OPTIONAL_KEYS = ("token_roles", "token_cells", "token_positions", "residual", "attn", "mlp")
+"""What a record may hold besides: arrays over the sample's tokens."""
+
+_RECORD_COST = 512
+_READ_BUFFER_BYTES = 1 << 20
+
+
+class ShardError(BadDataError):
+    """A shard that cannot be written as asked, or a file that is not a whole and well-formed shard."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as the worker hands it over.
+
+    Attributes:
+        sample_idx: 0-based line number in the stream.
+        activations: [n_layers, n_tokens, hidden] array, or one [n_tokens, hidden] array a layer; float32,
+            float16 or bfloat16.
+        token_ids: int32 [n_tokens].
+        text_preview: the first characters of the prompt.
+        task_id: the task's name in the dataset.
+    """
+
+    sample_idx: int
+    activations: np.ndarray | Sequence[np.ndarray]
+    token_ids: np.ndarray
+    text_preview: str
+    task_id: str
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What went into a shard; `raw_bytes` is the size of its activations before compression."""
+
+    samples: int
+    tokens: int
+    first_sample_idx: int
+    last_sample_idx: int
+    raw_bytes: int
+
+
+# The pickle is written by hand, not by pickle.Pickler, for three reasons: the pickler keeps a copy of every
+# array's bytes until it ends; it decides by object identity what to repeat, so that equal strings give
+# different bytes; and it copies each array once more. A fixed shape of data needs few opcodes.
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A global, spelled in the pickle as module and name."""
+
+    module: str
+    name: str
+
+
+_NDARRAY = _Name("numpy", "ndarray")
+_DTYPE = _Name("numpy", "dtype")
+_RECONSTRUCT = _Name("numpy._core.multiarray", "_reconstruct")
+_PLAIN_STATE = (3, "<", None, None, None, -1, -1, 0)
+_DTYPES: dict[np.dtype, tuple[str | _Name, tuple]] = {
+    np.dtype(np.float32): ("f4", _PLAIN_STATE),
+    np.dtype(np.float16): ("f2", _PLAIN_STATE),
+    np.dtype(np.int32): ("i4", _PLAIN_STATE),
+    np.dtype(ml_dtypes.bfloat16): (_Name("ml_dtypes", "bfloat16"), (3, "<", None, None, None, 2, 2, 64)),
+}
+"""The arguments and the state with which numpy and ml_dtypes pickle each dtype that a shard may hold."""
+ACTIVATION_DTYPES = tuple(dtype for dtype in _DTYPES if dtype.kind != "i")
+"""dtypes of activations: float32, float16, bfloat16."""
+
+# Memo numbers: the record keys come first, then these, then the token arrays of the samples.
+_SLOT_RECONSTRUCT = len(RECORD_KEYS)
+_SLOT_ARRAY_ARGS = _SLOT_RECONSTRUCT + 1
+_SLOT_ACTIVATION_DTYPE = _SLOT_RECONSTRUCT + 2
+_SLOT_TOKEN_DTYPE = _SLOT_RECONSTRUCT + 3
+_SLOT_TOKENS = _SLOT_RECONSTRUCT + 4
+
+
+def write_shard(
+    file: Writable, layers: Sequence[int], samples: Sequence[Sample], *, threads: int | None = None
+) -> ShardInfo:
+    """Writes one shard: `{layer: [record, ...]}` with the samples' records in order.
+
+    The bytes depend on the arguments' values alone, not on `threads`. Beside the samples it needs a few
+    megabytes of memory. When it raises, what reached `file` is not a whole shard.
+
+    Args:
+        file: binary file-like with `write`; not closed.
+        layers: the layer index of each entry of `Sample.activations`; distinct, not negative.
+        samples: at least one, ascending in sample_idx.
+        threads: compressing threads; None takes all cores.
+
+    Raises:
+        ShardError: the samples do not fit together (the message names the sample), or there are none.
+    """
+    dtype = _check_samples(layers, samples)
+    with ParallelGzipWriter(file, threads) as out:
+        for piece in _pickle_pieces(layers, samples, dtype):
+            out.write(piece)
+    return ShardInfo(
+        samples=len(samples),
+        tokens=sum(len(sample.token_ids) for sample in samples),
+        first_sample_idx=int(samples[0].sample_idx),
+        last_sample_idx=int(samples[-1].sample_idx),
+        raw_bytes=sum(layer.nbytes for sample in samples for layer in sample.activations),
+    )
+
+
+def load_shard(
+    path_or_file: str | os.PathLike | BinaryIO, *, max_bytes: int | None = None
+) -> dict[int, list[dict]]:
+    """Reads a shard without trusting it: no code from the file runs, and memory is bounded.
+
+    Takes what `write_shard` writes and what pickle protocols 2 to 4 write for the same structure.
+
+    Args:
+        path_or_file: the shard's path or an open binary file.
+        max_bytes: bound on the memory that the content may take; by default it grows with the size of the
+            file (`shards.compress.Budget`), enough for any hidden states.
+
+    Returns:
+        `{layer: [record, ...]}` with the keys RECORD_KEYS and some of OPTIONAL_KEYS; `activation` is a
+        writable [n_tokens, hidden] array, `token_ids` one int32 [n_tokens] array for all records of a sample.
+
+    Raises:
+        ShardError: not a whole, well-formed shard; the message names the file and what is wrong.
+    """
+    if not isinstance(path_or_file, str | os.PathLike):
+        return _load(path_or_file, str(getattr(path_or_file, "name", "the open file")), max_bytes)
+    try:
+        with open(path_or_file, "rb") as file:
+            return _load(file, os.fspath(path_or_file), max_bytes)
+    except OSError as error:
+        raise ShardError(f"cannot read shard {path_or_file}: {error.strerror or error}") from error
+
+
+def _load(file: BinaryIO, name: str, max_bytes: int | None) -> dict[int, list[dict]]:
+    budget = Budget(max_bytes)
+    stream = io.BufferedReader(GzipReader(file, budget), _READ_BUFFER_BYTES)
+    try:
+        data = Unpickler(stream, budget, RECORD_KEYS + OPTIONAL_KEYS).load()
+        return _to_shard(data, budget)
+    except MalformedError as error:
+        raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error
+
+
+def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> np.dtype:
+    """Returns the dtype that all activations share."""
+    if not samples:
+        raise ShardError("a shard needs at least one sample")
+    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+        raise ShardError(f"layers must be distinct and not negative, got {list(layers)}")
+    first = samples[0].activations[0]
+    if first.dtype not in ACTIVATION_DTYPES:
+        names = ", ".join(str(dtype) for dtype in ACTIVATION_DTYPES)
+        raise ShardError(f"activations must be one of {names}, got {first.dtype}")
+    for sample in samples:
+        _check_sample(sample, len(layers), first.dtype, first.shape[-1])
+    for before, after in itertools.pairwise(samples):
+        if after.sample_idx <= before.sample_idx:
+            raise ShardError(f"sample {after.sample_idx} comes after sample {before.sample_idx} in one shard")
+    return first.dtype
+
+
+def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, hidden: int) -> None:
+    shape = (len(sample.token_ids), hidden)
+    if len(sample.activations) != n_layers:
+        raise ShardError(
+            f"sample {sample.sample_idx} has {len(sample.activations)} layers, the shard {n_layers}"
+        )
+    if any(layer.shape != shape or layer.dtype != dtype for layer in sample.activations):
+        found = ", ".join(sorted({f"{layer.dtype}{list(layer.shape)}" for layer in sample.activations}))
+        raise ShardError(
+            f"sample {sample.sample_idx} should have activations {dtype}{list(shape)}, got {found}"
+        )
+    if sample.sample_idx < 0 or min(shape) < 1:
+        raise ShardError(f"sample {sample.sample_idx} has a negative index, no tokens or no features")
+    if sample.token_ids.dtype != np.int32 or sample.token_ids.ndim != 1:
+        raise ShardError(
+            f"sample {sample.sample_idx} has token_ids {sample.token_ids.dtype}, expected int32 [n]"
+        )
+
+
+def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample], dtype: np.dtype) -> Iterator[Buffer]:
+    yield pickle.PROTO + b"\x04" + _prologue(dtype) + pickle.EMPTY_DICT
+    for position, layer in enumerate(layers):
+        yield _encode(int(layer)) + pickle.EMPTY_LIST
+        for number, sample in enumerate(samples):
+            yield from _record_pieces(sample, position, _SLOT_TOKENS + number)
+        yield pickle.SETITEM
+    yield pickle.STOP
+
+
+def _prologue(dtype: np.dtype) -> bytes:
+    """Puts what every record repeats into the memo, under the _SLOT numbers."""
+    values = [_encode(key) for key in RECORD_KEYS]
+    values.append(_encode(_RECONSTRUCT))
+    values.append(_encode((_NDARRAY, (0,), b"b")))
+    values.append(_dtype_opcodes(dtype))
+    values.append(_dtype_opcodes(np.dtype(np.int32)))
+    return b"".join(value + _put(slot) + pickle.POP for slot, value in enumerate(values))
+
+
+def _dtype_opcodes(dtype: np.dtype) -> bytes:
+    code, state = _DTYPES[dtype]
+    return _encode(_DTYPE) + _encode((code, False, True)) + pickle.REDUCE + _encode(state) + pickle.BUILD
+
+
+def _record_pieces(sample: Sample, position: int, token_slot: int) -> Iterator[Buffer]:
+    activation = sample.activations[position]
+    values: Mapping[str, Any] = {
+        "sample_idx": int(sample.sample_idx),
+        "shape": tuple(activation.shape),
+        "text_preview": sample.text_preview,
+        "task_id": sample.task_id,
+    }
+    yield pickle.EMPTY_DICT + pickle.MARK
+    for slot, key in enumerate(RECORD_KEYS):
+        yield _get(slot)
+        if key in values:
+            yield _encode(values[key])
+        elif key == "activation":
+            yield from _array_pieces(activation, _SLOT_ACTIVATION_DTYPE)
+        elif position == 0:
+            yield from _array_pieces(sample.token_ids, _SLOT_TOKEN_DTYPE)
+            yield _put(token_slot)
+        else:
+            yield _get(token_slot)
+    yield pickle.SETITEMS + pickle.APPEND
+
+
+def _array_pieces(array: np.ndarray, dtype_slot: int) -> Iterator[Buffer]:
+    """What numpy's own pickling means, with the data as a view of the array."""
+    data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    size = len(data)
+    length = (
+        pickle.BINBYTES + struct.pack("<I", size)
+        if size < 1 << 32
+        else pickle.BINBYTES8 + struct.pack("<Q", size)
+    )
+    yield _get(_SLOT_RECONSTRUCT) + _get(_SLOT_ARRAY_ARGS) + pickle.REDUCE + pickle.MARK
+    yield _encode(1) + _encode(tuple(array.shape)) + _get(dtype_slot) + pickle.NEWFALSE + length
+    yield data
+    yield pickle.TUPLE + pickle.BUILD
+
+
+def _put(slot: int) -> bytes:
+    return pickle.BINPUT + bytes([slot]) if slot < 256 else pickle.LONG_BINPUT + struct.pack("<I", slot)
+
+
+def _get(slot: int) -> bytes:
+    return pickle.BINGET + bytes([slot]) if slot < 256 else pickle.LONG_BINGET + struct.pack("<I", slot)
+
+
+def _encode(value: bool | int | str | bytes | tuple | _Name | None) -> bytes:
+    """Opcodes that push a small value, without use of the memo."""
+    match value:
+        case None:
+            return pickle.NONE
+        case bool():
+            return pickle.NEWTRUE if value else pickle.NEWFALSE
+        case int():
+            return _encode_int(value)
+        case str():
+            data = value.encode("utf-8", "surrogatepass")
+            return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
+        case bytes():
+            return pickle.SHORT_BINBYTES + struct.pack("<B", len(value)) + value
+        case tuple():
+            return pickle.MARK + b"".join(map(_encode, value)) + pickle.TUPLE
+        case _Name():
+            return _encode(value.module) + _encode(value.name) + pickle.STACK_GLOBAL
+    raise TypeError(f"no opcodes for {type(value).__name__}")
+
+
+def _encode_int(value: int) -> bytes:
+    if -(1 << 31) <= value < 1 << 31:
+        return pickle.BININT + struct.pack("<i", value)
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return pickle.LONG1 + struct.pack("<B", len(data)) + data
+
+
+def _to_shard(data: Any, budget: Budget) -> dict[int, list[dict]]:
+    """Checks the unpickled structure and puts arrays where shells are; raises MalformedError."""
+    if type(data) is not dict or not data:
+        raise MalformedError("does not hold a dict of layers")
+    if any(
+        type(layer) is not int or type(records) is not list or not records for layer, records in data.items()
+    ):
+        raise MalformedError("does not hold a dict of layer number to list of records")
+    shard = {layer: [_to_record(record, budget) for record in records] for layer, records in data.items()}
+    first_layer, first = next(iter(shard.items()))
+    outline = [_outline(record) for record in first]
+    if any(after[0] <= before[0] for before, after in itertools.pairwise(outline)):
+        raise MalformedError("has samples out of order")
+    if len({(record["activation"].dtype, record["activation"].shape[1]) for record in first}) != 1:
+        raise MalformedError("mixes activations of different widths or dtypes")
+    for layer, records in shard.items():
+        if [_outline(record) for record in records] != outline:
+            raise MalformedError(f"has other samples in layer {layer} than in layer {first_layer}")
+    return shard
+
+
+def _outline(record: dict) -> tuple:
+    """What a sample's records have in common in all layers."""
+    activation = record["activation"]
+    return record["sample_idx"], record["task_id"], activation.dtype, activation.shape
+
+
+def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
+    budget.charge(_RECORD_COST)
+    if type(record) is not dict or not set(RECORD_KEYS) <= record.keys():
+        raise MalformedError(f"has a record without all of {', '.join(RECORD_KEYS)}")
+    result = {key: value.array if type(value) is ArrayShell else value for key, value in record.items()}
+    for key, kind in (("sample_idx", int), ("shape", tuple), ("text_preview", str), ("task_id", str)):
+        if type(result[key]) is not kind:
+            raise MalformedError(f"has a record whose {key} is no {kind.__name__}")
+    if result["sample_idx"] < 0:
+        raise MalformedError("has a record with a negative sample_idx")
+    _check_arrays(result)
+    return result
+
+
+def _check_arrays(record: dict[str, Any]) -> None:
+    activation = record["activation"]
+    if (
+        type(activation) is not np.ndarray
+        or activation.ndim != 2
+        or activation.dtype not in ACTIVATION_DTYPES
+    ):
+        raise MalformedError("has a record whose activation is no two-dimensional float array")
+    if record["shape"] != activation.shape:
+        raise MalformedError("has a record whose shape is not that of its activation")
+    tokens = record["token_ids"]
+    if type(tokens) is not np.ndarray or tokens.dtype != np.int32 or tokens.shape != activation.shape[:1]:
+        raise MalformedError("has a record whose token_ids are not one int32 per token")
+    for key in OPTIONAL_KEYS:
+        extra = record.get(key)
+        if key in record and (type(extra) is not np.ndarray or len(extra) != len(activation)):
+            raise MalformedError(f"has a record whose {key} is no array over its tokens")

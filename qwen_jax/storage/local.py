@@ -1,0 +1,125 @@
+"""Files that are whole or not there: written beside their name, synced, then renamed."""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.errors import StorageError
+from qwen_jax.storage.checksum import RunningCrc32c
+
+TEMP_SUFFIX = ".tmp"
+"""A file that ends so is a dead writer's; it may be deleted."""
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space, then start again",
+    errno.EDQUOT: "the disk quota is used up: free some space, then start again",
+    errno.EACCES: "no permission: check the owner and mode of the folder",
+    errno.EPERM: "not permitted: check the owner and attributes of the folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EFBIG: "a file may not grow this large here: check `ulimit -f` and the file system",
+    errno.ENOENT: "the folder does not exist: create it",
+    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+    errno.EISDIR: "a folder has this name: move it away",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(action: str, path: str | os.PathLike) -> Iterator[None]:
+    """Turns an OSError inside into a StorageError that names the path and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = _ADVICE.get(error.errno or 0, "check the disk, then start again")
+        raise StorageError(f"cannot {action} {os.fspath(path)}: {reason} ({advice})") from error
+
+
+class AtomicFile:
+    """What `atomic_write` yields: `write`, and the `size` and `crc32c` of everything written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._running = RunningCrc32c()
+        with storage_errors("write", path):
+            self._file = open(_temp_path(path), "wb")  # noqa: SIM115 - closed by commit or discard
+
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return self._running.size
+
+    @property
+    def crc32c(self) -> str:
+        """Their crc32c in the spelling of GCS."""
+        return self._running.crc32c
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Writes bytes; raises StorageError."""
+        with storage_errors("write", self.path):
+            self._file.write(data)
+        self._running.update(data)
+        return memoryview(data).nbytes
+
+    def commit(self) -> None:
+        """Makes the bytes durable, then gives them their name."""
+        with storage_errors("write", self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.rename(_temp_path(self.path), self.path)
+            sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Removes the unfinished file; never raises, as it runs while another error is on its way."""
+        # close() flushes, so on a full disk it fails again; the file is to go in any case.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            os.unlink(_temp_path(self.path))
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[AtomicFile]:
+    """A binary file for writing that appears under `path` whole, or not at all.
+
+    The bytes go to `path` + ".tmp"; when the `with` block ends they are synced and renamed, and the folder is
+    synced. An exception inside the block removes the temporary file and leaves an older `path` as it was.
+
+    Raises:
+        StorageError: full disk, missing or read-only folder ..., with the path and what to do.
+    """
+    file = AtomicFile(Path(path))
+    try:
+        yield file
+        file.commit()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Writes JSON atomically, the same bytes for the same object; raises StorageError."""
+    with atomic_write(path) as file:
+        file.write(json_bytes(obj))
+
+
+def json_bytes(obj: Any) -> bytes:
+    """`obj` as our JSON files spell it: keys in the order given, indent 2, one newline at the end."""
+    return (json.dumps(obj, indent=2, allow_nan=False) + "\n").encode()
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Makes names in `folder` durable, as fsync of a file does not; raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temp_path(path: Path) -> Path:
+    return path.with_name(path.name + TEMP_SUFFIX)

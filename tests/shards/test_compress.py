@@ -1,0 +1,141 @@
+"""Parallel gzip: right content, order, bounded memory, and failures that reach the caller."""
+
+import gzip
+import io
+import random
+import threading
+import time
+
+import pytest
+
+from qwen_jax.shards import compress
+from qwen_jax.shards.compress import ParallelGzipWriter
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(compress, "BLOCK_BYTES", 1000)
+
+
+def written(pieces, threads=2) -> bytes:
+    file = io.BytesIO()
+    with ParallelGzipWriter(file, threads) as out:
+        for piece in pieces:
+            assert out.write(piece) == len(piece)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 25_017])
+def test_content_survives(size):
+    data = random.Random(size).randbytes(size)
+    assert gzip.decompress(written([data])) == data
+
+
+def test_bytes_do_not_depend_on_cuts_or_threads():
+    data = random.Random(1).randbytes(10_500)
+    cut = [data[:1], data[1:999], memoryview(data)[999:4000], b"", bytearray(data[4000:])]
+    assert written([data], threads=1) == written(cut, threads=4)
+
+
+def test_members_have_no_time_and_no_name():
+    data = written([b"x" * 3500])
+    assert data[:4] == b"\x1f\x8b\x08\x00" and data[4:8] == bytes(4)
+    assert data.count(b"\x1f\x8b\x08\x00\x00\x00\x00\x00") == 4
+
+
+def test_zlib_stands_in_for_isal(monkeypatch):
+    monkeypatch.setattr(compress, "isal_zlib", None)
+    data = random.Random(2).randbytes(3500)
+    out = written([data])
+    assert gzip.decompress(out) == data and out[4:8] == bytes(4)
+
+
+def test_the_callers_buffer_may_be_used_again():
+    buffer = bytearray(b"a" * 700)
+    file = io.BytesIO()
+    with ParallelGzipWriter(file) as out:
+        for letter in b"abcdef":
+            buffer[:] = bytes([letter]) * 700
+            out.write(buffer)
+    assert gzip.decompress(file.getvalue()) == b"".join(bytes([letter]) * 700 for letter in b"abcdef")
+
+
+def test_order_holds_when_early_blocks_are_slow(monkeypatch):
+    compress_block, later_done = compress.compress_block, threading.Event()
+
+    def slow_first(block):
+        if block[0] == ord("0"):
+            assert later_done.wait(10)
+        else:
+            later_done.set()
+        return compress_block(block)
+
+    monkeypatch.setattr(compress, "compress_block", slow_first)
+    data = b"".join(bytes([ord("0") + n]) * 1000 for n in range(4))
+    assert gzip.decompress(written([data])) == data
+
+
+def test_blocks_in_flight_are_bounded(monkeypatch):
+    gate, taken = threading.Event(), []
+    monkeypatch.setattr(compress, "compress_block", lambda block: gate.wait(10) and b"")
+    out = ParallelGzipWriter(io.BytesIO(), threads=2)
+
+    def feed():
+        for n in range(50):
+            out.write(bytes(1000))
+            taken.append(n)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    while len(taken) < 4:
+        time.sleep(0.001)
+    thread.join(0.1)
+    assert len(taken) == 4
+    gate.set()
+    thread.join()
+    out.close()
+
+
+def test_a_failing_thread_reaches_the_caller(monkeypatch):
+    def broken(block):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(compress, "compress_block", broken)
+    out = ParallelGzipWriter(io.BytesIO())
+    out.write(bytes(1500))
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="no room"):
+            out.close()
+    with pytest.raises(MemoryError, match="no room"):
+        out.write(b"more")
+
+
+def test_a_failing_file_reaches_the_caller():
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    out = ParallelGzipWriter(Full(), threads=1)
+    with pytest.raises(OSError, match="No space left"):
+        for _ in range(10):
+            out.write(bytes(1000))
+    with pytest.raises(OSError, match="No space left"):
+        out.close()
+
+
+def test_an_exception_inside_with_leaves_an_unfinished_file():
+    file = io.BytesIO()
+    with pytest.raises(KeyError), ParallelGzipWriter(file, threads=1) as out:
+        out.write(bytes(1500))
+        raise KeyError
+    assert file.getvalue() == b""
+    out.close()
+    assert file.getvalue() == b""
+    with pytest.raises(ValueError, match="closed"):
+        out.write(b"more")
+
+
+def test_threads_end_with_the_writer():
+    before = threading.active_count()
+    written([bytes(5000)], threads=3)
+    assert threading.active_count() == before
