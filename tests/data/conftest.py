@@ -1,0 +1,23 @@
+"""The real Qwen2.5 tokenizer where ../shared has it, else the demo's, which splits digits in the same way."""
+
+from pathlib import Path
+
+import pytest
+
+from qwen_jax.data.prompts import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared" / "qwen2.5-tokenizer"
+DEMO = ROOT / "examples" / "demo" / "model"
+
+
+@pytest.fixture(scope="session", params=[REAL, DEMO], ids=["qwen2.5", "demo"])
+def tokenizer(request):
+    if not request.param.is_dir():
+        pytest.skip("the Qwen2.5 tokenizer is not beside this checkout; the demo's stands in")
+    return load_tokenizer(str(request.param))
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return load_tokenizer(str(DEMO))

@@ -1,0 +1,120 @@
+"""Only valid records pass; everything else is a BadRecord with a reason, never a crash."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_jax.data.arc import BadRecord, Task, Text, parse_line, task_from_row
+
+GRID = [[0, 1], [2, 9]]
+PAIR = {"input": GRID, "output": GRID}
+TASK = {"task_id": "t", "train": [PAIR], "test": [{"input": GRID}]}
+
+
+def line(obj) -> bytes:
+    return json.dumps(obj).encode()
+
+
+def test_a_task_keeps_its_test_output_when_the_source_has_it():
+    assert parse_line(line(TASK)) == Task("t", [PAIR], [{"input": GRID}])
+    assert parse_line(line(TASK | {"test": [PAIR]})).test == [PAIR]
+
+
+@pytest.mark.parametrize("key", ["text", "prompt"])
+def test_text_rows(key):
+    assert parse_line(line({key: "hello"})) == Text("", text="hello")
+
+
+def test_message_rows():
+    messages = [{"role": "user", "content": "hello"}]
+    assert parse_line(line({"messages": messages, "task_id": "m"})) == Text("m", messages=messages)
+
+
+def test_a_byte_order_mark_and_crlf_are_tolerated():
+    assert parse_line(b"\xef\xbb\xbf" + line(TASK) + b"\r\n") == parse_line(line(TASK))
+
+
+BAD = {
+    "empty": (b"\n", "empty line"),
+    "not json": (b"{nope", "not JSON"),
+    "nul": (b"\x00" * 8, "not JSON"),
+    "not utf-8": (b'{"text": "\xff"}', "not UTF-8"),
+    "list": (b"[1]", "not a JSON object"),
+    "nan": (b'{"text": NaN}', "NaN"),
+    "huge int": (b'{"text": ' + b"9" * 5000 + b"}", "not JSON"),
+    "deep": (b"[" * 200_000, "nested too deeply"),
+    "surrogate": (b'{"text": "a\\ud800b"}', "surrogate"),
+    "unknown": (b'{"a": 1, "b": 2}', "its keys: a, b"),
+    "blank text": (b'{"text": "  "}', "empty"),
+    "no messages": (b'{"messages": []}', "messages"),
+    "message without role": (b'{"messages": [{"content": "x"}]}', r"messages\[0\]"),
+    "no pairs": (line(TASK | {"train": []}), "train"),
+    "pair without output": (line(TASK | {"train": [{"input": GRID}]}), r"train\[0\].output"),
+    "ragged": (line(TASK | {"test": [{"input": [[1, 2], [3]]}]}), "ragged: rows of 1 to 2"),
+    "empty grid": (line(TASK | {"test": [{"input": [[]]}]}), "empty grid"),
+    "no grid": (line(TASK | {"test": [{"input": "x"}]}), "not a grid"),
+    "cell 10": (line(TASK | {"test": [{"input": [[10]]}]}), "cell 10"),
+    "cell -1": (line(TASK | {"test": [{"input": [[-1]]}]}), "cell -1"),
+    "cell true": (line(TASK | {"test": [{"input": [[True]]}]}), "bool"),
+    "cell 1.0": (line(TASK | {"test": [{"input": [[1.0]]}]}), "float"),
+}
+
+
+@pytest.mark.parametrize("raw, words", BAD.values(), ids=BAD)
+def test_bad_lines_say_why(raw, words):
+    with pytest.raises(BadRecord, match=words):
+        parse_line(raw)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_crash_the_parser(raw):
+    try:
+        assert isinstance(parse_line(raw), Task | Text)
+    except BadRecord as bad:
+        assert str(bad)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["train", "test", "text", "messages", "task_id"]), json_values))
+def test_no_json_crashes_the_parser(obj):
+    try:
+        parse_line(json.dumps(obj).encode())
+    except BadRecord as bad:
+        assert str(bad)
+
+
+def test_pairs_of_a_source_row_become_a_task_with_the_last_pair_as_test():
+    row = {"source": "s1", "examples": [[GRID, GRID], [GRID, [[5]]], [[[7]], GRID]], "seeds": []}
+    expected = {
+        "task_id": "s1",
+        "train": [PAIR, {"input": GRID, "output": [[5]]}],
+        "test": [{"input": [[7]], "output": GRID}],
+    }
+    assert task_from_row(row, "examples", "row-0") == expected
+    arrays = [tuple(np.array(grid, np.int8) for grid in pair) for pair in row["examples"]]
+    assert task_from_row(row | {"examples": arrays}, "examples", "row-0") == expected
+    named = [{"input": a, "output": b} for a, b in row["examples"]]
+    assert task_from_row(row | {"examples": named}, "examples", "row-0") == expected
+    assert task_from_row(row | {"examples": json.dumps(row["examples"])}, "examples", "row-0") == expected
+
+
+def test_rows_that_are_tasks_or_text_already_pass():
+    assert task_from_row(TASK, "examples", "row-0") == TASK
+    assert task_from_row({"prompt": "hi"}, "examples", "row-3") == {"task_id": "row-3", "text": "hi"}
+
+
+@pytest.mark.parametrize(
+    "pairs", [[], [[GRID, GRID]], "[", [[GRID], [GRID]], [[GRID, GRID], [GRID, [[1], [2, 3]]]], None]
+)
+def test_unusable_pairs_are_bad_records(pairs):
+    with pytest.raises(BadRecord):
+        task_from_row({"examples": pairs}, "examples", "row-0")

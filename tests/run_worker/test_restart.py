@@ -1,0 +1,134 @@
+"""A run that is cut and started again ends as one that was not, byte for byte."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.run_worker.conftest import TASKS, tree
+
+
+def wait_until(condition, process, seconds: float = 120) -> None:
+    """Waits for a condition while the process lives; never for an amount of time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the worker ended before the condition came true"
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+def committed_shards(workspace) -> int:
+    if not workspace.checkpoint.exists():
+        return 0
+    return json.loads(workspace.checkpoint.read_text())["total_shards"]
+
+
+def interrupt(workspace, signal_number, *flags: str) -> int:
+    """Starts the worker, signals it once the first shard is committed, returns its exit code."""
+    process = workspace.start(*flags)
+    wait_until(lambda: committed_shards(workspace) > 0, process)
+    process.send_signal(signal_number)
+    process.communicate()
+    return process.returncode
+
+
+def test_killed_between_shards_and_restarted(workspace, finished):
+    assert interrupt(workspace, signal.SIGKILL) == -signal.SIGKILL
+    assert 0 < committed_shards(workspace) < len(finished.shards()), "killed too late to prove anything"
+    done = workspace.run()
+    assert "resumes at sample" in done.stderr
+    assert tree(workspace.output) == tree(finished.output)
+    assert workspace.checkpoint.read_bytes() == finished.checkpoint.read_bytes()
+
+
+def test_sigterm_exits_143_and_resumes(workspace, finished):
+    assert interrupt(workspace, signal.SIGTERM) == 143
+    workspace.run()
+    assert tree(workspace.output) == tree(finished.output)
+
+
+def test_a_finished_worker_changes_nothing(workspace):
+    workspace.run("--max_samples", "2")
+    before = {path: path.stat().st_mtime_ns for path in [*workspace.output.iterdir(), workspace.checkpoint]}
+    done = workspace.run("--max_samples", "2")
+    assert "has completed its stream already" in done.stderr
+    lock = ".worker_5.lock"
+    after = {path: path.stat().st_mtime_ns for path in [*workspace.output.iterdir(), workspace.checkpoint]}
+    assert {p: t for p, t in before.items() if p.name != lock} == {
+        p: t for p, t in after.items() if p.name != lock
+    }
+
+
+def test_a_local_bucket_holds_what_the_folder_holds(workspace, finished):
+    bucket = workspace.root / "bucket"
+    flags = ("--upload_to_gcs", "--gcs_bucket", f"file://{bucket}", "--delete_local_after_upload")
+    workspace.run(*flags)
+    stored = tree(bucket / "activations" / "tpu_5")
+    assert stored.pop("checkpoint_worker_5.json") == finished.checkpoint.read_bytes()
+    assert stored == tree(finished.output)
+    assert not workspace.shards()
+
+
+def test_no_checkpointing(workspace, finished):
+    workspace.run("--no_checkpointing")
+    assert not workspace.checkpoint.exists()
+    assert tree(workspace.output) == tree(finished.output)
+
+
+def test_other_settings_are_refused_by_name(workspace):
+    workspace.run("--max_samples", "2")
+    done = workspace.run("--max_samples", "2", "--activation_type", "attn", expect=78)
+    assert "activation_type: was 'residual', is 'attn'" in done.stderr
+    workspace.run("--max_samples", "2", "--activation_type", "attn", "--force_restart")
+    assert workspace.metadata()["activation_type"] == "attn"
+
+
+def test_bad_lines_are_skipped_listed_and_never_shift_the_others(workspace, finished, tmp_path):
+    lines = finished.stream.read_bytes().splitlines(keepends=True)
+    lines[1:1] = [b"not json\n", b'{"train": [], "test": []}\n']
+    stream = tmp_path / "bad.jsonl"
+    stream.write_bytes(b"".join(lines[:5]) + b"\n")
+    done = workspace.run(stream=stream)
+    metadata = workspace.metadata()
+    assert [(note["line"], note["bad_record"]) for note in metadata["skipped"]] == [
+        (2, True),
+        (3, True),
+        (6, True),
+    ]
+    assert "not JSON" in metadata["skipped"][0]["reason"]
+    assert metadata["totals"]["samples"] == 3
+    assert metadata["last_processed_sample_idx"] == 5
+    assert "line 2: skipped: not JSON" in done.stderr
+    assert "3 skipped" in done.stdout
+
+
+def test_too_many_bad_lines_stop_the_run(workspace, tmp_path):
+    stream = tmp_path / "bad.jsonl"
+    stream.write_text("nonsense\n" * 4)
+    done = workspace.run("--max_bad_records", "3", stream=stream, expect=65)
+    assert "line 4" in done.stderr and "--max_bad_records 3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        (("--layers_to_extract", "0", "3"), 2, "layers 0 to 2, got 3"),
+        (("--layers_to_extract", "1", "1"), 2, "twice"),
+        (("--upload_to_gcs",), 2, "--gcs_bucket"),
+        (("--max_seq_length", "40000"), 78, "32768 positions"),
+        (("--model_path", "/nowhere"), 78, "no such folder"),
+        (("--dataset_path", "/nowhere.jsonl"), 78, "create_dataset_streams.py"),
+        (("--prompt_format", "__import__('os')"), 2, "invalid choice"),
+    ],
+)
+def test_wrong_settings_end_with_a_message_and_write_nothing(workspace, flags, code, words):
+    done = workspace.run(*flags, expect=code)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not workspace.shards() and not workspace.checkpoint.exists()
+
+
+def test_all_lines_are_accounted_for(finished):
+    totals = finished.metadata()["totals"]
+    assert totals["samples"] + totals["skipped"] == TASKS

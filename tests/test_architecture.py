@@ -1,0 +1,79 @@
+"""The import arrows of docs/architecture.md, read off the code, and what a script may import to answer --help."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"model", "data", "shards", "storage", "run", "reading"}
+ALLOWED = {package: {package} for package in PACKAGES} | {
+    "run": PACKAGES - {"reading"},
+    "reading": PACKAGES - {"run"},
+}
+WITHOUT_JAX = ("data", "shards", "storage")
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "qwen_jax").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_downwards_only(file):
+    package = file.relative_to(ROOT / "qwen_jax").parts[0]
+    if package not in PACKAGES:
+        return
+    for name in imported_modules(file):
+        parts = name.split(".")
+        if parts[0] == "qwen_jax" and len(parts) > 1 and parts[1] in PACKAGES:
+            assert parts[1] in ALLOWED[package], f"{package} must not import {name}"
+        if package in WITHOUT_JAX:
+            assert parts[0] not in ("jax", "flax"), f"{package} must not import {name}"
+
+
+def test_the_product_never_imports_torch():
+    for file in [*modules(), *ROOT.glob("*.py")]:
+        assert not any(name.split(".")[0] == "torch" for name in imported_modules(file)), file
+
+
+@pytest.mark.parametrize(
+    "script", ["create_dataset_streams.py", "convert_hf_to_arc_format.py", "extract_activations.py"]
+)
+def test_help_answers_without_heavy_imports(script):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'jax', 'flax', 'datasets', 'transformers', 'torch', 'google.cloud.storage'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "default" in done.stdout
+
+
+def test_top_level_holds_only_what_the_design_names():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines()}
+    allowed = {
+        *("create_dataset_streams.py", "convert_hf_to_arc_format.py", "extract_activations.py"),
+        *("launch_worker.sh", "launch_all_workers.sh", "check_all_workers.sh"),
+        *("qwen_jax", "tests", "deploy", "examples", "benchmarks", "docs"),
+        *("requirements.txt", "README.md", "pyproject.toml"),
+    }
+    assert {name for name in top if not name.startswith(".")} <= allowed
