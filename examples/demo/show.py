@@ -13,7 +13,7 @@ HOW_TO_READ = """
 Read a shard:
     from qwen_jax.shards import load_shard    # safe for shards from strangers
     data = load_shard("{shard}")
-    data[{layer}][0]["activation"]            # float32 [n_tokens, hidden] of layer {layer}, first sample
+    data[{layer}][0]["activation"]            # {dtype} [n_tokens, hidden] of layer {layer}, first sample
 Or with the standard library alone (only for shards that you made yourself):
     import gzip, pickle
     with gzip.open("{shard}", "rb") as f:
@@ -38,7 +38,7 @@ def main(root: str) -> None:
     record = load_shard(shard)[layer][0]
     print(f"\n{shard.name}, layer {layer}, first sample: task {record['task_id']!r}, "
           f"activation {record['activation'].dtype} {record['shape']}")  # fmt: skip
-    print(HOW_TO_READ.format(shard=shard, layer=layer))
+    print(HOW_TO_READ.format(shard=shard, layer=layer, dtype=metadata["activation_dtype"]))
 
 
 if __name__ == "__main__":

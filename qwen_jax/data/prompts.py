@@ -1,5 +1,6 @@
 """Task or text -> prompt -> token ids, with over-long prompts handled in the open."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,6 +182,7 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> Any:
 
     Raises ConfigError if there is none.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     from transformers import AutoTokenizer
 
     local = Path(path_or_id).is_dir()
