@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwen_jax.errors import ToolkitError
+from qwen_jax.errors import ConfigError, ToolkitError
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -119,6 +119,15 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except ToolkitError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "qwen_jax":
+            raise
+        advice = "run this with .venv/bin/python, or pip install -r requirements.txt"
+        print(
+            f"{os.path.basename(sys.argv[0])}: error: the package {error.name} is missing; {advice}",
+            file=sys.stderr,
+        )
+        code = ConfigError.exit_code
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -1,5 +1,9 @@
 """Flag, then environment variable, then default."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from qwen_jax.cli import FlagParser, positive_float, positive_int
@@ -122,3 +126,19 @@ def test_workers_never_share_a_folder(tmp_path):
 )
 def test_objects_go_to_the_workers_own_folder(bucket, url):
     assert bucket_url(bucket, "activations", 5) == url
+
+
+def test_a_missing_package_is_named_with_what_to_do(tmp_path):
+    """On a bare Python the data scripts need only tqdm; without it they say how to get it."""
+    program = (
+        "import sys; sys.modules['tqdm'] = None; sys.argv = ['create_dataset_streams.py', *sys.argv[1:]]\n"
+    )
+    program += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    source = tmp_path / "source.jsonl"
+    source.write_text('{"text": "hello"}\n')
+    flags = ["--dataset_name", str(source), "--output_dir", str(tmp_path / "out")]
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 78
+    assert "tqdm is missing" in done.stderr and ".venv/bin/python" in done.stderr
+    assert "Traceback" not in done.stderr
