@@ -10,7 +10,7 @@ from qwen_jax.cli import FlagParser, non_negative_int, run_script
 from qwen_jax.data.arc import Row
 from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
 from qwen_jax.data.streams import Rejected, convert_rows, encode_line, stream_files
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import BadDataError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ def convert_hf_dataset_to_arc_format(
     dataset_name: a Hugging Face id, a local .jsonl/.json/.parquet file, or a folder (see iter_source_rows).
     column_name: the column that holds the [input, output] pairs; rows that are ARC tasks already pass.
     output_filename: appears whole or not at all. Rows that cannot be used are logged with their index.
-    Returns the number of tasks written. Raises UsageError for an empty range, and what iter_source_rows raises.
+    Returns the number of tasks written. Raises UsageError for an empty range, BadDataError if no row in it is
+    usable, and what iter_source_rows raises.
     """
     if start_index < 0 or (end_index is not None and end_index <= start_index):
         raise UsageError(
@@ -45,6 +46,11 @@ def convert_hf_dataset_to_arc_format(
     with stream_files([Path(output_filename)]) as (file,):
         for record in convert_rows(rows, column_name, reject):
             file.write(encode_line(record))
+        if file.lines == 0:
+            raise BadDataError(
+                f"{dataset_name} has no usable row from {start_index} to {end_index or 'its end'}; check "
+                "column_name and the range"
+            )
     return file.lines
 
 

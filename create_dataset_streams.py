@@ -13,6 +13,8 @@ from qwen_jax.data.arc import Row
 from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
 from qwen_jax.data.streams import stream_name, write_streams
 
+LINE_EVERY_S = 30.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="create_dataset_streams.py", description=__doc__)
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.flag("column_name", "column that holds the pairs of grids", default="examples")
     parser.flag("split", "split of a Hugging Face dataset", default="train")
     parser.flag("revision", "branch, tag or commit of a Hugging Face dataset")
-    parser.switch("verbose", "name every rejected row")
+    parser.switch("verbose", "name all rejected rows (at most 1000), not only the first five")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s")
 
@@ -54,11 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_progress(rows: Iterator[Row], total: int | None) -> Iterator[Row]:
-    """A bar on a terminal, a line every half minute elsewhere."""
+    """A bar on a terminal, a plain line every half minute elsewhere."""
     from tqdm import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    return iter(tqdm(rows, total=total, unit="row", mininterval=interval, file=sys.stderr))
+    if sys.stderr.isatty():
+        yield from tqdm(rows, total=total, unit="row")
+        return
+    started = last_line = time.monotonic()
+    for done, row in enumerate(rows, 1):
+        yield row
+        if time.monotonic() - last_line >= LINE_EVERY_S:
+            last_line = time.monotonic()
+            elapsed = tqdm.format_interval(last_line - started)
+            print(f"{done}/{total or '?'} rows, {elapsed}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ class Text:
     messages: list[dict[str, str]] | None = None
 
 
+_RECORD_KEYS = ("train", "test", "messages", "text", "prompt")
+_NAME_KEYS = ("task_id", "source", "id", "uid")
+
 Row = tuple[int, dict[str, Any] | BadRecord]
 """A row of a source dataset with its index; a row that cannot even be read is its BadRecord."""
 
@@ -64,13 +67,18 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse_record(record: Any) -> Task | Text:
-    """A decoded JSON object as Task or Text; raises BadRecord for anything else, and for invalid grids."""
+    """A decoded JSON object as Task or Text; raises BadRecord for anything else, and for invalid grids.
+
+    A field that is null counts as absent: tables of mixed rows fill their gaps with it.
+    """
     if not isinstance(record, Mapping):
         raise BadRecord(f"not a JSON object but {type(record).__name__}")
+    keys = ", ".join(_shown(key) for key in sorted(map(str, record))[:10]) or "none"
+    record = {key: value for key, value in record.items() if value is not None}
     task_id = record.get("task_id") or ""
     if not isinstance(task_id, str):
         raise BadRecord("task_id is not a string")
-    _check_encodable(task_id, "task_id")
+    check_encodable(task_id, "task_id")
     if "train" in record and "test" in record:
         train = _parse_pairs(record["train"], "train", output_required=True)
         return Task(task_id, train, _parse_pairs(record["test"], "test", output_required=False))
@@ -79,8 +87,12 @@ def parse_record(record: Any) -> Task | Text:
     for key in ("text", "prompt"):
         if key in record:
             return Text(task_id, text=_parse_text(record[key], key))
-    keys = ", ".join(sorted(map(str, record))[:10]) or "none"
     raise BadRecord(f"neither an ARC task (train, test) nor text, prompt or messages; its keys: {keys}")
+
+
+def _shown(key: str) -> str:
+    """A key as a reason may carry it: short, and free of half surrogate pairs, which no log can take."""
+    return key[:40].encode(errors="backslashreplace").decode()
 
 
 def _parse_pairs(pairs: Any, where: str, *, output_required: bool) -> list[dict[str, Grid]]:
@@ -117,12 +129,12 @@ def _parse_grid(grid: Any, where: str) -> Grid:
 def _parse_text(text: Any, key: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise BadRecord(f"{key} is not a string, or empty")
-    _check_encodable(text, key)
+    check_encodable(text, key)
     return text
 
 
-def _check_encodable(text: str, key: str) -> None:
-    """JSON can spell half of a surrogate pair, which no UTF-8 and no tokenizer can."""
+def check_encodable(text: str, key: str) -> None:
+    """Raises BadRecord for half of a surrogate pair: JSON can spell it, but no UTF-8 and no tokenizer can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -136,7 +148,9 @@ def _parse_messages(messages: Any) -> list[dict[str, str]]:
         if not isinstance(message, Mapping):
             raise BadRecord(f"messages[{number}] is not an object with role and content")
         for key in ("role", "content"):
-            _parse_text(message.get(key), f"messages[{number}].{key}")
+            if not isinstance(message.get(key), str):
+                raise BadRecord(f"messages[{number}].{key} is not a string")
+            check_encodable(message[key], f"messages[{number}].{key}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
@@ -148,12 +162,17 @@ def task_from_row(row: Mapping[str, Any], column_name: str, task_id: str) -> dic
     task_id: the name where the row has none of its own.
     Raises BadRecord with the reason.
     """
-    row = _plain(row)
-    name = next((row[key] for key in ("task_id", "source", "id", "uid") if _is_name(row.get(key))), task_id)
-    if column_name in row and not ("train" in row and "test" in row):
+    try:
+        row = {key: _plain(row[key]) if key in (column_name, *_RECORD_KEYS) else row[key] for key in row}
+    except RecursionError as error:
+        raise BadRecord("nested too deeply") from error
+    name = next((row[key] for key in _NAME_KEYS if _is_name(row.get(key))), task_id)
+    is_task = row.get("train") is not None and row.get("test") is not None
+    if row.get(column_name) is not None and not is_task:
         *train, test = _pairs_of_column(row[column_name], column_name)
         row = {"train": train, "test": [test]}
-    record = parse_record(row | {"task_id": name})
+    check_encodable(name, "task_id")
+    record = parse_record({key: value for key, value in row.items() if key != "task_id"})
     if isinstance(record, Task):
         return {"task_id": name, "train": record.train, "test": record.test}
     if record.messages is not None:

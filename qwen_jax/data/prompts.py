@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.data.arc import Grid, Task, Text
+from qwen_jax.data.arc import BadRecord, Grid, Task, Text, check_encodable
 from qwen_jax.errors import ConfigError, UsageError
 
 OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
@@ -69,7 +69,7 @@ class TokenizedSample:
 
     Attributes:
         token_ids: int32 [n_tokens].
-        text_preview: the first 200 characters of the prompt, as it is after shortening.
+        text_preview: the first 200 characters of the prompt that was tokenised, so without dropped examples.
         truncated: whether tokens were cut off on the right.
         dropped_examples: leading training examples left out to make it fit.
         full_length: tokens before any shortening.
@@ -128,8 +128,13 @@ class PromptEncoder:
         `drop_examples` leaves out as few leading training examples of a task as make it fit, and cuts text
         on the right; `truncate` cuts everything on the right; `skip` skips. A task whose test input does not
         fit even alone is skipped. No special tokens are added but those of the chat template.
+        A record that cannot become tokens at all is skipped as a bad one. Raises ConfigError for chat
+        messages where the tokenizer has no chat template.
         """
-        full = self._tokenize(sample_idx, record, 0)
+        try:
+            full = self._tokenize(sample_idx, record, 0)
+        except BadRecord as bad:
+            return SkippedSample(sample_idx, record.task_id, str(bad), 0, True)
         if not full.full_length:
             return SkippedSample(sample_idx, record.task_id, "prompt has no tokens", 0, True)
         if full.full_length <= self._max_seq_length:
@@ -153,6 +158,7 @@ class PromptEncoder:
 
     def _tokenize(self, sample_idx: int, record: Task | Text, dropped: int) -> TokenizedSample:
         text = self._prompt_text(record)
+        check_encodable(text, "prompt")
         ids = np.asarray(
             self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
         )
@@ -174,7 +180,12 @@ class PromptEncoder:
                 "the stream has chat messages, but this model's tokenizer has no chat template; use an Instruct "
                 "model, or a stream with text"
             )
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise BadRecord(f"the chat template refuses the messages: {error}") from error
 
 
 def load_tokenizer(path_or_id: str, revision: str | None = None) -> Any:
@@ -186,14 +197,18 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     local = Path(path_or_id).is_dir()
+    if local and not (Path(path_or_id) / "tokenizer.json").is_file():
+        # From the configuration alone transformers would make a tokenizer with no vocabulary, and not say so.
+        raise ConfigError(f"{path_or_id} has no tokenizer.json; copy it there from the model's page")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path_or_id, revision=revision, local_files_only=local, trust_remote_code=False, use_fast=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # for a broken file the tokenizers library raises Exception itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"no tokenizer can be loaded from {path_or_id} ({str(error).strip().splitlines()[0]}); the folder "
-            "needs tokenizer.json and tokenizer_config.json"
+            f"no tokenizer can be loaded from {path_or_id} ({reason}); the folder needs the model's own "
+            "tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(f"{path_or_id} has no tokenizer.json; download it from the model's page")

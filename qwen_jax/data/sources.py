@@ -16,13 +16,13 @@ def iter_source_rows(dataset_name: str, split: str = "train", revision: str | No
     """Yields (row index, row) of a dataset, in order and in bounded memory.
 
     dataset_name: a Hugging Face dataset id (streamed); a local .jsonl, .json or .parquet file; a folder of
-    such files (in order of their names) or one made by `Dataset.save_to_disk`.
+    such files (in order of their names) or one made by `save_to_disk` (of a DatasetDict, `split` is read).
     A line that is not JSON yields a BadRecord in its place. Raises ConfigError if a local path or dataset
     does not exist, StorageError if the hub cannot be reached.
     """
     path = Path(dataset_name).expanduser()
     if path.exists():
-        rows = _local_rows(path)
+        rows = _local_rows(path, split)
     elif dataset_name.startswith((".", "/", "~")) or path.suffix in _READERS:
         raise ConfigError(f"--dataset_name {dataset_name}: no such file or folder")
     else:
@@ -30,7 +30,11 @@ def iter_source_rows(dataset_name: str, split: str = "train", revision: str | No
     return enumerate(rows)
 
 
-def _local_rows(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
+def _local_rows(path: Path, split: str) -> Iterator[dict[str, Any] | BadRecord]:
+    if (path / "dataset_dict.json").exists():
+        path = path / split
+        if not path.is_dir():
+            raise ConfigError(f"--split {split}: {path.parent} has no such split")
     if path.is_file():
         reader = _READERS.get(path.suffix)
         if reader is None:
@@ -86,9 +90,12 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any] | BadRecord]:
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise BadDataError(f"{path} is not a whole Parquet file ({error}); fetch it again") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[dict[str, Any] | BadRecord]]] = {

@@ -98,14 +98,22 @@ class Rejected:
 def convert_rows(
     rows: Iterable[Row], column_name: str, reject: Callable[[Rejected], None]
 ) -> Iterator[dict[str, Any]]:
-    """Source rows as the objects of stream lines; those that cannot be used go to `reject`."""
-    for index, row in rows:
-        try:
-            if isinstance(row, BadRecord):
-                raise row
-            yield task_from_row(row, column_name, f"row-{index}")
-        except BadRecord as bad:
-            reject(Rejected(index, str(bad)))
+    """Source rows as the objects of stream lines; those that cannot be used go to `reject`.
+
+    Raises StorageError where the source itself cannot be read on.
+    """
+    try:
+        for index, row in rows:
+            try:
+                if isinstance(row, BadRecord):
+                    raise row
+                yield task_from_row(row, column_name, f"row-{index}")
+            except BadRecord as bad:
+                reject(Rejected(index, str(bad)))
+    except OSError as error:
+        raise StorageError(
+            f"the dataset cannot be read: {error}; check --dataset_name and its permissions"
+        ) from error
 
 
 def encode_line(record: dict[str, Any]) -> bytes:
@@ -113,34 +121,52 @@ def encode_line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder"
+        ) from error
+
+
 class StreamFile:
-    """A stream file being written: under a temporary name until it is whole."""
+    """A stream file being written: under a temporary name until it is whole.
+
+    Whatever the disk refuses is raised as StorageError.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.lines = 0
         self._digest = hashlib.sha256()
         self._temp = path.with_name(path.name + ".tmp")
-        self._file: io.BufferedWriter = open(self._temp, "wb")  # noqa: SIM115  (closed by commit or discard)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: io.BufferedWriter = open(self._temp, "wb")  # noqa: SIM115  (finish or discard closes it)
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
     def write(self, line: bytes) -> None:
-        self._file.write(line)
+        with _writing(self.path):
+            self._file.write(line)
         self._digest.update(line)
         self.lines += 1
 
     def finish(self) -> None:
         """Makes the bytes durable, still under the temporary name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with _writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
     def publish(self) -> None:
         """Gives the finished file its name."""
-        os.replace(self._temp, self.path)
+        with _writing(self.path):
+            os.replace(self._temp, self.path)
 
     def discard(self) -> None:
         """Removes what is not published; used while another error is on its way."""
@@ -156,18 +182,12 @@ def stream_files(paths: list[Path]) -> Iterator[list[StreamFile]]:
     files: list[StreamFile] = []
     try:
         for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
             files.append(StreamFile(path))
         yield files
         for file in files:
             file.finish()
         for file in files:
             file.publish()
-    except OSError as error:
-        where = error.filename or paths[0].parent
-        raise StorageError(
-            f"cannot write {where}: {error.strerror}; free space or choose another folder"
-        ) from error
     finally:
         for file in files:
             file.discard()

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.data.arc import BadRecord, Task, Text, parse_line, task_from_row
@@ -33,6 +33,30 @@ def test_message_rows():
     assert parse_line(line({"messages": messages, "task_id": "m"})) == Text("m", messages=messages)
 
 
+def test_a_message_may_be_empty():
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "hello"}]
+    assert parse_line(line({"messages": messages})).messages == messages
+
+
+def test_null_fields_count_as_absent():
+    """Parquet gives every row every column of the table."""
+    nulls = dict.fromkeys(["train", "test", "messages", "text", "prompt", "examples", "task_id"])
+    assert parse_line(line(nulls | {"prompt": "hi"})) == Text("", text="hi")
+    assert task_from_row(nulls | {"prompt": "hi"}, "examples", "row-3") == {"task_id": "row-3", "text": "hi"}
+    row = nulls | {"source": "s", "examples": [[GRID, GRID], [GRID, GRID]]}
+    assert task_from_row(row, "examples", "row-3") == {"task_id": "s", "train": [PAIR], "test": [PAIR]}
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900])
+def test_deep_rows_are_bad_or_harmless_but_never_crash(depth):
+    deep = json.loads("[" * depth + "]" * depth)
+    with pytest.raises(BadRecord):
+        task_from_row({"examples": deep}, "examples", "row-0")
+    with pytest.raises(BadRecord):
+        task_from_row({"examples": json.dumps(deep)}, "examples", "row-0")
+    assert task_from_row({"text": "a", "notes": deep}, "examples", "r") == {"task_id": "r", "text": "a"}
+
+
 def test_a_byte_order_mark_and_crlf_are_tolerated():
     assert parse_line(b"\xef\xbb\xbf" + line(TASK) + b"\r\n") == parse_line(line(TASK))
 
@@ -48,6 +72,9 @@ BAD = {
     "deep": (b"[" * 200_000, "nested too deeply"),
     "surrogate": (b'{"text": "a\\ud800b"}', "surrogate"),
     "unknown": (b'{"a": 1, "b": 2}', "its keys: a, b"),
+    "half a surrogate in a key": (b'{"\\ud800": 1}', r"its keys: \\ud800$"),
+    "long key": (b'{"' + b"k" * 5000 + b'": 1}', "its keys: k{40}$"),
+    "all null": (b'{"text": null, "train": null}', "its keys: text, train"),
     "blank text": (b'{"text": "  "}', "empty"),
     "no messages": (b'{"messages": []}', "messages"),
     "message without role": (b'{"messages": [{"content": "x"}]}', r"messages\[0\]"),
@@ -84,6 +111,8 @@ json_values = st.recursive(
 )
 
 
+# In a fresh checkout the first example waits for Hypothesis to build its table of characters, some seconds.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["train", "test", "text", "messages", "task_id"]), json_values))
 def test_no_json_crashes_the_parser(obj):
     try:

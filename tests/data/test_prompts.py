@@ -149,3 +149,26 @@ def test_only_names_of_the_tables_are_accepted(demo_tokenizer):
 def test_no_tokenizer_is_said_so(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])
+def test_half_a_tokenizer_is_said_so(tmp_path, demo_tokenizer, file):
+    """From tokenizer_config.json alone transformers makes a tokenizer of one token."""
+    demo_tokenizer.save_pretrained(tmp_path)
+    if file == "tokenizer.json":
+        (tmp_path / file).write_text("{}")
+    else:
+        (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_what_cannot_become_tokens_is_a_bad_record_not_a_crash(demo_tokenizer, monkeypatch):
+    skipped = PromptEncoder(demo_tokenizer).encode(4, Text("t", text="half \ud800"))
+    assert isinstance(skipped, SkippedSample) and skipped.bad_record and "surrogate" in skipped.reason
+    monkeypatch.setattr(demo_tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    messages = Text("t", messages=[{"role": "assistant", "content": "hello"}])
+    skipped = PromptEncoder(demo_tokenizer).encode(5, messages)
+    assert isinstance(skipped, SkippedSample) and skipped.bad_record
+    assert (skipped.sample_idx, skipped.task_id) == (5, "t")
+    assert "roles must alternate" in skipped.reason

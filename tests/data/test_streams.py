@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
-from hypothesis import given
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert_hf_to_arc_format
@@ -103,6 +104,22 @@ def test_arc_json_files_are_tasks_by_id(tmp_path):
     assert [row["task_id"] for _, row in iter_source_rows(str(tmp_path / "0a1b.json"))] == ["0a1b"]
 
 
+def test_a_saved_dataset_of_several_splits_is_read_by_split(tmp_path):
+    splits = {"train": Dataset.from_list(rows(3)), "test": Dataset.from_list(rows(1))}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert len(list(iter_source_rows(str(tmp_path / "saved")))) == 3
+    assert len(list(iter_source_rows(str(tmp_path / "saved"), "test"))) == 1
+    with pytest.raises(ConfigError, match="--split dev"):
+        list(iter_source_rows(str(tmp_path / "saved"), "dev"))
+
+
+def test_a_torn_parquet_file_is_named(tmp_path):
+    Dataset.from_list(rows(3)).to_parquet(tmp_path / "s.parquet")
+    (tmp_path / "s.parquet").write_bytes((tmp_path / "s.parquet").read_bytes()[:-20])
+    with pytest.raises(BadDataError, match=r"s\.parquet"):
+        list(iter_source_rows(str(tmp_path / "s.parquet")))
+
+
 def test_max_samples_limits_the_rows_read(tmp_path):
     create(
         jsonl(tmp_path / "s.jsonl", rows(20)), tmp_path / "out", "--num_streams", "1", "--max_samples", "6"
@@ -127,6 +144,37 @@ def test_nothing_appears_when_the_source_fails_midway(tmp_path):
     with pytest.raises(StorageError):
         write_streams(failing(), 2, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_bytes_are_durable_before_any_file_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    write_streams(enumerate(rows(6)), 3, tmp_path)
+    assert calls == ["fsync"] * 3 + ["replace"] * 3 + ["fsync", "replace"], "streams first, streams.json last"
+
+
+def test_a_source_that_fails_is_not_blamed_on_the_output(tmp_path):
+    def failing():
+        yield from enumerate(rows(5))
+        raise PermissionError(13, "Permission denied", "source.jsonl")
+
+    with pytest.raises(StorageError, match=r"dataset cannot be read.*source\.jsonl"):
+        write_streams(failing(), 2, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixed_rows_are_the_same_from_parquet(tmp_path):
+    """A table has one set of columns, so Parquet fills the gaps with nulls."""
+    mixed = [*rows(3), {"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}]
+    create(jsonl(tmp_path / "a.jsonl", mixed), tmp_path / "a", "--num_streams", "2")
+    columns = {key: [row.get(key) for row in mixed] for key in ("source", "examples", "prompt", "messages")}
+    Dataset.from_dict(columns).to_parquet(tmp_path / "b.parquet")
+    create(tmp_path / "b.parquet", tmp_path / "b", "--num_streams", "2")
+    for name in (stream_name(0), stream_name(1)):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert json.loads((tmp_path / "b" / "streams.json").read_text())["samples"] == len(mixed)
 
 
 def test_no_usable_row_is_exit_65(tmp_path):
@@ -181,6 +229,24 @@ def test_convert_logs_rejected_rows_with_their_index(tmp_path, caplog):
     source = jsonl(tmp_path / "source.jsonl", [*rows(2), {"examples": []}, *rows(1)])
     assert convert_hf_dataset_to_arc_format(str(source), "examples", tmp_path / "o.jsonl") == 3
     assert "row 2 skipped" in caplog.text
+
+
+@settings(deadline=None, max_examples=40)
+@given(start=st.integers(0, 25), length=st.none() | st.integers(1, 25))
+def test_convert_writes_the_slice_or_nothing(tmp_path_factory, start, length):
+    folder = tmp_path_factory.mktemp("slice")
+    source = jsonl(folder / "source.jsonl", rows(20))
+    end = None if length is None else start + length
+    expected = [f"s{n}" for n in range(20)][start:end]
+    if expected:
+        assert convert_hf_dataset_to_arc_format(str(source), "examples", folder / "o", start, end) == len(
+            expected
+        )
+        assert task_ids(folder / "o") == expected
+    else:
+        with pytest.raises(BadDataError, match="no usable row"):
+            convert_hf_dataset_to_arc_format(str(source), "examples", folder / "o", start, end)
+        assert not (folder / "o").exists()
 
 
 def test_convert_refuses_an_empty_range(tmp_path):
