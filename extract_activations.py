@@ -35,7 +35,7 @@ def make_parser() -> FlagParser:
     flag("output_dir", "shards go to worker_N in it", default="./activations")
     flag("checkpoint_dir", "folder of checkpoint files", default="./checkpoints")
     switch("enable_checkpointing", "keep checkpoints, as is done anyway", env="")
-    switch("no_checkpointing", "keep no checkpoint: a later start cannot resume", env="")
+    switch("no_checkpointing", "write no checkpoint; a later start resumes from metadata.json", env="")
     switch("force_restart", "delete what this worker has stored, and start over", env="")
     switch("upload_to_gcs", "upload to the bucket")
     flag("gcs_bucket", "bucket name, or file:///folder to stand in for a bucket")

@@ -6,7 +6,7 @@
 #
 # Variables: NUM_WORKERS (32), ZONE (us-central2-b), NAME_PATTERN (tpu-worker-{}; {} is the worker id),
 # REMOTE_DIR (qwen: the checkout on each VM, relative to the home folder). The worker's own variables
-# (MODEL_PATH, BATCH_SIZE, ...) are passed on where they are set.
+# (MODEL_PATH, BATCH_SIZE, ...) are passed on where they are set. A worker's log is REMOTE_DIR/logs/worker_N.log.
 set -euo pipefail
 
 NUM_WORKERS=${NUM_WORKERS:-32}
@@ -16,7 +16,7 @@ REMOTE_DIR=${REMOTE_DIR:-qwen}
 PASSED_ON=(GCS_BUCKET GCS_PREFIX MODEL_PATH MODEL_REVISION DATASET_DIR OUTPUT_DIR CHECKPOINT_DIR BATCH_SIZE
     SHARD_SIZE_GB MAX_SEQ_LENGTH MAX_SAMPLES MAX_BAD_RECORDS LAYERS_TO_EXTRACT ACTIVATION_TYPE DTYPE
     ACTIVATION_DTYPE MODEL_PARALLEL LOOKAHEAD PROMPT_FORMAT CHAT_TEMPLATE OVERLONG
-    DELETE_LOCAL_AFTER_UPLOAD COMPILATION_CACHE_DIR)
+    DELETE_LOCAL_AFTER_UPLOAD COMPILATION_CACHE_DIR GCS_RETRY_BUDGET_S VERBOSE)
 
 fail() {
     echo "launch_all_workers.sh: error: $1" >&2
@@ -25,18 +25,24 @@ fail() {
 
 remote_command() { # worker id
     local name line
-    line="cd $(printf %q "$REMOTE_DIR") && mkdir -p logs && export TPU_WORKER_ID=$1 UPLOAD_TO_GCS=true"
+    # ls: says so where the script is missing; what runs in the background could not.
+    line="cd $(printf %q "$REMOTE_DIR") && ls launch_worker.sh > /dev/null && mkdir -p logs && export TPU_WORKER_ID=$1 UPLOAD_TO_GCS=true"
     for name in "${PASSED_ON[@]}"; do
         if [ -n "${!name:-}" ]; then line+=" $name=$(printf %q "${!name}")"; fi
     done
-    echo "$line && { nohup ./launch_worker.sh > logs/worker_$1.log 2>&1 < /dev/null & }"
+    # >>: a second start must not empty the log of a worker that runs.
+    echo "$line && { nohup ./launch_worker.sh >> logs/worker_$1.log 2>&1 < /dev/null & }"
 }
 
 dry_run=false
-case "${1:-}" in
+case "$*" in
 --dry_run | --dry-run) dry_run=true ;;
 '') ;;
-*) fail "unknown argument '$1'; the only flag is --dry_run" ;;
+-h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+*) fail "unknown arguments '$*'; the only flag is --dry_run" ;;
 esac
 [ -n "${GCS_BUCKET:-}" ] || fail "set GCS_BUCKET to the bucket that the workers upload to"
 [[ "$NUM_WORKERS" =~ ^[1-9][0-9]*$ ]] || fail "NUM_WORKERS must be a whole number above 0, got '$NUM_WORKERS'"

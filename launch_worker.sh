@@ -10,6 +10,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV_DIR=${VENV_DIR:-.venv}
+# What a variable of the caller's must not change in the demo.
+SETTINGS=(MODEL_REVISION GCS_PREFIX DELETE_LOCAL_AFTER_UPLOAD LAYERS_TO_EXTRACT ACTIVATION_TYPE DTYPE
+    ACTIVATION_DTYPE BATCH_SIZE MODEL_PARALLEL LOOKAHEAD PROMPT_FORMAT CHAT_TEMPLATE OVERLONG MAX_SAMPLES
+    MAX_BAD_RECORDS)
 
 fail() { # exit code, message
     echo "launch_worker.sh: error: $2" >&2
@@ -28,7 +32,9 @@ find_python() {
 }
 
 jax_package() {
-    if compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
+    if [ -n "${JAX_PACKAGE:-}" ]; then
+        echo "$JAX_PACKAGE"
+    elif compgen -G '/dev/accel*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
         echo 'jax[tpu]'
     elif command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
         echo 'jax[cuda13]'
@@ -37,16 +43,22 @@ jax_package() {
     fi
 }
 
+is_installed() { # what is wanted
+    [ -x "$VENV_DIR/bin/python" ] && [ "$(cat "$VENV_DIR/.installed" 2>/dev/null)" = "$1" ]
+}
+
 # The marker is written last, so an installation that was cut off is done again; it names what was
 # installed, so a changed requirements.txt is installed too.
 set_up_environment() {
     local python package wanted
     package=$(jax_package)
     wanted="$package $(cksum <requirements.txt)"
-    if [ "$(cat "$VENV_DIR/.installed" 2>/dev/null)" = "$wanted" ]; then
-        return
-    fi
+    if is_installed "$wanted"; then return; fi
     python=$(find_python)
+    mkdir -p "$VENV_DIR" || fail 78 "cannot create $VENV_DIR; set VENV_DIR to a folder that can be written"
+    exec 9>"$VENV_DIR/.lock" # several workers may start on one machine at once
+    if command -v flock >/dev/null; then flock 9; fi
+    if is_installed "$wanted"; then return; fi
     echo "installing $package and requirements.txt into $VENV_DIR" >&2
     "$python" -m venv "$VENV_DIR" || fail 78 "cannot create $VENV_DIR with $python; install its venv module (for example: apt-get install python3-venv)"
     "$VENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check "$package" -r requirements.txt >&2 ||
@@ -56,6 +68,7 @@ set_up_environment() {
 
 run_demo() {
     local out=demo_output
+    unset "${SETTINGS[@]}"
     export MODEL_PATH=examples/demo/model DATASET_DIR=examples/demo/streams MAX_SEQ_LENGTH=1024
     export OUTPUT_DIR=$out/activations CHECKPOINT_DIR=$out/checkpoints SHARD_SIZE_GB=0.008
     export UPLOAD_TO_GCS=true GCS_BUCKET="file://$PWD/$out/bucket"
@@ -63,21 +76,18 @@ run_demo() {
     "$VENV_DIR/bin/python" examples/demo/show.py "$out"
 }
 
-exec 9>".$(basename "$VENV_DIR").lock" # several workers may start on one machine at once
-if command -v flock >/dev/null; then flock 9; fi
-set_up_environment
-exec 9>&-
-
 if [ "${1:-}" = --demo ]; then
     [ $# -eq 1 ] || fail 2 "--demo takes no further arguments"
-    run_demo
-    exit
-fi
-arguments=("$@")
-if [[ "${1:-}" =~ ^[0-9]+$ ]]; then
-    arguments=(--worker_id "$@")
+elif [[ "${1:-}" =~ ^[0-9]+$ ]]; then
+    set -- --worker_id "$@"
 elif [ $# -gt 0 ] && [[ "$1" != -* ]]; then
     fail 2 "the worker id must be a whole number, got '$1'"
 fi
+set_up_environment
+exec 9>&- # the worker must not hold the lock
+if [ "${1:-}" = --demo ]; then
+    run_demo
+    exit
+fi
 # exec: SIGTERM must reach the worker itself.
-exec "$VENV_DIR/bin/python" extract_activations.py "${arguments[@]}"
+exec "$VENV_DIR/bin/python" extract_activations.py "$@"

@@ -45,7 +45,7 @@ class FlagParser(argparse.ArgumentParser):
         """Adds `--name`; `env` names the variable that is read where the flag is absent ("": none)."""
         if env is None:
             env = name.upper() if self._env_for_all else ""
-        shown = {None: "none", "": "none", False: "off"}.get(default, default)
+        shown = "off" if default is False else "none" if default in (None, "") else default
         notes = "" if kwargs.get("required") else f"default: {shown}"
         if env:
             notes += f"{', ' if notes else ''}variable: {env}"

@@ -1,0 +1,86 @@
+"""Fakes that stand first on PATH and write down how they were called."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from extract_activations import make_parser
+
+ROOT = Path(__file__).parents[2]
+# Each call gets a folder of its own with the arguments and the environment, separated by zero bytes.
+RECORD = """
+call="$CALLS/$(date +%s%N).$$-$(basename "$0")"
+mkdir "$call"
+for argument in "$@"; do printf '%s\\0' "$argument"; done >"$call/arguments"
+env -0 >"$call/environment.tmp"
+mv "$call/environment.tmp" "$call/environment"
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of a fake program."""
+
+    program: str
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Fakes:
+    """A folder of fake programs, and what was called."""
+
+    folder: Path
+    calls_folder: Path
+
+    def add(self, name: str, body: str, *, record: bool = True) -> Path:
+        """Puts a bash script `name` in front of PATH; with `record` it writes down each call first."""
+        return write_script(self.folder / name, (RECORD if record else "") + body)
+
+    def calls(self, program: str = "") -> list[Call]:
+        """The recorded calls in order, of one program or of all."""
+        found = [
+            Call(folder.name.partition("-")[2], _split(folder / "arguments"), _variables(folder))
+            for folder in sorted(self.calls_folder.iterdir())
+            if (folder / "environment").exists()
+        ]
+        return [call for call in found if program in ("", call.program)]
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """An environment without any setting of ours, with the fakes first on PATH."""
+        ours = set(setting_variables()) | {"WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK"}
+        ours |= {"TPU_WORKER_ID", "NUM_WORKERS", "ZONE", "NAME_PATTERN", "REMOTE_DIR", "VENV_DIR"}
+        kept = {name: value for name, value in os.environ.items() if name not in ours}
+        path = f"{self.folder}:{os.environ['PATH']}"
+        return kept | {"PATH": path, "CALLS": str(self.calls_folder)} | variables
+
+
+def setting_variables() -> list[str]:
+    """Every environment variable that a flag of the worker reads."""
+    return [variable for _, variable in make_parser()._env_flags]
+
+
+def write_script(path: Path, body: str) -> Path:
+    """Writes an executable bash script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}")
+    path.chmod(0o755)
+    return path
+
+
+def _split(file: Path) -> list[str]:
+    return file.read_text().split("\0")[:-1]
+
+
+def _variables(call: Path) -> dict[str, str]:
+    return dict(entry.split("=", 1) for entry in _split(call / "environment"))
+
+
+@pytest.fixture
+def fakes(tmp_path) -> Fakes:
+    made = Fakes(tmp_path / "fake bin", tmp_path / "calls")
+    made.folder.mkdir()
+    made.calls_folder.mkdir()
+    return made

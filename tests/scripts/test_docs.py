@@ -1,0 +1,114 @@
+"""docs/ says what the code says: flags, variables, defaults, exit codes, modules, links."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from qwen_jax import errors
+from tests.scripts.conftest import ROOT
+
+SCRIPTS = ("extract_activations.py", "create_dataset_streams.py", "convert_hf_to_arc_format.py")
+SHELL_FLAGS = {"--demo", "--dry_run"}
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
+# `--name` ... [default: X, variable: Y], as FlagParser writes each flag of --help.
+HELP_ENTRY = re.compile(r"^ {2}--(\w+)(.*?)(?=^ {2}-|\Z)", re.M | re.S)
+
+
+@cache
+def guide() -> str:
+    return (ROOT / "docs" / "guide.md").read_text()
+
+
+@cache
+def script_flags(script: str) -> dict[str, tuple[str, str]]:
+    """Flag -> (variable, default) as --help shows them; "" where there is none."""
+    wide = os.environ | {"COLUMNS": "1000"}  # argparse breaks lines at hyphens
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True)
+    found = {}
+    for name, text in HELP_ENTRY.findall(done.stdout):
+        notes = " ".join(text.split()).rpartition("[")[2]
+        variable = re.search(r"variable: (\w+)", notes)
+        default = re.search(r"default: ([^],]+)", notes)
+        found[f"--{name}"] = (variable[1] if variable else "", default[1] if default else "required")
+    return found
+
+
+def section(heading: str) -> str:
+    """The text below a heading, up to the next one."""
+    return re.split(r"^#+ ", guide().partition(f"\n### {heading}\n")[2], maxsplit=1, flags=re.M)[0]
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of each table row, without backticks."""
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            yield [cell.strip().replace("`", "") for cell in line.strip("| ").split(" | ")]
+
+
+def table_flags(script: str) -> dict[str, tuple[str, str]]:
+    lines = [re.sub(r"\| \|", "|  |", line) for line in section(script).splitlines()]
+    return {flag: (variable, default) for flag, variable, default, *_ in rows("\n".join(lines))}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_with_its_variable_and_default(script):
+    wanted = script_flags(script)
+    assert len(wanted) > 5
+    found = table_flags(script)
+    if "--worker_id" in found:
+        assert found["--worker_id"][0].startswith("see ")
+        found["--worker_id"] = ("", found["--worker_id"][1])
+    assert found == wanted
+
+
+def test_no_flag_that_does_not_exist():
+    known = SHELL_FLAGS.union(*(script_flags(script) for script in SCRIPTS))
+    assert set(FLAG.findall(guide())) - known == set()
+
+
+def test_every_exit_code():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    wanted = {kind.exit_code for kind in kinds if issubclass(kind, errors.ToolkitError)}
+    wanted -= {errors.ToolkitError.exit_code}
+    codes = guide().partition("\n## Exit codes\n")[2].partition("\n## ")[0]
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", codes, re.M)} == wanted | {0}
+
+
+@pytest.mark.parametrize("script", ["launch_worker.sh", "launch_all_workers.sh", "check_all_workers.sh"])
+def test_every_variable_of_the_shell_scripts(script):
+    defaults = re.findall(r"^(\w+)=\$\{(?:1:-\$\{)?\1:-(.*?)\}+$", (ROOT / script).read_text(), re.M)
+    assert defaults
+    table = section("Variables without a flag")
+    for variable, default in defaults:
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{variable}`"))
+        assert script in row and f"`{default.replace(chr(92), '')}" in row
+
+
+def test_every_module_is_in_the_architecture_and_no_other():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    packages = ROOT / "qwen_jax"
+    modules = {str(path.relative_to(packages)) for path in packages.rglob("*.py") if path.stem != "__init__"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.M)) == modules
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/architecture.md", "docs/testing.md"])
+def test_links_lead_somewhere(page):
+    file = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path) if path else file
+        assert linked.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(linked), f"{page} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

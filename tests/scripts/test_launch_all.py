@@ -1,0 +1,190 @@
+"""launch_all_workers.sh: what gcloud is given, and what the remote shell makes of it."""
+
+import shlex
+import subprocess
+import time
+
+import pytest
+
+from tests.scripts.conftest import RECORD, ROOT, Call, Fakes, setting_variables, write_script
+
+SCRIPT = ROOT / "launch_all_workers.sh"
+HARD = "a b\t'c'\"d\" $HOME $(touch owned) `touch owned`;touch owned&|<>*?[x]!{}\\ ~ # =\u00e9"
+# The launcher sets UPLOAD_TO_GCS itself.
+PASSED_ON = sorted({*setting_variables(), "GCS_RETRY_BUDGET_S"} - {"UPLOAD_TO_GCS"})
+
+
+def launch(
+    fakes: Fakes, *arguments: str, bucket: str = "bucket", **variables: str
+) -> subprocess.CompletedProcess:
+    environment = fakes.environment(GCS_BUCKET=bucket, **variables)
+    return subprocess.run(
+        [SCRIPT, *arguments], env=environment, cwd=fakes.folder.parent, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def gcloud(fakes) -> Fakes:
+    fakes.add("gcloud", "")
+    return fakes
+
+
+def given(call: Call) -> tuple[str, str, str]:
+    """VM, zone and remote command of one gcloud call."""
+    *start, name, zone_flag, zone, command_flag, command = call.arguments
+    assert start == ["compute", "tpus", "tpu-vm", "ssh"]
+    assert (zone_flag, command_flag) == ("--zone", "--command")
+    return name, zone, command
+
+
+def test_defaults(gcloud):
+    done = launch(gcloud)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "32 of 32 workers started"
+    calls = [given(call) for call in gcloud.calls("gcloud")]
+    assert [name for name, _, _ in calls] == [f"tpu-worker-{i}" for i in range(32)]
+    assert {zone for _, zone, _ in calls} == {"us-central2-b"}
+    assert all(command.startswith("cd qwen && ") for _, _, command in calls)
+
+
+def test_values_of_any_kind_reach_gcloud(gcloud):
+    launch(gcloud, NUM_WORKERS="1", ZONE=HARD, NAME_PATTERN=f"{HARD}-{{}}-vm")
+    name, zone, _ = given(gcloud.calls("gcloud")[0])
+    assert name == f"{HARD}-{{}}-vm".replace("{}", "0")
+    assert zone == HARD
+
+
+def test_dry_run_prints_exactly_what_would_be_run(gcloud):
+    settings = {name: HARD for name in PASSED_ON if name != "GCS_BUCKET"}
+    settings |= {"NUM_WORKERS": "2", "ZONE": HARD, "NAME_PATTERN": HARD, "REMOTE_DIR": HARD}
+    shown = launch(gcloud, "--dry_run", bucket=HARD, **settings)
+    assert shown.returncode == 0
+    assert gcloud.calls() == []
+    subprocess.run(["bash", "-c", shown.stdout], env=gcloud.environment(), check=True)
+    launch(gcloud, bucket=HARD, **settings)
+    calls = [call.arguments for call in gcloud.calls("gcloud")]
+    assert len(calls) == 4
+    assert calls[:2] == calls[2:]
+    assert not list(gcloud.folder.parent.glob("owned"))
+
+
+@pytest.fixture
+def remote(tmp_path, fakes, gcloud):
+    """Runs remote commands in the home folder of a VM whose checkout has a recording launch_worker.sh."""
+    home = tmp_path / "home"
+
+    def run(remote_dir: str = "qwen", **settings: str) -> list[Call]:
+        write_script(home / remote_dir / "launch_worker.sh", RECORD + 'echo "from the worker"')
+        launch(gcloud, REMOTE_DIR=remote_dir, NUM_WORKERS="10", **settings)
+        for call in gcloud.calls("gcloud"):
+            done = subprocess.run(
+                ["bash", "-c", given(call)[2]],
+                env=fakes.environment(),
+                cwd=home,
+                capture_output=True,
+                timeout=10,
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        return wait_for_calls(fakes, "launch_worker.sh", 10)
+
+    return run
+
+
+def wait_for_calls(fakes: Fakes, program: str, count: int) -> list[Call]:
+    """Remote workers run in the background; waits until all of them have been called."""
+    deadline = time.monotonic() + 20
+    while len(calls := fakes.calls(program)) < count:
+        assert time.monotonic() < deadline, f"{len(calls)} of {count} calls of {program}"
+        time.sleep(0.02)
+    return calls
+
+
+def test_the_remote_command_starts_the_worker_with_every_setting(remote, tmp_path):
+    settings = {name: f"{name} {HARD}" for name in PASSED_ON if name != "GCS_BUCKET"}
+    calls = remote("my $HOME;'q\"wen dir", bucket=HARD, **settings)
+    wanted = settings | {"GCS_BUCKET": HARD, "UPLOAD_TO_GCS": "true"}
+    for call in calls:
+        assert {name: call.environment.get(name) for name in wanted} == wanted
+        assert call.arguments == []
+    assert sorted(int(call.environment["TPU_WORKER_ID"]) for call in calls) == list(range(10))
+    assert not list(tmp_path.rglob("owned"))
+
+
+def test_unset_variables_stay_unset(remote):
+    for call in remote():
+        assert not set(call.environment) & (set(PASSED_ON) - {"GCS_BUCKET"})
+
+
+def test_each_worker_has_its_log_and_a_second_start_keeps_it(remote, tmp_path):
+    log = tmp_path / "home" / "qwen" / "logs" / "worker_9.log"
+    write_script(log, "")
+    log.write_text("before\n")
+    remote()
+    deadline = time.monotonic() + 20
+    while "from the worker" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert log.read_text() == "before\nfrom the worker\n"
+
+
+@pytest.mark.parametrize("missing", ["folder", "script"])
+def test_a_vm_without_the_checkout_is_no_success(gcloud, tmp_path, missing):
+    launch(gcloud, NUM_WORKERS="1")
+    if missing == "script":
+        (tmp_path / "qwen").mkdir()
+    command = given(gcloud.calls("gcloud")[0])[2]
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert ("qwen" if missing == "folder" else "launch_worker.sh") in done.stderr
+
+
+def test_workers_that_gcloud_cannot_start_are_named(fakes):
+    fakes.add("gcloud", 'case "$5" in *-1 | *-3) echo "no such VM" >&2; exit 1 ;; esac')
+    done = launch(fakes, NUM_WORKERS="5")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "3 of 5 workers started"
+    assert "not started: 1 3;" in done.stderr
+    assert len(fakes.calls("gcloud")) == 5
+
+
+def test_gcloud_does_not_eat_the_input(fakes):
+    fakes.add("gcloud", "cat >/dev/null")
+    assert launch(fakes, NUM_WORKERS="3").stdout.splitlines()[-1] == "3 of 3 workers started"
+
+
+@pytest.mark.parametrize(
+    "arguments, variables, words",
+    [
+        ((), {"bucket": ""}, "set GCS_BUCKET"),
+        (("--dry_run",), {"bucket": ""}, "set GCS_BUCKET"),
+        ((), {"NUM_WORKERS": "0"}, "NUM_WORKERS"),
+        ((), {"NUM_WORKERS": "three"}, "NUM_WORKERS"),
+        ((), {"NUM_WORKERS": "08"}, "NUM_WORKERS"),
+        ((), {"NAME_PATTERN": "one-name"}, "NAME_PATTERN"),
+        (("5",), {}, "--dry_run"),
+        (("--dry_run", "5"), {}, "--dry_run"),
+    ],
+)
+def test_wrong_calls_start_nothing(gcloud, arguments, variables, words):
+    done = launch(gcloud, *arguments, **variables)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert gcloud.calls() == [] and done.stdout == ""
+
+
+def test_without_gcloud(fakes, tmp_path):
+    environment = fakes.environment(GCS_BUCKET="bucket") | {"PATH": str(tmp_path)}
+    done = subprocess.run(["/bin/bash", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "gcloud was not found" in done.stderr
+
+
+def test_help(fakes):
+    done = subprocess.run([SCRIPT, "--help"], env=fakes.environment(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "REMOTE_DIR" in done.stdout and "set -e" not in done.stdout
+
+
+def test_the_dry_run_is_one_line_a_worker(gcloud):
+    lines = launch(gcloud, "--dry_run", NUM_WORKERS="3").stdout.splitlines()
+    assert [shlex.split(line)[5] for line in lines] == ["tpu-worker-0", "tpu-worker-1", "tpu-worker-2"]
