@@ -20,6 +20,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ class FakeGcs:
         faults: the script; each request takes the first fault that strikes.
         requests: (method, path with query) of everything that arrived.
         body_bytes: request body bytes that arrived.
+        uploads: names of the objects that whole bodies arrived for, stored or refused.
         page_size: objects in a page of a listing.
     """
 
@@ -121,13 +123,14 @@ class FakeGcs:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.body_bytes = 0
+        self.uploads: list[str] = []
         self.page_size = page_size
         self.lock = threading.RLock()
         self.stopping = threading.Event()
         self.sessions: dict[str, Session] = {}
         self._objects: dict[str, dict[str, Stored]] = {bucket: {} for bucket in buckets}
         self._generation = 1000
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), _Handler)
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
         self._server.fake = self
@@ -175,6 +178,7 @@ class FakeGcs:
     ) -> dict[str, Any]:
         """Checks and commits one object; returns its resource."""
         name = resource["name"]
+        self.uploads.append(name)
         self.check_condition(bucket, name, query)
         if resource.get("crc32c", crc32c(data)) != crc32c(data):
             raise ApiError(400, "Provided CRC32C does not match calculated CRC32C.")
@@ -191,6 +195,14 @@ class FakeGcs:
         stored = self.objects(bucket)[name]
         stored.data = bytes([stored.data[0] ^ 1]) + stored.data[1:]
         return stored.resource(bucket, name)
+
+
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that are killed in the middle of a request."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -218,6 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(min(length, self.fault.keep) if kind == "reset" else length)
         self.fake.body_bytes += len(self.body)
+        if kind != "reset" and len(self.body) < length:
+            return self._reset()  # the client died while it sent this
         if kind == "stall":
             self.fake.stopping.wait()
             return self._reset()

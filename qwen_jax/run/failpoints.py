@@ -1,0 +1,68 @@
+"""Named places where a worker kills itself, for tests that prove that dying there does no harm.
+
+Off unless the variable QWEN_JAX_FAILPOINT says `name`, or `name:n` for the n-th time that it is passed.
+"""
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_jax.errors import UsageError
+
+VARIABLE = "QWEN_JAX_FAILPOINT"
+
+NAMES = {
+    "resumed": "the start knows what is durable and has changed nothing yet",
+    "opened": "a new run has marked its folder and bucket as its own",
+    "shard_half_written": "half of the shard's temporary file is on the disk",
+    "shard_written": "all of it, but not under its final name",
+    "shard_named": "the shard has its final name on the local disk",
+    "shard_described": "the local metadata lists the shard, the bucket does not have it",
+    "shard_uploaded": "the shard is in the bucket, and nothing there lists it",
+    "metadata_local": "the local metadata is up to date",
+    "metadata_stored": "the bucket's metadata is up to date, its checkpoint is not",
+    "checkpoint_stored": "the bucket's checkpoint is up to date, the local one is not",
+    "checkpoint_local": "one commit is complete",
+    "adopting": "a shard that an earlier run kept is about to be uploaded",
+    "adopted": "it is committed",
+    "completing": "all shards are committed, the run is not marked as completed",
+}
+
+# Passes that are left until the process kills itself, by name; empty in every ordinary run.
+_armed: dict[str, int] = {}
+
+
+def arm(environment: Mapping[str, str]) -> None:
+    """Reads the variable; raises UsageError for a name or number that does not exist."""
+    _armed.clear()
+    text = environment.get(VARIABLE)
+    if not text:
+        return
+    name, _, count = text.partition(":")
+    if name not in NAMES or not (count or "1").isdecimal() or int(count or 1) < 1:
+        raise UsageError(f"{VARIABLE} must be NAME or NAME:N with one of {', '.join(NAMES)}; got {text!r}")
+    _armed[name] = int(count or 1)
+
+
+def failpoint(name: str) -> None:
+    """Dies here by SIGKILL if armed for this name and this pass."""
+    if name in _armed:
+        _armed[name] -= 1
+        if _armed[name] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HalfWritten:
+    """A binary file that passes `shard_half_written` in the middle of every write."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Writes in two halves, if it lives that long."""
+        view = memoryview(data).cast("B")
+        half = len(view) // 2
+        written = self._file.write(view[:half])
+        failpoint("shard_half_written")
+        return written + self._file.write(view[half:])

@@ -1,0 +1,206 @@
+"""Two workers with one id, and places that disagree: the bucket always ends as a single run's."""
+
+import gzip
+import json
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax.errors import WriterConflictError
+from qwen_jax.run.commit import Committer, FilledShard
+from qwen_jax.run.ledger import RunIdentity
+from qwen_jax.run.places import Places
+from qwen_jax.run.resume import resume
+from qwen_jax.shards import Sample
+from qwen_jax.storage.folder import FolderStore
+from tests.run_worker.conftest import tree
+from tests.run_worker.test_restart import wait_until
+from tests.run_worker.torture import CHECKPOINT
+
+
+def total_shards(worker) -> int:
+    checkpoint = worker.stored().get(CHECKPOINT)
+    return json.loads(checkpoint)["total_shards"] if checkpoint else -1
+
+
+def assert_mirrored(worker, undisturbed) -> None:
+    assert tree(worker.output) | {CHECKPOINT: worker.checkpoint.read_bytes()} == undisturbed
+
+
+def test_a_paused_worker_finds_its_successor_and_gives_way(cloud, undisturbed):
+    paused = cloud.elsewhere("paused").start()
+    wait_until(lambda: total_shards(cloud) >= 1, paused)
+    paused.send_signal(signal.SIGSTOP)
+    assert total_shards(cloud) < 5, "paused too late to prove anything"
+    cloud.elsewhere("successor").run()
+    generations = cloud.generations()
+    paused.send_signal(signal.SIGCONT)
+    _, errors = paused.communicate()
+    assert paused.returncode == 76, errors
+    assert "another writer with worker id 5" in errors and "Traceback" not in errors
+    assert cloud.stored() == undisturbed
+    assert cloud.generations() == generations
+
+
+def test_two_at_once(cloud, undisturbed):
+    """Both may lose (each fenced out by the other's marker), never both win with different results."""
+    rivals = [cloud.elsewhere(name).start() for name in ("left", "right")]
+    errors = [rival.communicate()[1] for rival in rivals]
+    codes = sorted(rival.returncode for rival in rivals)
+    assert codes in ([0, 76], [76, 76], [0, 0]), errors
+    if codes == [0, 0]:  # one was so late that it found the work done, or took over where the other ended
+        assert any("has completed its stream already" in text for text in errors), errors
+    if 0 not in codes:
+        cloud.run()
+    assert cloud.stored() == undisturbed
+
+
+def test_two_on_one_machine(cloud, undisturbed):
+    first = cloud.start()
+    wait_until(lambda: total_shards(cloud) >= 0, first)
+    first.send_signal(signal.SIGSTOP)
+    done = cloud.run(expect=76)
+    assert "another process on this machine runs worker 5" in done.stderr
+    first.send_signal(signal.SIGCONT)
+    first.communicate()
+    assert first.returncode == 0
+    assert cloud.stored() == undisturbed
+
+
+def test_stale_local_files_beside_a_newer_bucket(cloud, undisturbed):
+    cloud.killed_at("checkpoint_local:2")
+    shutil.copytree(cloud.root, cloud.root.with_name("stale"))
+    cloud.killed_at("checkpoint_local:2")
+    assert total_shards(cloud) == 3
+    cloud.lose_disk()
+    shutil.copytree(cloud.root.with_name("stale"), cloud.root, dirs_exist_ok=True)
+    before = len(cloud.uploads())
+    done = cloud.run()
+    assert "(3 shards are done)" in done.stderr
+    assert "shard_0004.pkl.gz" in cloud.uploads()[before:]
+    assert not {f"shard_000{n}.pkl.gz" for n in (1, 2, 3)} & set(cloud.uploads()[before:])
+    assert cloud.stored() == undisturbed
+
+
+def test_a_shard_kept_locally_is_uploaded_first_and_no_other_again(cloud, undisturbed):
+    cloud.killed_at("shard_described:2")
+    assert total_shards(cloud) == 1 and "shard_0002.pkl.gz" not in cloud.stored()
+    before = len(cloud.uploads())
+    done = cloud.run()
+    assert "uploading shard_0002.pkl.gz, kept by an earlier run" in done.stderr
+    assert cloud.uploads()[before] == "shard_0002.pkl.gz"
+    assert cloud.uploads()[before:].count("shard_0002.pkl.gz") == 1
+    assert "shard_0001.pkl.gz" not in cloud.uploads()[before:]
+    assert cloud.stored() == undisturbed
+    assert_mirrored(cloud, undisturbed)
+
+
+def test_a_finished_worker_changes_nothing_in_the_bucket_even_on_a_new_disk(cloud, undisturbed):
+    cloud.run()
+    generations = cloud.generations()
+    assert "has completed its stream already" in cloud.run().stderr
+    assert cloud.generations() == generations
+    cloud.lose_disk()
+    assert "has completed its stream already" in cloud.run().stderr
+    assert cloud.generations() == generations
+    assert cloud.checkpoint.read_bytes() == undisturbed[CHECKPOINT]
+
+
+def test_a_lost_bucket_is_filled_from_local_files_alone(cloud, undisturbed):
+    cloud.run()
+    cloud.server.objects("bucket").clear()
+    done = cloud.run()
+    assert "compiling" not in done.stderr, "samples were computed again"
+    assert cloud.stored() == undisturbed
+
+
+def test_resume_from_the_bucket_alone(cloud, undisturbed):
+    cloud.killed_at("checkpoint_stored:4")
+    cloud.lose_disk()
+    assert "(3 shards are done)" in cloud.run().stderr
+    assert cloud.stored() == undisturbed
+
+
+@pytest.mark.parametrize("killed_at", ["completing", "metadata_local:7", "metadata_stored:7"])
+def test_killed_while_completing(cloud, undisturbed, killed_at):
+    """The stream's last lines are skipped, so the last marker says more than the last shard does."""
+    shards = sum(name.startswith("shard_") for name in undisturbed)
+    cloud.killed_at(killed_at.replace("7", str(shards + 2)))
+    assert json.loads(cloud.stored()[CHECKPOINT])["status"] == "in_progress"
+    cloud.run()
+    assert cloud.stored() == undisturbed
+    assert_mirrored(cloud, undisturbed)
+
+
+IDENTITY = RunIdentity(5, "stream", "model", {"seed": 1}, {})
+
+
+def places_of(root: Path, machine: str, bucket: str) -> Places:
+    output = root / machine
+    output.mkdir(exist_ok=True)
+    return Places(output, output / CHECKPOINT, CHECKPOINT, FolderStore(root / bucket))
+
+
+def open_committer(root: Path, machine: str, bucket: str = "bucket") -> Committer:
+    """A worker in this process, on a machine of its own."""
+    places = places_of(root, machine, bucket)
+    resumed = resume(IDENTITY, places)
+    committer = Committer(IDENTITY, places, (0,), resumed.ledger, resumed.fence)
+    if resumed.is_new:
+        committer.open()
+    return committer
+
+
+def one_sample_shard(index: int, value: float) -> FilledShard:
+    activations = np.full((1, 2, 4), value, np.float32)
+    return FilledShard([Sample(index, activations, np.arange(2, dtype=np.int32), "", "")], [], [])
+
+
+def stored_value(path) -> float:
+    return pickle.loads(gzip.decompress(path.read_bytes()))[0][0]["activation"][0, 0]
+
+
+def test_a_rival_with_other_bits_cannot_replace_a_committed_shard(tmp_path):
+    owner = open_committer(tmp_path, "owner")
+    owner.add(one_sample_shard(0, 1.0))
+    rival = open_committer(tmp_path, "rival")
+    owner.add(one_sample_shard(1, 1.0))
+    before = tree(tmp_path / "bucket")
+    with pytest.raises(WriterConflictError):
+        rival.add(one_sample_shard(1, 2.0))
+    assert tree(tmp_path / "bucket") == before
+
+
+def test_a_rival_that_replaces_an_uncommitted_shard_keeps_its_owner_from_committing_it(tmp_path, monkeypatch):
+    owner = open_committer(tmp_path, "owner")
+    rival = open_committer(tmp_path, "rival")
+    commit_markers = owner._commit_markers
+    monkeypatch.setattr(
+        owner, "_commit_markers", lambda ledger: (rival.add(one_sample_shard(0, 2.0)), commit_markers(ledger))
+    )
+    with pytest.raises(WriterConflictError):
+        owner.add(one_sample_shard(0, 1.0))
+    assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
+    assert len(open_committer(tmp_path, "third").ledger.shards) == 1
+
+
+def test_a_dead_predecessors_shard_with_other_bits_is_replaced(tmp_path):
+    dead = open_committer(tmp_path, "dead")
+    dead._upload(dead._write(one_sample_shard(0, 1.0).samples))
+    open_committer(tmp_path, "heir").add(one_sample_shard(0, 2.0))
+    assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
+
+
+def test_local_shards_that_took_another_way_are_not_adopted(tmp_path):
+    """A preempted machine's disk comes back, with other bits in a shard that its heir committed."""
+    old = open_committer(tmp_path, "old", bucket="elsewhere")
+    old.add(one_sample_shard(0, 1.0))
+    old.add(one_sample_shard(1, 1.0))
+    open_committer(tmp_path, "heir").add(one_sample_shard(0, 2.0))
+    resumed = resume(IDENTITY, places_of(tmp_path, "old", "bucket"))
+    assert len(resumed.ledger.shards) == 1
+    assert resumed.to_adopt == () and resumed.local_lags

@@ -1,0 +1,28 @@
+"""Killed anywhere, however often: every sample once, every byte as in an undisturbed run."""
+
+import pytest
+
+from qwen_jax.run.failpoints import NAMES
+from tests.run_worker.torture import Torture
+
+
+def assert_unharmed(result, kills: int) -> None:
+    print(result)
+    assert result.kills >= kills
+    assert set(NAMES) <= set(result.hits), "a failpoint was never reached"
+    assert (result.lost, result.duplicated, result.ahead, result.torn, result.different) == (0, 0, 0, 0, [])
+
+
+def test_twenty_kills(inputs, tmp_path):
+    assert_unharmed(Torture(inputs, tmp_path, seed=1).run(20), 20)
+
+
+@pytest.mark.slow
+def test_five_hundred_kills(inputs, tmp_path):
+    assert_unharmed(Torture(inputs, tmp_path, seed=2).run(500), 500)
+
+
+@pytest.mark.parametrize("value", ["nowhere", "opened:0", "opened:x", ":1"])
+def test_an_unknown_failpoint_is_refused(cloud, value):
+    done = cloud.having(QWEN_JAX_FAILPOINT=value).run(expect=2)
+    assert "checkpoint_stored" in done.stderr and repr(value) in done.stderr

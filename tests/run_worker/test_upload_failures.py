@@ -1,0 +1,93 @@
+"""A bucket that fails or stalls, and SIGTERM at bad moments: the right exit code, and nothing lost."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+from qwen_jax.storage.checksum import file_crc32c
+from tests.fake_gcs import Fault
+from tests.run_worker.conftest import ROOT
+from tests.run_worker.test_restart import wait_until
+
+# A new run uploads two markers, then per shard the shard and two markers: the sixth is shard 2.
+SECOND_SHARD = 6
+
+
+def terminate(process: subprocess.Popen) -> str:
+    """Sends SIGTERM, fails unless the worker exits with 143 within 10 s, returns what it said."""
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert time.monotonic() - started < 10
+    assert "Traceback" not in errors
+    return errors
+
+
+def test_a_bucket_that_is_gone_for_long_ends_with_75_and_the_shard_kept(cloud, undisturbed):
+    cloud.server.faults = [Fault("status", "POST", "/upload/", nth=SECOND_SHARD, times=10**9)]
+    done = cloud.having(GCS_RETRY_BUDGET_S="1").run(expect=75)
+    kept = cloud.output / "shard_0002.pkl.gz"
+    assert f"the local file {kept} is kept" in done.stderr and "start again" in done.stderr
+    assert "Traceback" not in done.stderr
+    entry = cloud.metadata()["shards"][1]
+    assert file_crc32c(kept) == (entry["bytes"], entry["crc32c"])
+    assert "shard_0002.pkl.gz" not in cloud.stored()
+    cloud.server.faults.clear()
+    before = len(cloud.uploads())
+    cloud.run()
+    assert cloud.uploads()[before] == "shard_0002.pkl.gz"
+    assert cloud.stored() == undisturbed
+
+
+def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
+    stall = Fault("stall", "POST", "/upload/", nth=SECOND_SHARD)
+    cloud.server.faults = [stall]
+    process = cloud.start()
+    wait_until(lambda: stall.seen >= SECOND_SHARD, process)
+    errors = terminate(process)
+    assert "the next start resumes from the last checkpoint" in errors
+    before = len(cloud.uploads())
+    cloud.run()
+    assert cloud.uploads()[before] == "shard_0002.pkl.gz"
+    assert cloud.stored() == undisturbed
+
+
+def test_sigterm_between_retries(cloud, undisturbed):
+    failing = Fault("status", "POST", "/upload/", nth=SECOND_SHARD, times=10**9)
+    cloud.server.faults = [failing]
+    process = cloud.start()
+    wait_until(lambda: failing.seen > SECOND_SHARD, process)
+    terminate(process)
+    cloud.server.faults.clear()
+    cloud.run()
+    assert cloud.stored() == undisturbed
+
+
+def test_sigterm_during_compilation(cloud, undisturbed):
+    cold = replace(cloud, cache=cloud.root / "cold_cache")
+    process = cold.start()
+    line = next(line for line in process.stderr if "compiling" in line)
+    assert "compiling 2 x" in line
+    terminate(process)
+    assert not any(name.startswith("shard_") for name in cloud.stored())
+    cloud.run()
+    assert cloud.stored() == undisturbed
+
+
+def test_sigterm_while_foreign_code_runs_for_long():
+    """As a long compilation does: foreign code that returns after a minute and knows no signals."""
+    program = (
+        "import ctypes, sys\n"
+        "from qwen_jax.cli import run_script\n"
+        "from qwen_jax.run.shutdown import run_until_sigterm\n"
+        "def work(stop):\n"
+        "    print('busy', file=sys.stderr, flush=True)\n"
+        "    ctypes.CDLL(None).poll(None, 0, 60_000)\n"
+        "run_script(lambda _: run_until_sigterm(work))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline() == "busy\n"
+    assert "cut off" in terminate(process)
