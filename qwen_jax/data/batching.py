@@ -6,6 +6,7 @@ so a sample's batch shape, and with it its bits, depends on the stream and the s
 resumed run needs to go back no further than the start of one window.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,19 +15,21 @@ import numpy as np
 
 from qwen_jax.data.prompts import TokenizedSample
 
-WINDOW_LINES = 64
+WINDOW_LINES = 256
 _LENGTH_STEP = 64
-_MAX_LENGTHS = 32
+_MAX_LENGTHS = 16
+# What one more step costs on its own, in positions a device could have computed instead.
+_STEP_OVERHEAD = 64
 # Any token id does: a padded position is never read, and the causal mask hides it from the others.
 _PAD_ID = 0
 
 
 @dataclass(frozen=True)
 class BatchShapes:
-    """The few [rows, length] shapes a run compiles.
+    """The few [rows, length] shapes a run compiles: at most three for each of at most 16 lengths.
 
     max_seq_length: tokens of the longest sample. rows_per_device: rows a device takes at that length;
-    shorter batches take more, so that tokens per step stay near constant. devices: rows are a multiple
+    shorter batches take more, so that a full step has near constant tokens. devices: rows are a multiple
     of it.
     """
 
@@ -36,7 +39,7 @@ class BatchShapes:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """At most _MAX_LENGTHS padded lengths, evenly spaced up to max_seq_length."""
+        """The padded lengths, evenly spaced up to max_seq_length."""
         step = _LENGTH_STEP
         while step * _MAX_LENGTHS < self.max_seq_length:
             step += _LENGTH_STEP
@@ -51,12 +54,14 @@ class BatchShapes:
         """The smallest padded length that holds `n_tokens`."""
         return next(length for length in self.lengths if length >= n_tokens)
 
-    def rows_for(self, length: int, wanted: int) -> int:
-        """Rows of a batch of this length: as many as fit a step, halved while `wanted` still fit."""
-        rows = self.rows_per_device * self.max_seq_length // length
-        while rows > 1 and (rows + 1) // 2 * self.devices >= wanted:
-            rows = (rows + 1) // 2
-        return rows * self.devices
+    def row_counts(self, length: int) -> tuple[int, ...]:
+        """Rows that a batch of this length may have: one or two a device, or as many as fill a step."""
+        full = self.rows_per_device * self.max_seq_length // length
+        return tuple(rows * self.devices for rows in sorted({1, min(2, full), full}))
+
+    def cost(self, rows: int, length: int) -> int:
+        """Positions that a batch computes, its fixed cost included."""
+        return rows * length + _STEP_OVERHEAD * self.devices
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,27 @@ def window_start(sample_idx: int) -> int:
 
 
 def plan_batches(window: Sequence[TokenizedSample], shapes: BatchShapes) -> list[Batch]:
-    """Cuts a window, longest samples first, into batches; those with the earliest samples come first."""
+    """Cuts a window, longest samples first, into the cheapest batches; the earliest samples' come first.
+
+    The best cut of the first n samples follows from the best cuts of fewer, so the search is exact.
+    """
     by_length = sorted(window, key=lambda sample: (-len(sample.token_ids), sample.sample_idx))
+    total = len(by_length)
+    cheapest: list[float] = [0, *[math.inf] * total]
+    last_batch: list[tuple[int, int, int]] = [(0, 0, 0)] * (total + 1)
+    for start in range(total):
+        length = shapes.length_for(len(by_length[start].token_ids))
+        for rows in shapes.row_counts(length):
+            stop = min(start + rows, total)
+            cost = cheapest[start] + shapes.cost(rows, length)
+            if cost < cheapest[stop]:
+                cheapest[stop], last_batch[stop] = cost, (start, rows, length)
     batches = []
-    while by_length:
-        length = shapes.length_for(len(by_length[0].token_ids))
-        rows = shapes.rows_for(length, len(by_length))
-        batches.append(_fill(by_length[:rows], rows, length))
-        by_length = by_length[rows:]
+    stop = total
+    while stop:
+        start, rows, length = last_batch[stop]
+        batches.append(_fill(by_length[start:stop], rows, length))
+        stop = start
     return sorted(batches, key=lambda batch: min(sample.sample_idx for sample in batch.samples))
 
 
