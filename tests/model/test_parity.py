@@ -91,6 +91,16 @@ def test_each_module_alone(reference):
             assert worst_error(module(jnp.asarray(given)), expected) < MODULE_TOLERANCE, (layer, name)
 
 
+def test_the_norm_of_a_tiny_input_uses_eps(small):
+    """At 1e-4 the mean square is below eps, which then decides the scale."""
+    tiny = np.random.default_rng(1).normal(0, 1e-4, (2, 3, small.config.hidden_size)).astype(np.float32)
+    with torch.no_grad():
+        expected = small.hf.model.layers[0].input_layernorm(torch.from_numpy(tiny)).numpy()
+    graph, params = nnx.split(small.ours().blocks)
+    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], params))
+    assert worst_error(block.attn_norm(jnp.asarray(tiny)), expected) < MODULE_TOLERANCE
+
+
 def _module_inputs_and_outputs(hf, tokens) -> dict:
     caught = {}
 
