@@ -95,7 +95,7 @@ def captured_samples(
 
     def finish_oldest() -> Iterator[tuple[TokenizedSample, Sample]]:
         batch, captured = in_flight.popleft()
-        ready.update((sample.sample_idx, sample) for sample in _unpad(batch, np.asarray(captured), first))
+        ready.update((sample.sample_idx, sample) for sample in unpad(batch, np.asarray(captured), first))
         while expected and expected[0].sample_idx in ready:
             tokenized = expected.popleft()
             yield tokenized, ready.pop(tokenized.sample_idx)
@@ -112,7 +112,7 @@ def captured_samples(
         yield from finish_oldest()
 
 
-def _unpad(batch: Batch, captured_CBTD: np.ndarray, first: int) -> Iterator[Sample]:
+def unpad(batch: Batch, captured_CBTD: np.ndarray, first: int) -> Iterator[Sample]:
     """Copies each wanted row's real tokens out of a batch, so that the batch itself can be freed."""
     for row, tokenized in enumerate(batch.samples):
         if tokenized.sample_idx >= first:

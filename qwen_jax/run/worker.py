@@ -23,6 +23,7 @@ from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
 from qwen_jax.run.pipeline import SampleReader, captured_samples, filled_shards, prefetch
 from qwen_jax.run.places import Places
+from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
 from qwen_jax.run.resume import discard, resume
 from qwen_jax.run.settings import Settings
@@ -39,6 +40,7 @@ def extract(settings: Settings, stop: Event) -> Ledger:
     the same settings resumes. `stop` set from another thread ends it with TerminatedError.
     """
     arm(os.environ)
+    watch_for_notice()
     job = prepare(settings)
     with exclusive(settings):
         places = open_places(settings, stop)
