@@ -20,7 +20,8 @@ from isal import isal_zlib
 
 from qwen_jax.data.batching import Batch
 from qwen_jax.data.prompts import TokenizedSample
-from qwen_jax.run.pipeline import unpad
+from qwen_jax.model.capture import Captured
+from qwen_jax.run.pipeline import CapturedSample, unpad
 from qwen_jax.shards import write_shard
 from qwen_jax.shards.compress import BLOCK_BYTES
 from qwen_jax.shards.statistics import layer_norms
@@ -30,7 +31,7 @@ LAYERS, HIDDEN, ROWS, LENGTH = 24, 896, 4, 1280
 PEER_SHARE = 40  # the peer is so slow that it gets only this part of the data
 
 
-def synthetic_batches(gigabytes: float, dtype: str) -> list[tuple[Batch, np.ndarray]]:
+def synthetic_batches(gigabytes: float, dtype: str) -> list[tuple[Batch, Captured]]:
     """Padded batches as the device hands them over; rows are 75 to 100 % full."""
     rng = np.random.default_rng(0)
     bytes_per_batch = LAYERS * ROWS * LENGTH * HIDDEN * np.dtype(dtype).itemsize
@@ -45,8 +46,13 @@ def synthetic_batches(gigabytes: float, dtype: str) -> list[tuple[Batch, np.ndar
         )
         values = rng.normal(size=(LAYERS, ROWS, LENGTH, HIDDEN)).astype(np.float32)
         values = values.astype(ml_dtypes.bfloat16).astype(dtype)
-        batches.append((Batch(np.zeros((ROWS, LENGTH), np.int32), samples), values))
+        norms = np.ones((LAYERS, ROWS, LENGTH), np.float32)
+        batches.append((Batch(np.zeros((ROWS, LENGTH), np.int32), samples), Captured(values, norms)))
     return batches
+
+
+def unpadded(batches: list[tuple[Batch, Captured]]) -> list[CapturedSample]:
+    return [sample for batch, captured in batches for sample in unpad(batch, captured, 0)]
 
 
 def bare_isal(data: memoryview) -> None:
@@ -68,25 +74,25 @@ def main() -> None:
     args = parser.parse_args()
     dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else np.float32
     batches = synthetic_batches(args.gigabytes, dtype)
-    unpadded = [sample for batch, values in batches for sample in unpad(batch, values, 0)]
-    raw = np.concatenate([sample.activations.reshape(-1) for sample in unpadded]).view(np.uint8)
-    part = unpadded[: max(1, len(unpadded) // PEER_SHARE)]
-    part_bytes = sum(sample.activations.nbytes for sample in part)
+    samples = unpadded(batches)
+    raw = np.concatenate([sample.activations_CTD.reshape(-1) for sample in samples]).view(np.uint8)
+    part = samples[: max(1, len(samples) // PEER_SHARE)]
+    part_bytes = sum(sample.activations_CTD.nbytes for sample in part)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         target = Path(folder) / "shard"
 
         def ours() -> None:
-            samples = [sample for batch, values in batches for sample in unpad(batch, values, 0)]
-            layer_norms(range(LAYERS), samples)
+            samples = unpadded(batches)
+            layer_norms(range(LAYERS), [sample.norms_CT for sample in samples])
             with atomic_write(target) as file:
-                write_shard(file, range(LAYERS), samples)
+                write_shard(file, range(LAYERS), [sample.for_shard() for sample in samples])
 
         def disk() -> None:
             with atomic_write(target) as file:
                 file.write(memoryview(raw))
 
         def peer() -> None:
-            records = {layer: [sample.activations[layer] for sample in part] for layer in range(LAYERS)}
+            records = {layer: [sample.activations_CTD[layer] for sample in part] for layer in range(LAYERS)}
             with gzip.open(target, "wb") as file:
                 pickle.dump(records, file)
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,13 @@ def use_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+class Captured(NamedTuple):
+    """What one step gives: activations_CBTD in the stored dtype; norms_CBT their Euclidean norms, float32."""
+
+    activations_CBTD: jax.Array
+    norms_CBT: jax.Array
+
+
 class Capture:
     """A loaded model, and the one compiled step per batch shape that captures `layers` of it."""
 
@@ -44,14 +52,16 @@ class Capture:
         # On TPU and GPU float32 products run in fewer bits unless told otherwise.
         precision = "highest" if model.embed_VD.dtype == jnp.float32 else None
 
-        def step(params: nnx.State, tokens_BT: jax.Array) -> jax.Array:
+        def step(params: nnx.State, tokens_BT: jax.Array) -> Captured:
             with jax.default_matmul_precision(precision):
-                return nnx.merge(graph, params)(tokens_BT, layers, tap, ACTIVATION_DTYPES[dtype])
+                captured_CBTD = nnx.merge(graph, params)(tokens_BT, layers, tap, ACTIVATION_DTYPES[dtype])
+            # On the device, because on the host a pass over the values costs as much as compressing them.
+            return Captured(captured_CBTD, jnp.linalg.norm(captured_CBTD.astype(jnp.float32), axis=-1))
 
         self._step = jax.jit(step, out_shardings=NamedSharding(mesh, P(None, "data")))
 
-    def __call__(self, tokens_BT: np.ndarray) -> jax.Array:
-        """Starts one step and returns [C, B, T, D] before it is done; the copy to the host is under way.
+    def __call__(self, tokens_BT: np.ndarray) -> Captured:
+        """Starts one step and returns before it is done; the copy to the host is under way.
 
         tokens_BT: int32, B a multiple of the mesh's data axis. Parameters never leave the devices.
         """
@@ -59,6 +69,7 @@ class Capture:
             self._shapes.add(tokens_BT.shape)
             log.info("compiling %d x %d (the first batch of a shape takes longer)", *tokens_BT.shape)
         tokens = jax.device_put(tokens_BT, NamedSharding(self._mesh, P("data")))
-        captured_CBTD = self._step(self._params, tokens)
-        captured_CBTD.copy_to_host_async()
-        return captured_CBTD
+        captured = self._step(self._params, tokens)
+        for array in captured:
+            array.copy_to_host_async()
+        return captured

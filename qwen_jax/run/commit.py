@@ -15,8 +15,9 @@ from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.failpoints import HalfWritten, failpoint
 from qwen_jax.run.ledger import METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
+from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from qwen_jax.run.places import Places
-from qwen_jax.shards import Sample, write_shard
+from qwen_jax.shards import write_shard
 from qwen_jax.shards.statistics import layer_norms
 from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors, write_json
 from qwen_jax.storage.store import PreconditionFailedError
@@ -65,11 +66,11 @@ class Committer:
         """Writes the markers again where they lag behind what is durable; the bucket's only if asked to."""
         self._commit_markers(self.ledger, bucket=bucket)
 
-    def add(self, shard: "FilledShard") -> None:
+    def add(self, shard: FilledShard) -> None:
         """Writes, uploads and records one shard."""
         entry = self._write(shard.samples)
-        notes = (_skip_note(s) for s in shard.skipped)
-        ledger = self.ledger.with_shard(entry, notes, *_shortening_notes(shard.tokenized))
+        tokenized = [sample.tokenized for sample in shard.samples]
+        ledger = self.ledger.with_shard(entry, map(_skip_note, shard.skipped), *_shortening_notes(tokenized))
         self._commit(ledger, entry)
         log.info(
             "%s: samples %d to %d, %d tokens, %.1f MB",
@@ -92,13 +93,13 @@ class Committer:
         failpoint("completing")
         self._commit_markers(self.ledger.completed(lines, map(_skip_note, skipped)))
 
-    def _write(self, samples: Sequence[Sample]) -> ShardEntry:
+    def _write(self, samples: Sequence[CapturedSample]) -> ShardEntry:
         name = shard_name(len(self.ledger.shards) + 1)
         with atomic_write(self._places.output_dir / name) as file:
-            info = write_shard(HalfWritten(file), self._layers, samples)
+            info = write_shard(HalfWritten(file), self._layers, [sample.for_shard() for sample in samples])
             failpoint("shard_written")
         failpoint("shard_named")
-        norms = layer_norms(self._layers, samples)
+        norms = layer_norms(self._layers, [sample.norms_CT for sample in samples])
         return ShardEntry(filename=name, bytes=file.size, crc32c=file.crc32c, layer_norms=norms, **vars(info))
 
     def _commit(self, ledger: Ledger, entry: ShardEntry) -> None:
@@ -154,15 +155,6 @@ class Committer:
                 f"{self._run.worker_id}; stop one of the two and start again"
             ) from refused
         self._fence.generations[name] = info.generation
-
-
-@dataclass(frozen=True)
-class FilledShard:
-    """A shard's samples in order, how they were tokenised, and the lines skipped since the last shard."""
-
-    samples: Sequence[Sample]
-    tokenized: Sequence[TokenizedSample]
-    skipped: Sequence[SkippedSample]
 
 
 class BackgroundCommitter:

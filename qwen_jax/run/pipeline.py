@@ -4,7 +4,8 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from qwen_jax.data.batching import Batch, BatchShapes, plan_batches, window_star
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError, ConfigError
-from qwen_jax.run.commit import FilledShard
+from qwen_jax.model.capture import Captured
 from qwen_jax.run.settings import Settings
 from qwen_jax.shards import Sample
 
@@ -29,7 +30,34 @@ STEPS_IN_FLIGHT = 2
 class CaptureStep(Protocol):
     """What the pipeline needs of model.capture.Capture."""
 
-    def __call__(self, tokens_BT: np.ndarray) -> "np.ndarray": ...
+    def __call__(self, tokens_BT: np.ndarray) -> Captured: ...
+
+
+@dataclass(frozen=True)
+class CapturedSample:
+    """A sample off the device, padding removed. norms_CT: float32, of the stored activations."""
+
+    tokenized: TokenizedSample
+    activations_CTD: np.ndarray
+    norms_CT: np.ndarray
+
+    @property
+    def sample_idx(self) -> int:
+        return self.tokenized.sample_idx
+
+    def for_shard(self) -> Sample:
+        source = self.tokenized
+        return Sample(
+            source.sample_idx, self.activations_CTD, source.token_ids, source.text_preview, source.task_id
+        )
+
+
+@dataclass(frozen=True)
+class FilledShard:
+    """A shard's samples in order, and the lines skipped since the shard before."""
+
+    samples: Sequence[CapturedSample]
+    skipped: Sequence[SkippedSample]
 
 
 class SampleReader:
@@ -83,25 +111,25 @@ class SampleReader:
 
 def captured_samples(
     windows: Iterable[list[TokenizedSample]], shapes: BatchShapes, capture: CaptureStep, first: int
-) -> Iterator[tuple[TokenizedSample, Sample]]:
+) -> Iterator[CapturedSample]:
     """Runs the windows' batches and yields the samples from `first` on, in order, padding removed.
 
     The device is kept STEPS_IN_FLIGHT batches ahead of the host. Beside those, at most the samples of
-    the open windows are held.
+    the open windows are held. Raises ConfigError for activations that are not finite.
     """
-    expected: deque[TokenizedSample] = deque()
-    ready: dict[int, Sample] = {}
-    in_flight: deque[tuple[Batch, object]] = deque()
+    expected: deque[int] = deque()
+    ready: dict[int, CapturedSample] = {}
+    in_flight: deque[tuple[Batch, Captured]] = deque()
 
-    def finish_oldest() -> Iterator[tuple[TokenizedSample, Sample]]:
-        batch, captured = in_flight.popleft()
-        ready.update((sample.sample_idx, sample) for sample in unpad(batch, np.asarray(captured), first))
-        while expected and expected[0].sample_idx in ready:
-            tokenized = expected.popleft()
-            yield tokenized, ready.pop(tokenized.sample_idx)
+    def finish_oldest() -> Iterator[CapturedSample]:
+        for sample in unpad(*in_flight.popleft(), first):
+            _refuse_non_finite(sample)
+            ready[sample.sample_idx] = sample
+        while expected and expected[0] in ready:
+            yield ready.pop(expected.popleft())
 
     for window in windows:
-        expected.extend(sample for sample in window if sample.sample_idx >= first)
+        expected.extend(sample.sample_idx for sample in window if sample.sample_idx >= first)
         for batch in plan_batches(window, shapes):
             if all(sample.sample_idx < first for sample in batch.samples):
                 continue
@@ -112,45 +140,43 @@ def captured_samples(
         yield from finish_oldest()
 
 
-def unpad(batch: Batch, captured_CBTD: np.ndarray, first: int) -> Iterator[Sample]:
+def unpad(batch: Batch, captured: Captured, first: int) -> Iterator[CapturedSample]:
     """Copies each wanted row's real tokens out of a batch, so that the batch itself can be freed."""
+    activations_CBTD, norms_CBT = map(np.asarray, captured)
     for row, tokenized in enumerate(batch.samples):
         if tokenized.sample_idx >= first:
-            activations_CTD = captured_CBTD[:, row, : len(tokenized.token_ids)].copy()
-            _refuse_overflow(activations_CTD, tokenized)
-            yield Sample(
-                tokenized.sample_idx,
-                activations_CTD,
-                tokenized.token_ids,
-                tokenized.text_preview,
-                tokenized.task_id,
+            n_tokens = len(tokenized.token_ids)
+            yield CapturedSample(
+                tokenized, activations_CBTD[:, row, :n_tokens].copy(), norms_CBT[:, row, :n_tokens].copy()
             )
 
 
-def _refuse_overflow(activations_CTD: np.ndarray, sample: TokenizedSample) -> None:
-    if activations_CTD.dtype == np.float16 and not np.isfinite(activations_CTD).all():
-        raise ConfigError(
-            f"sample {sample.sample_idx} ({sample.task_id}) has activations beyond float16's range of 65504; "
-            "use --activation_dtype bfloat16 or float32"
-        )
+def _refuse_non_finite(sample: CapturedSample) -> None:
+    if np.isfinite(sample.norms_CT).all():
+        return
+    advice = "check the checkpoint's weights"
+    if sample.activations_CTD.dtype == np.float16:
+        advice = "float16 ends at 65504: use --activation_dtype bfloat16 or float32"
+    raise ConfigError(
+        f"sample {sample.sample_idx} ({sample.tokenized.task_id}) has activations that are infinite or not "
+        f"numbers in {sample.activations_CTD.dtype}; {advice}"
+    )
 
 
 def filled_shards(
-    samples: Iterable[tuple[TokenizedSample, Sample]], shard_bytes: int, reader: SampleReader
+    samples: Iterable[CapturedSample], shard_bytes: int, reader: SampleReader
 ) -> Iterator[FilledShard]:
     """Groups samples into shards; a shard closes when its raw activation bytes reach `shard_bytes`."""
-    tokenized: list[TokenizedSample] = []
-    filled: list[Sample] = []
+    filled: list[CapturedSample] = []
     raw_bytes = 0
-    for source, sample in samples:
-        tokenized.append(source)
+    for sample in samples:
         filled.append(sample)
-        raw_bytes += sample.activations.nbytes
+        raw_bytes += sample.activations_CTD.nbytes
         if raw_bytes >= shard_bytes:
-            yield FilledShard(filled, tokenized, reader.take_skipped(sample.sample_idx))
-            tokenized, filled, raw_bytes = [], [], 0
+            yield FilledShard(filled, reader.take_skipped(sample.sample_idx))
+            filled, raw_bytes = [], 0
     if filled:
-        yield FilledShard(filled, tokenized, reader.take_skipped(filled[-1].sample_idx))
+        yield FilledShard(filled, reader.take_skipped(filled[-1].sample_idx))
 
 
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:

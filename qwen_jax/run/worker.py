@@ -21,7 +21,7 @@ from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
-from qwen_jax.run.pipeline import SampleReader, captured_samples, filled_shards, prefetch
+from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples, filled_shards, prefetch
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
@@ -131,13 +131,13 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     committer.complete(job.lines, reader.take_skipped())
 
 
-def _watched(samples: Iterator, progress: Progress, stop: Event) -> Iterator:
+def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event) -> Iterator[CapturedSample]:
     """Passes samples on; shows progress; ends the run once `stop` is set."""
-    for tokenized, sample in samples:
+    for sample in samples:
         if stop.is_set():
             raise TerminatedError("SIGTERM: stopped; the next start resumes from the last checkpoint")
-        progress.sample(sample.sample_idx, len(sample.token_ids), sample.activations.nbytes)
-        yield tokenized, sample
+        progress.sample(sample.sample_idx, sample.norms_CT.shape[1], sample.activations_CTD.nbytes)
+        yield sample
 
 
 def make_encoder(job: Job) -> PromptEncoder:

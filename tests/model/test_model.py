@@ -68,15 +68,15 @@ def test_a_row_is_bit_equal_whatever_its_batch_mates_its_place_and_the_padding(s
     others = small.tokens(4, 32)[::-1] + 1
     others %= small.config.vocab_size
     others[2, :21] = tokens[0, :21]
-    alone = np.asarray(step(tokens))[:, 0, :21]
-    among = np.asarray(step(others))[:, 2, :21]
+    alone = np.asarray(step(tokens).activations_CBTD)[:, 0, :21]
+    among = np.asarray(step(others).activations_CBTD)[:, 2, :21]
     np.testing.assert_array_equal(alone, among)
 
 
 def test_jit_is_no_jit(small):
     model, tokens = small.ours(), small.tokens(2, 15)
     layers = range(small.config.num_layers)
-    jitted = Capture(model, layers, "mlp", "float32", make_mesh())(tokens)
+    jitted = Capture(model, layers, "mlp", "float32", make_mesh())(tokens).activations_CBTD
     with jax.disable_jit():
         plain = model(tokens, layers, "mlp")
     np.testing.assert_allclose(jitted, plain, rtol=0, atol=1e-5 * float(jnp.abs(plain).max()))
@@ -117,6 +117,9 @@ def test_stored_dtype_is_the_rounded_result(small, dtype):
     tokens = small.tokens(2, 9)
     layers = range(small.config.num_layers)
     exact = np.asarray(small.ours()(tokens, layers))
-    stored = np.asarray(Capture(small.ours(), layers, "residual", dtype, make_mesh())(tokens))
+    captured = Capture(small.ours(), layers, "residual", dtype, make_mesh())(tokens)
+    stored = np.asarray(captured.activations_CBTD)
     assert stored.dtype == jnp.dtype(dtype)
     np.testing.assert_allclose(stored.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-5)
+    norms = np.linalg.norm(stored.astype(np.float32), axis=-1)
+    np.testing.assert_allclose(captured.norms_CBT, norms, rtol=1e-5)

@@ -27,7 +27,7 @@ check_mesh(mesh, config)
 model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float32, mesh)
 tokens = np.random.default_rng(7).integers(0, config.vocab_size, (16, 24), np.int32)
 out = Capture(model, tuple(range(config.num_layers)), "residual", "float32", mesh)(tokens)
-np.save(sys.argv[3], np.asarray(out))
+np.save(sys.argv[3], np.asarray(out.activations_CBTD))
 per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
 print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device}))
 """

@@ -1,10 +1,13 @@
 """A run that is cut and started again ends as one that was not, byte for byte."""
 
 import json
+import shutil
 import signal
 import time
 
+import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 only with it)
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.run_worker.conftest import TASKS, tree
 
@@ -132,3 +135,16 @@ def test_wrong_settings_end_with_a_message_and_write_nothing(workspace, flags, c
 def test_all_lines_are_accounted_for(finished):
     totals = finished.metadata()["totals"]
     assert totals["samples"] + totals["skipped"] == TASKS
+
+
+def test_activations_beyond_float16_are_refused_not_stored(workspace, tmp_path):
+    """One embedding channel of 1e6 overflows float16; the same model in bfloat16 is fine."""
+    tensors = load_file(workspace.model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 1e6
+    model = tmp_path / "large"
+    shutil.copytree(workspace.model, model)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    flags = ("--model_path", str(model), "--max_samples", "2")
+    done = workspace.run(*flags, "--activation_dtype", "float16", expect=78)
+    assert "65504" in done.stderr and not workspace.shards()
+    workspace.elsewhere("bfloat16").run(*flags, "--activation_dtype", "bfloat16")
