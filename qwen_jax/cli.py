@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from qwen_jax.errors import ConfigError, ToolkitError
+from qwen_jax.errors import ConfigError, TerminatedError, ToolkitError, UsageError
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -58,6 +58,10 @@ class FlagParser(argparse.ArgumentParser):
         args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
         self._apply_environment()
         return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage; exits with 2."""
+        self.exit(UsageError.exit_code, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
     def _apply_environment(self) -> None:
         for action, env in self._env_flags:
@@ -117,7 +121,8 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     try:
         code = main(None)
     except ToolkitError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        kind = "" if isinstance(error, TerminatedError) else "error: "
+        print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "qwen_jax":
