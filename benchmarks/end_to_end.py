@@ -113,9 +113,10 @@ def main() -> None:
                 shutil.rmtree(root / name, ignore_errors=True)
                 figures[name].append(run(command, environment))
     medians = {
-        name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in figures.items()
+        name: [statistics.median(column) for column in zip(*runs, strict=True)]
+        for name, runs in figures.items()
     }
+    wall_of_ours, cpu_of_ours, _ = medians["ours"]
     rows = [
         (name, f"{wall:.1f} s wall, {cpu:.1f} s CPU, {memory:.0f} MB peak")
         for name, (wall, cpu, memory) in medians.items()
