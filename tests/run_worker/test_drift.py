@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import ConfigError, StorageError
-from qwen_jax.run.commit import Committer, FilledShard
+from qwen_jax.run.commit import Committer
 from qwen_jax.run.ledger import COMPLETED, Ledger, RunIdentity
+from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
-from qwen_jax.shards import Sample
 from qwen_jax.storage.folder import FolderStore
+from tests.run_worker.conftest import captured_sample
 from tests.run_worker.torture import CHECKPOINT
 
 FIELDS = [
@@ -81,7 +82,7 @@ def prepare(identity: RunIdentity, root: Path, *, with_bucket: bool) -> Prepared
     committer = Committer(identity, places, (0, 1), resumed.ledger, resumed.fence)
     committer.open()
     for number in range(SHARDS):
-        committer.add(FilledShard([small_sample(2 * number), small_sample(2 * number + 1)], [], []))
+        committer.add(FilledShard([small_sample(2 * number), small_sample(2 * number + 1)], []))
     return Prepared(identity, places)
 
 
@@ -95,9 +96,8 @@ def local(identity, tmp_path) -> Prepared:
     return prepare(identity, tmp_path, with_bucket=False)
 
 
-def small_sample(index: int) -> Sample:
-    activations = np.random.default_rng(index).standard_normal((2, 3, 4)).astype(np.float32)
-    return Sample(index, activations, np.arange(3, dtype=np.int32), f"prompt {index}", f"task {index}")
+def small_sample(index: int) -> CapturedSample:
+    return captured_sample(index, np.random.default_rng(index).standard_normal((2, 3, 4)).astype(np.float32))
 
 
 def other(value: Any) -> Any:

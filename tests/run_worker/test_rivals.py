@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import WriterConflictError
-from qwen_jax.run.commit import Committer, FilledShard
+from qwen_jax.run.commit import Committer
 from qwen_jax.run.ledger import RunIdentity
+from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume
-from qwen_jax.shards import Sample
 from qwen_jax.storage.folder import FolderStore
-from tests.run_worker.conftest import tree
+from tests.run_worker.conftest import captured_sample, tree
 from tests.run_worker.test_restart import wait_until
 from tests.run_worker.torture import CHECKPOINT
 
@@ -157,7 +157,7 @@ def open_committer(root: Path, machine: str, bucket: str = "bucket") -> Committe
 
 def one_sample_shard(index: int, value: float) -> FilledShard:
     activations = np.full((1, 2, 4), value, np.float32)
-    return FilledShard([Sample(index, activations, np.arange(2, dtype=np.int32), "", "")], [], [])
+    return FilledShard([captured_sample(index, activations)], [])
 
 
 def stored_value(path) -> float:
