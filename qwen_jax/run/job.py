@@ -3,10 +3,13 @@
 import hashlib
 from dataclasses import dataclass
 
+from jax.sharding import Mesh
+
 from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.model.capture import resolve_dtype
 from qwen_jax.model.config import Qwen2Config, read_config
+from qwen_jax.model.sharding import check_mesh, make_mesh
 from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
@@ -40,6 +43,7 @@ class Job:
     layers: tuple[int, ...]
     dtype: str
     activation_dtype: str
+    mesh: Mesh
 
     @property
     def lines(self) -> int:
@@ -58,6 +62,8 @@ def prepare(settings: Settings) -> Job:
             f"--max_seq_length {settings.max_seq_length} is beyond the {config.max_positions} positions that "
             "the model knows"
         )
+    mesh = make_mesh(settings.model_parallel)
+    check_mesh(mesh, config)
     dtype = resolve_dtype(settings.dtype)
     activation_dtype = dtype if settings.activation_dtype == "auto" else settings.activation_dtype
     return Job(
@@ -69,6 +75,7 @@ def prepare(settings: Settings) -> Job:
         choose_layers(settings.layers_to_extract, config.num_layers),
         dtype,
         activation_dtype,
+        mesh,
     )
 
 
@@ -88,7 +95,10 @@ def choose_layers(wanted: tuple[int, ...] | None, num_layers: int) -> tuple[int,
 
 
 def identify(job: Job) -> RunIdentity:
-    """The fingerprint and the descriptive header that every commit of this run carries."""
+    """The fingerprint and the descriptive header that every commit of this run carries.
+
+    settings: those that may change on a resume; the others are in the fingerprint.
+    """
     settings = job.settings
     fingerprint = make_fingerprint(job)
     header = {
@@ -110,14 +120,10 @@ def identify(job: Job) -> RunIdentity:
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
         "settings": {
-            "max_seq_length": settings.max_seq_length,
             "batch_size": settings.batch_size,
             "lookahead": settings.lookahead,
-            "prompt_format": settings.prompt_format,
-            "chat_template": settings.chat_template,
-            "overlong": settings.overlong,
-            "shard_size_gb": settings.shard_size_gb,
-            "max_samples": settings.max_samples,
+            "devices": job.mesh.size,
+            "model_parallel": settings.model_parallel,
         },
     }
     return RunIdentity(

@@ -193,8 +193,18 @@ def parse_checkpoint(data: bytes) -> CheckpointRecord:
     return record
 
 
-def parse_metadata(data: bytes) -> tuple[Ledger, int, Fingerprint]:
-    """Reads metadata.json back: the ledger, its worker id and its fingerprint; raises DamagedError."""
+@dataclass(frozen=True)
+class StoredMetadata:
+    """What a stored metadata.json says. settings: those that may change on a resume."""
+
+    ledger: Ledger
+    worker_id: int
+    fingerprint: Fingerprint
+    settings: dict[str, Any]
+
+
+def parse_metadata(data: bytes) -> StoredMetadata:
+    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote."""
     fields = _json_object(data)
     shards = tuple(
         _shard_entry(entry, number) for number, entry in enumerate(_typed(fields, "shards", list), 1)
@@ -210,7 +220,12 @@ def parse_metadata(data: bytes) -> tuple[Ledger, int, Fingerprint]:
     _check_order(ledger)
     if len({frozenset(shard.layer_norms) for shard in shards}) > 1:
         raise DamagedError("its shards have different layers")
-    return ledger, _count(fields, "worker_id"), _typed(fields, "fingerprint", dict)
+    return StoredMetadata(
+        ledger,
+        _count(fields, "worker_id"),
+        _typed(fields, "fingerprint", dict),
+        _typed(fields, "settings", dict),
+    )
 
 
 def _check_order(ledger: Ledger) -> None:

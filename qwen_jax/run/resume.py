@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_jax.errors import ConfigError
 from qwen_jax.run.commit import Fence
@@ -21,6 +22,7 @@ from qwen_jax.run.ledger import (
     Ledger,
     RunIdentity,
     ShardEntry,
+    StoredMetadata,
     parse_checkpoint,
     parse_metadata,
     shard_name,
@@ -37,6 +39,7 @@ class Resumed:
     """ledger: what is durable; to_adopt: the ledgers after each further shard that only lies locally.
 
     bucket_lags, local_lags: the markers there do not say what is durable, and no adoption will write them.
+    settings: those of the run before that may change (job.identify), {} for a new run.
     """
 
     ledger: Ledger
@@ -45,6 +48,7 @@ class Resumed:
     is_new: bool
     bucket_lags: bool
     local_lags: bool
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,12 @@ class _Claim:
 
     place: str
     checkpoint: CheckpointRecord | None
-    ledger: Ledger | None
+    metadata: StoredMetadata | None
     problems: tuple[str, ...]
+
+    @property
+    def ledger(self) -> Ledger | None:
+        return self.metadata.ledger if self.metadata is not None else None
 
     @property
     def says_nothing(self) -> bool:
@@ -104,7 +112,8 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         not adopt and not claim.agrees(ledger, checkpointing=places.checkpoint_path is not None)
         for claim in claims
     ]
-    return Resumed(ledger, adopt, fence, is_new, bucket_lags=lags[0], local_lags=lags[-1])
+    settings = next((claim.metadata.settings for claim in claims if claim.metadata is not None), {})
+    return Resumed(ledger, adopt, fence, is_new, lags[0], lags[-1], settings)
 
 
 def _refuse_lost(claims: list[_Claim], found: int) -> None:
@@ -144,7 +153,7 @@ def _bucket_claim(run: RunIdentity, places: Places, fence: Fence) -> _Claim:
 
 def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: bytes | None) -> _Claim:
     problems = []
-    record = ledger = None
+    record = stored = None
     if checkpoint is not None:
         try:
             record = parse_checkpoint(checkpoint)
@@ -154,12 +163,12 @@ def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: byt
             _refuse_foreign(run, record.worker_id, record.fingerprint, f"the checkpoint of {place}")
     if metadata is not None:
         try:
-            ledger, worker_id, fingerprint = parse_metadata(metadata)
+            stored = parse_metadata(metadata)
         except DamagedError as error:
             problems.append(f"metadata.json is damaged ({error})")
         else:
-            _refuse_foreign(run, worker_id, fingerprint, f"metadata.json of {place}")
-    return _Claim(place, record, ledger, tuple(problems))
+            _refuse_foreign(run, stored.worker_id, stored.fingerprint, f"metadata.json of {place}")
+    return _Claim(place, record, stored, tuple(problems))
 
 
 def _refuse_foreign(run: RunIdentity, worker_id: int, fingerprint: dict, source: str) -> None:

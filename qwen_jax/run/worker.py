@@ -9,13 +9,10 @@ from pathlib import Path
 from threading import Event
 from typing import TextIO
 
-from jax.sharding import Mesh
-
 from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.data.prompts import PromptEncoder, load_tokenizer
 from qwen_jax.errors import TerminatedError, WriterConflictError
 from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
-from qwen_jax.model.sharding import check_mesh, make_mesh
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.failpoints import arm, failpoint
@@ -65,6 +62,7 @@ def extract(settings: Settings, stop: Event) -> Ledger:
             committer.adopt(ledger)
         _report_start(job, places, committer.ledger, resumed.is_new)
         if committer.ledger.status != COMPLETED:
+            _report_changes(resumed.settings, identity.header["settings"])
             run(job, committer, stop)
     return committer.ledger
 
@@ -114,11 +112,10 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     """Extracts from the first sample that is not yet durable to the end of the stream."""
     settings = job.settings
     first = committer.ledger.next_sample_idx
-    mesh = make_mesh(settings.model_parallel)
-    shapes = BatchShapes(settings.max_seq_length, settings.batch_size, mesh.shape["data"])
+    shapes = BatchShapes(settings.max_seq_length, settings.batch_size, job.mesh.shape["data"])
     reader = SampleReader(settings, make_encoder(job), first, committer.ledger.bad_records)
     ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
-    capture = load_capture(job, mesh)
+    capture = load_capture(job)
     samples = captured_samples(ahead, shapes, capture, first)
     with (
         BackgroundCommitter(committer) as background,
@@ -129,6 +126,10 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
             progress.shard()
         background.wait()
     committer.complete(job.lines, reader.take_skipped())
+    if not committer.ledger.samples_written:
+        log.warning(
+            "no sample was stored: metadata.json lists each of the %d lines with its reason", job.lines
+        )
 
 
 def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event) -> Iterator[CapturedSample]:
@@ -151,14 +152,27 @@ def make_encoder(job: Job) -> PromptEncoder:
     )
 
 
-def load_capture(job: Job, mesh: Mesh) -> Capture:
+def load_capture(job: Job) -> Capture:
     """Loads the weights up to the deepest layer, each device its part, and returns the capture step."""
-    check_mesh(mesh, job.config)
     use_compilation_cache(job.settings.compilation_cache_dir)
     num_layers = job.layers[-1] + 1
     log.info("loading %d of %d layers in %s", num_layers, job.config.num_layers, job.dtype)
-    model = load_model(job.checkpoint, job.config, num_layers, COMPUTE_DTYPES[job.dtype], mesh)
-    return Capture(model, job.layers, job.settings.activation_type, job.activation_dtype, mesh)
+    model = load_model(job.checkpoint, job.config, num_layers, COMPUTE_DTYPES[job.dtype], job.mesh)
+    return Capture(model, job.layers, job.settings.activation_type, job.activation_dtype, job.mesh)
+
+
+def _report_changes(before: dict, now: dict) -> None:
+    """Names settings that may change on a resume, but then change the last places of later samples."""
+    changed = [
+        f"{name} was {before[name]}, is {now[name]}"
+        for name in now
+        if before.get(name, now[name]) != now[name]
+    ]
+    if changed:
+        log.warning(
+            "%s: samples from here on agree with an undisturbed run within the dtype's precision, not bit for bit",
+            "; ".join(changed),
+        )
 
 
 def _report_start(job: Job, places: Places, ledger: Ledger, is_new: bool) -> None:

@@ -70,7 +70,7 @@ def identity(finished) -> RunIdentity:
     """That of a real run."""
     metadata = finished.metadata()
     assert list(metadata["fingerprint"]) == FIELDS
-    return RunIdentity(5, "stream", "model", metadata["fingerprint"], {"layers": [0, 1]})
+    return RunIdentity(5, "stream", "model", metadata["fingerprint"], {"layers": [0, 1], "settings": {}})
 
 
 def prepare(identity: RunIdentity, root: Path, *, with_bucket: bool) -> Prepared:

@@ -6,9 +6,11 @@ import signal
 import time
 
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 only with it)
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qwen_jax.shards import load_shard
 from tests.run_worker.conftest import TASKS, tree
 
 
@@ -148,3 +150,27 @@ def test_activations_beyond_float16_are_refused_not_stored(workspace, tmp_path):
     done = workspace.run(*flags, "--activation_dtype", "float16", expect=78)
     assert "65504" in done.stderr and not workspace.shards()
     workspace.elsewhere("bfloat16").run(*flags, "--activation_dtype", "bfloat16")
+
+
+def test_a_changed_batch_size_is_allowed_and_said(workspace, finished):
+    interrupt(workspace, signal.SIGKILL)
+    done = workspace.run("--batch_size", "1", "--lookahead", "2")
+    assert "batch_size was 2, is 1; lookahead was 4, is 2" in done.stderr
+    assert "not bit for bit" in done.stderr
+    theirs, ours = (merged_records(each) for each in (finished, workspace))
+    assert [each["sample_idx"] for each in ours] == [each["sample_idx"] for each in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine["activation"], other["activation"], rtol=0, atol=1e-4)
+
+
+def merged_records(workspace) -> list[dict]:
+    """The last layer's records of all shards."""
+    return [record for path in workspace.shards() for record in load_shard(path)[2]]
+
+
+def test_a_stream_without_a_usable_sample_is_said(workspace, tmp_path):
+    stream = tmp_path / "bad.jsonl"
+    stream.write_text("nonsense\n" * 2)
+    done = workspace.run(stream=stream)
+    assert "no sample was stored" in done.stderr
+    assert workspace.metadata()["totals"]["skipped"] == 2

@@ -136,7 +136,7 @@ def test_killed_while_completing(cloud, undisturbed, killed_at):
     assert_mirrored(cloud, undisturbed)
 
 
-IDENTITY = RunIdentity(5, "stream", "model", {"seed": 1}, {})
+IDENTITY = RunIdentity(5, "stream", "model", {"seed": 1}, {"settings": {}})
 
 
 def places_of(root: Path, machine: str, bucket: str) -> Places:
