@@ -25,7 +25,7 @@ from qwen_jax.run.progress import Progress
 from qwen_jax.run.resume import discard, resume
 from qwen_jax.run.settings import Settings
 from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
-from qwen_jax.storage.store import open_store
+from qwen_jax.storage.opening import open_store
 
 log = logging.getLogger(__name__)
 

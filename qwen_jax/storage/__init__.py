@@ -2,7 +2,8 @@
 
 from qwen_jax.storage.checksum import file_crc32c
 from qwen_jax.storage.local import atomic_write, write_json
-from qwen_jax.storage.store import ObjectInfo, PreconditionFailedError, Store, open_store
+from qwen_jax.storage.opening import open_store
+from qwen_jax.storage.store import ObjectInfo, PreconditionFailedError, Store
 
 __all__ = [
     "ObjectInfo",

@@ -1,14 +1,11 @@
-"""Where shards and checkpoints are kept: a bucket, or a folder that stands in for one."""
+"""What a store of shards and checkpoints does, be it a bucket or a folder that stands in for one."""
 
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
-from qwen_jax.errors import UsageError, WriterConflictError
+from qwen_jax.errors import WriterConflictError
 
 
 @dataclass(frozen=True)
@@ -117,27 +114,3 @@ def conflict(
         f"only one worker uses this id, then start again",
         present,
     )
-
-
-def open_store(url: str, *, stop: threading.Event | None = None) -> Store:
-    """Opens `gs://bucket/prefix`, `file:///folder` or a plain folder path (made if missing).
-
-    Args:
-        url: where.
-        stop: once set, every wait of the store ends with TerminatedError.
-
-    Raises:
-        UsageError: a URL that is none of these.
-        StorageError: no credentials, or the folder cannot be made.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "gs" and parts.netloc:
-        # Only here: google.cloud.storage takes a second to import.
-        from qwen_jax.storage.gcs import GcsStore
-
-        return GcsStore(parts.netloc, parts.path.strip("/"), stop=stop)
-    if (parts.scheme == "file" and not parts.netloc and parts.path) or ("://" not in url and url):
-        from qwen_jax.storage.folder import FolderStore
-
-        return FolderStore(Path(unquote(parts.path) if parts.scheme == "file" else url), stop=stop)
-    raise UsageError(f"cannot store to {url!r}: give gs://bucket/prefix, file:///folder or a folder")
