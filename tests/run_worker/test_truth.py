@@ -138,3 +138,16 @@ def test_stored_dtype(workspace, finished):
     stored = records(workspace)[1][0]["activation"]
     assert str(stored.dtype) == "bfloat16"
     np.testing.assert_allclose(stored.astype(np.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_eight_devices_store_what_one_does(workspace, finished):
+    """Also with the weights split over two devices each; metadata names the devices."""
+    many = workspace.having(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    many.run("--max_samples", "6", "--model_parallel", "2", "--lookahead", "1")
+    assert many.metadata()["settings"]["devices"] == 8
+    stored, expected = records(many), records(finished)
+    for layer in range(3):
+        assert stored[layer]
+        for ours, theirs in zip(stored[layer], expected[layer], strict=False):
+            assert ours["sample_idx"] == theirs["sample_idx"]
+            np.testing.assert_allclose(ours["activation"], theirs["activation"], rtol=0, atol=1e-4)
