@@ -2,6 +2,8 @@
 
     python benchmarks/host_path.py [--gigabytes 1] [--dtype bfloat16] [--rounds 5] [--folder /tmp]
 
+"Ours" is everything between the device and a completed local run: synced shards, metadata, checkpoint.
+
 Activations are random normals rounded to bfloat16, of the 0.5B model's shape (24 layers of 896).
 """
 
@@ -21,13 +23,14 @@ from isal import isal_zlib
 from qwen_jax.data.batching import Batch
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.model.capture import Captured
-from qwen_jax.run.pipeline import CapturedSample, unpad
-from qwen_jax.shards import write_shard
+from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
+from qwen_jax.run.ledger import Ledger, RunIdentity
+from qwen_jax.run.pipeline import CapturedSample, FilledShard, unpad
+from qwen_jax.run.places import Places
 from qwen_jax.shards.compress import BLOCK_BYTES
-from qwen_jax.shards.statistics import layer_norms
-from qwen_jax.storage.local import atomic_write
 
 LAYERS, HIDDEN, ROWS, LENGTH = 24, 896, 4, 1280
+SHARDS = 4
 PEER_SHARE = 40  # the peer is so slow that it gets only this part of the data
 
 
@@ -55,6 +58,19 @@ def unpadded(batches: list[tuple[Batch, Captured]]) -> list[CapturedSample]:
     return [sample for batch, captured in batches for sample in unpad(batch, captured, 0)]
 
 
+def ours(batches: list[tuple[Batch, Captured]], folder: Path) -> None:
+    """What a worker does with the batches, without a bucket."""
+    places = Places(folder, folder / "checkpoint.json", "checkpoint.json", None)
+    committer = Committer(RunIdentity(0, "", "", {}, {}), places, range(LAYERS), Ledger(), Fence())
+    samples = unpadded(batches)
+    with BackgroundCommitter(committer) as background:
+        for number in range(SHARDS):
+            part = samples[number * len(samples) // SHARDS : (number + 1) * len(samples) // SHARDS]
+            background.add(FilledShard(part, []))
+        background.wait()
+    committer.complete(len(samples), [])
+
+
 def bare_isal(data: memoryview) -> None:
     """All blocks through isal level 1 on all cores, nothing else."""
     blocks = [data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES)]
@@ -79,24 +95,24 @@ def main() -> None:
     part = samples[: max(1, len(samples) // PEER_SHARE)]
     part_bytes = sum(sample.activations_CTD.nbytes for sample in part)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        target = Path(folder) / "shard"
-
-        def ours() -> None:
-            samples = unpadded(batches)
-            layer_norms(range(LAYERS), [sample.norms_CT for sample in samples])
-            with atomic_write(target) as file:
-                write_shard(file, range(LAYERS), [sample.for_shard() for sample in samples])
+        target = Path(folder) / "peer"
 
         def disk() -> None:
-            with atomic_write(target) as file:
+            with open(target, "wb") as file:
                 file.write(memoryview(raw))
+                os.fsync(file.fileno())
 
         def peer() -> None:
             records = {layer: [sample.activations_CTD[layer] for sample in part] for layer in range(LAYERS)}
             with gzip.open(target, "wb") as file:
                 pickle.dump(records, file)
 
-        cases = {"ours": ours, "isal": lambda: bare_isal(memoryview(raw)), "disk": disk, "peer": peer}
+        cases = {
+            "ours": lambda: ours(batches, Path(folder)),
+            "isal": lambda: bare_isal(memoryview(raw)),
+            "disk": disk,
+            "peer": peer,
+        }
         seconds = interleave(cases, args.rounds)
     speed = {name: raw.nbytes / seconds[name] / 1e6 for name in ("ours", "isal", "disk")}
     speed["peer"] = part_bytes / seconds["peer"] / 1e6

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
-from qwen_jax.run.failpoints import HalfWritten, failpoint
+from qwen_jax.run.failpoints import failpoint, through_failpoint
 from qwen_jax.run.ledger import METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
-from qwen_jax.run.pipeline import CapturedSample, FilledShard
+from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
-from qwen_jax.shards import write_shard
+from qwen_jax.shards import ShardInfo, write_shard
 from qwen_jax.shards.statistics import layer_norms
-from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors, write_json
+from qwen_jax.storage.local import AtomicFile, json_bytes, storage_errors, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,23 @@ class Fence:
     writer: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard in its temporary file, and what the ledger will say of it."""
+
+    file: AtomicFile
+    info: ShardInfo
+    layer_norms: dict
+    skipped: list[dict]
+    truncated: list[dict]
+    shortened: list[dict]
+
+
 class Committer:
-    """Makes shards durable, in order, one at a time."""
+    """Makes shards durable, in order.
+
+    In two steps, so that one shard can be compressed while the one before it is synced and uploaded.
+    """
 
     def __init__(
         self,
@@ -56,6 +71,7 @@ class Committer:
         self._layers = layers
         self._fence = fence
         self._delete_local = delete_local_after_upload and places.store is not None
+        self._shards_begun = len(ledger.shards)
 
     def open(self) -> None:
         """Marks a new run's folder and bucket as its own, before any shard is there."""
@@ -66,12 +82,31 @@ class Committer:
         """Writes the markers again where they lag behind what is durable; the bucket's only if asked to."""
         self._commit_markers(self.ledger, bucket=bucket)
 
-    def add(self, shard: FilledShard) -> None:
-        """Writes, uploads and records one shard."""
-        entry = self._write(shard.samples)
-        tokenized = [sample.tokenized for sample in shard.samples]
-        ledger = self.ledger.with_shard(entry, map(_skip_note, shard.skipped), *_shortening_notes(tokenized))
-        self._commit(ledger, entry)
+    def write(self, shard: FilledShard) -> WrittenShard:
+        """Compresses the next shard into its temporary file."""
+        path = self._places.output_dir / shard_name(self._shards_begun + 1)
+        file = AtomicFile(path)
+        try:
+            samples = [sample.for_shard() for sample in shard.samples]
+            info = write_shard(through_failpoint(file), self._layers, samples)
+            failpoint("shard_written")
+        except BaseException:
+            file.discard()
+            raise
+        self._shards_begun += 1
+        norms = layer_norms(self._layers, [sample.norms_CT for sample in shard.samples])
+        truncated, shortened = _shortening_notes([sample.tokenized for sample in shard.samples])
+        return WrittenShard(file, info, norms, list(map(_skip_note, shard.skipped)), truncated, shortened)
+
+    def publish(self, shard: WrittenShard) -> None:
+        """Gives a written shard its name, uploads and records it; shards in the order of `write`."""
+        shard.file.finish()
+        failpoint("shard_named")
+        name, size, crc32c = shard.file.path.name, shard.file.size, shard.file.crc32c
+        entry = ShardEntry(
+            filename=name, bytes=size, crc32c=crc32c, layer_norms=shard.layer_norms, **vars(shard.info)
+        )
+        self._commit(self.ledger.with_shard(entry, shard.skipped, shard.truncated, shard.shortened), entry)
         log.info(
             "%s: samples %d to %d, %d tokens, %.1f MB",
             entry.filename,
@@ -86,21 +121,13 @@ class Committer:
         log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
         failpoint("adopting")
         self._commit(ledger, ledger.shards[-1])
+        self._shards_begun = len(ledger.shards)
         failpoint("adopted")
 
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""
         failpoint("completing")
         self._commit_markers(self.ledger.completed(lines, map(_skip_note, skipped)))
-
-    def _write(self, samples: Sequence[CapturedSample]) -> ShardEntry:
-        name = shard_name(len(self.ledger.shards) + 1)
-        with atomic_write(self._places.output_dir / name) as file:
-            info = write_shard(HalfWritten(file), self._layers, [sample.for_shard() for sample in samples])
-            failpoint("shard_written")
-        failpoint("shard_named")
-        norms = layer_norms(self._layers, [sample.norms_CT for sample in samples])
-        return ShardEntry(filename=name, bytes=file.size, crc32c=file.crc32c, layer_norms=norms, **vars(info))
 
     def _commit(self, ledger: Ledger, entry: ShardEntry) -> None:
         if self._places.store is not None:
@@ -158,37 +185,56 @@ class Committer:
 
 
 class BackgroundCommitter:
-    """Runs a Committer's work on one thread beside the device, at most one shard ahead.
+    """Runs a Committer beside the device: one thread writes a shard while another publishes the one before.
 
+    So at most two shards are held in memory, one being filled and one being compressed, and one more on the disk.
     A failure is raised by the next call; leaving the `with` block by an exception abandons what waits.
     """
 
     def __init__(self, committer: Committer):
         self._committer = committer
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._running: Future | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="compress")
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._written: Future[None] | None = None
+        self._published: Future[None] | None = None
 
     def add(self, shard: FilledShard) -> None:
-        """Waits for the shard before, then starts on this one."""
-        self.wait()
-        self._running = self._pool.submit(self._committer.add, shard)
+        """Waits until the shard before is written, then starts on this one."""
+        if self._published is not None and self._published.done():
+            self._published.result()  # after a failure nothing more need be compressed
+        _result(self._written)
+        self._written = self._writer.submit(self._write, shard)
 
     def wait(self) -> None:
         """Returns when all that was added is durable; raises what went wrong."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        _result(self._written)
+        _result(self._published)
 
     @property
     def backlog(self) -> int:
         """Shards being compressed, written or uploaded now."""
-        return int(self._running is not None and not self._running.done())
+        return sum(step is not None and not step.done() for step in (self._written, self._published))
+
+    def _write(self, shard: FilledShard) -> None:
+        written = self._committer.write(shard)
+        try:
+            _result(self._published)
+            self._published = self._publisher.submit(self._committer.publish, written)
+        except BaseException:
+            written.file.discard()
+            raise
 
     def __enter__(self) -> "BackgroundCommitter":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
+        self._publisher.shutdown(cancel_futures=True)
+
+
+def _result(step: Future[None] | None) -> None:
+    if step is not None:
+        step.result()
 
 
 def _skip_note(sample: SkippedSample) -> dict:

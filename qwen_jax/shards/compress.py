@@ -14,10 +14,13 @@ except ImportError:  # no wheel for this platform; the bytes differ from isal's,
     isal_zlib = None
 
 BLOCK_BYTES = 1 << 20
-"""Bytes per gzip member, part of the format: the same on every machine, so that shards compare equal."""
+"""Most bytes per gzip member, part of the format: the same on every machine, so that shards compare equal."""
+IN_PLACE_BYTES = 1 << 18
+"""From this size on a piece of data is compressed where it lies, in members of its own; part of the format."""
 
 _LEVEL = 1
 _GZIP_WBITS = 31
+_HEAD_BYTES = 16
 _INPUT_BYTES = 64 << 10
 
 DEFAULT_FLOOR_BYTES = 256 << 20
@@ -37,9 +40,19 @@ class Writable(Protocol):
 def compress_block(block: Buffer) -> bytes:
     """Returns `block` as one gzip member without time or file name in its header."""
     if isal_zlib is not None:
-        return isal_zlib.compress(block, _LEVEL, _GZIP_WBITS)
+        return _isal_member(memoryview(block))
     deflate = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP_WBITS)
     return deflate.compress(block) + deflate.flush()
+
+
+def _isal_member(block: memoryview) -> bytes:
+    # At level 1 ISA-L (2.32 and before) hashes an address on its stack in place of the third byte of a
+    # stream (igzip_icf_body_h1_gr_bt.asm, .write_first_byte), so about one small block in a thousand
+    # compresses differently from one thread or process to the next. A stream that begins with at most 16
+    # bytes and a flush takes another way through its code, and costs about ten bytes.
+    deflate = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, _GZIP_WBITS)
+    head = deflate.compress(block[:_HEAD_BYTES]) + deflate.flush(isal_zlib.Z_SYNC_FLUSH)
+    return head + deflate.compress(block[_HEAD_BYTES:]) + deflate.flush()
 
 
 def _usable_cores() -> int:
@@ -49,11 +62,13 @@ def _usable_cores() -> int:
 
 
 class ParallelGzipWriter:
-    """A file-like that writes gzip, one member per BLOCK_BYTES of input, compressed on a thread pool.
+    """A file-like that writes gzip, a member per block of at most BLOCK_BYTES, compressed on a thread pool.
 
-    The bytes depend on the input alone, never on `threads` or on how the input was cut into writes.
-    Memory: at most `2 * threads + 2` blocks. Leave the `with` block by an exception and nothing more is
-    written: the file then ends early and is never mistaken for a whole shard.
+    Small writes are gathered into blocks. A write of IN_PLACE_BYTES or more is cut into blocks of its own
+    and never copied, as a copy costs a tenth of the speed: its buffer must not change before `close`. The
+    output depends on the writes alone, never on `threads`. Memory: at most `8 * threads + 2` blocks. Leave the
+    `with` block by an exception and nothing more is written: the file then ends early and is never
+    mistaken for a whole shard.
 
     Args:
         file: where the members go, in order; it is not closed.
@@ -64,10 +79,8 @@ class ParallelGzipWriter:
         self._file = file
         self._threads = threads or _usable_cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gzip")
-        self._pending: deque[tuple[Future[bytes], bytearray]] = deque()
-        self._spare: list[bytearray] = []
-        self._block = bytearray(BLOCK_BYTES)
-        self._filled = 0
+        self._pending: deque[Future[bytes]] = deque()
+        self._block = bytearray()
         self._submitted = False
         self._failure: BaseException | None = None
         self._closed = False
@@ -76,15 +89,11 @@ class ParallelGzipWriter:
         """Takes bytes; raises here whatever an earlier block or the file met with."""
         self._check_open()
         view = memoryview(data).cast("B")
-        taken = 0
-        while taken < len(view):
-            piece = view[taken : taken + BLOCK_BYTES - self._filled]
-            self._block[self._filled : self._filled + len(piece)] = piece
-            self._filled += len(piece)
-            taken += len(piece)
-            if self._filled == BLOCK_BYTES:
-                self._submit()
-        return taken
+        if len(view) >= IN_PLACE_BYTES:
+            self._compress_in_place(view)
+        else:
+            self._gather(view)
+        return len(view)
 
     def close(self) -> None:
         """Writes what is left; a second call does nothing, a call after a failure raises it again."""
@@ -92,8 +101,8 @@ class ParallelGzipWriter:
             raise self._failure
         if self._closed:
             return
-        if self._filled or not self._submitted:
-            self._submit()
+        if self._block or not self._submitted:
+            self._submit_gathered()
         self._drain(0)
         self._stop()
 
@@ -119,21 +128,35 @@ class ParallelGzipWriter:
         if self._closed:
             raise ValueError("write to a closed ParallelGzipWriter")
 
-    def _submit(self) -> None:
-        block = memoryview(self._block)[: self._filled]
-        self._pending.append((self._pool.submit(compress_block, block), self._block))
-        self._drain(2 * self._threads)
-        # Blocks are used again: fresh ones cost a tenth of the speed in page faults.
-        self._block = self._spare.pop() if self._spare else bytearray(BLOCK_BYTES)
-        self._filled, self._submitted = 0, True
+    def _compress_in_place(self, view: memoryview) -> None:
+        if self._block:
+            self._submit_gathered()
+        for start in range(0, len(view), BLOCK_BYTES):
+            self._submit(view[start : start + BLOCK_BYTES])
+
+    def _gather(self, view: memoryview) -> None:
+        while len(view):
+            piece = view[: BLOCK_BYTES - len(self._block)]
+            self._block += piece
+            view = view[len(piece) :]
+            if len(self._block) == BLOCK_BYTES:
+                self._submit_gathered()
+
+    def _submit_gathered(self) -> None:
+        self._submit(self._block)
+        self._block = bytearray()
+
+    def _submit(self, block: Buffer) -> None:
+        self._pending.append(self._pool.submit(compress_block, block))
+        self._submitted = True
+        # Enough in flight to keep the pool busy while this thread waits for the file.
+        self._drain(8 * self._threads)
 
     def _drain(self, keep: int) -> None:
         """Writes finished members, oldest first, until at most `keep` blocks are in flight."""
         try:
             while len(self._pending) > keep:
-                member, block = self._pending.popleft()
-                self._file.write(member.result())
-                self._spare.append(block)
+                self._file.write(self._pending.popleft().result())
         except BaseException as error:
             # Kept for the next call: a caller that swallows this one must not get a file with a hole.
             self._failure = error
@@ -144,7 +167,6 @@ class ParallelGzipWriter:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._closed = True
         self._pending.clear()
-        self._spare.clear()
         self._block = bytearray()
 
 

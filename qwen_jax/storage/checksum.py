@@ -17,11 +17,14 @@ class RunningCrc32c:
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
         """Takes the next bytes."""
+        self.size += memoryview(data).nbytes
+        if isinstance(data, bytes):
+            self._checksum.update(data)
+            return
         # The C code takes bytes only; memoryviews of arrays come in pieces, so the copies stay small.
         view = memoryview(data).cast("B")
         for start in range(0, len(view), _CHUNK_BYTES):
             self._checksum.update(bytes(view[start : start + _CHUNK_BYTES]))
-        self.size += len(view)
 
     @property
     def crc32c(self) -> str:

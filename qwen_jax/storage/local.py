@@ -14,6 +14,8 @@ from qwen_jax.storage.checksum import RunningCrc32c
 TEMP_SUFFIX = ".tmp"
 """A file that ends so is a dead writer's; it may be deleted."""
 
+_WRITEBACK_BYTES = 8 << 20
+
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space, then start again",
     errno.EDQUOT: "the disk quota is used up: free some space, then start again",
@@ -39,11 +41,15 @@ def storage_errors(action: str, path: str | os.PathLike) -> Iterator[None]:
 
 
 class AtomicFile:
-    """What `atomic_write` yields: `write`, and the `size` and `crc32c` of everything written."""
+    """A file that gets its name at the end: see `atomic_write`, which is this as a `with` block.
+
+    Attributes: path (the name to come), and `size` and `crc32c` of everything written.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._running = RunningCrc32c()
+        self._written_back = 0
         with storage_errors("write", path):
             self._file = open(_temp_path(path), "wb")  # noqa: SIM115 - closed by commit or discard
 
@@ -61,11 +67,28 @@ class AtomicFile:
         """Writes bytes; raises StorageError."""
         with storage_errors("write", self.path):
             self._file.write(data)
+            self._start_writeback()
         self._running.update(data)
         return memoryview(data).nbytes
 
-    def commit(self) -> None:
-        """Makes the bytes durable, then gives them their name."""
+    def _start_writeback(self) -> None:
+        """Sets the disk to work on what was written, or it would begin at the sync, when all else is done."""
+        end = self._file.tell()
+        if end - self._written_back >= _WRITEBACK_BYTES and hasattr(os, "posix_fadvise"):  # absent on macOS
+            # For pages that are not on the disk yet Linux takes this as: start to write, and keep them.
+            length = end - self._written_back
+            os.posix_fadvise(self._file.fileno(), self._written_back, length, os.POSIX_FADV_DONTNEED)
+            self._written_back = end
+
+    def finish(self) -> None:
+        """Makes the bytes durable, then gives them their name; on an error removes them."""
+        try:
+            self._finish()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _finish(self) -> None:
         with storage_errors("write", self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -95,10 +118,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[AtomicFile]:
     file = AtomicFile(Path(path))
     try:
         yield file
-        file.commit()
     except BaseException:
         file.discard()
         raise
+    file.finish()
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:

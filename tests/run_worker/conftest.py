@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.data.prompts import TokenizedSample
-from qwen_jax.run.pipeline import CapturedSample
+from qwen_jax.run.commit import Committer
+from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from tests.fake_gcs import FakeGcs
 from tests.hf_reference import make_reference, save_reference
 from tests.run_worker.starts import ROOT, Start
@@ -206,3 +207,8 @@ def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
     tokens = np.arange(n_tokens, dtype=np.int32)
     tokenized = TokenizedSample(index, tokens, f"prompt {index}", f"task {index}", False, 0, n_tokens)
     return CapturedSample(tokenized, activations_CTD, np.linalg.norm(activations_CTD, axis=-1))
+
+
+def commit(committer: Committer, shard: FilledShard) -> None:
+    """Makes one shard durable, with nothing beside it."""
+    committer.publish(committer.write(shard))

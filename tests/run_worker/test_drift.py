@@ -17,7 +17,7 @@ from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
 from qwen_jax.storage.folder import FolderStore
-from tests.run_worker.conftest import captured_sample
+from tests.run_worker.conftest import captured_sample, commit
 from tests.run_worker.torture import CHECKPOINT
 
 FIELDS = [
@@ -82,7 +82,7 @@ def prepare(identity: RunIdentity, root: Path, *, with_bucket: bool) -> Prepared
     committer = Committer(identity, places, (0, 1), resumed.ledger, resumed.fence)
     committer.open()
     for number in range(SHARDS):
-        committer.add(FilledShard([small_sample(2 * number), small_sample(2 * number + 1)], []))
+        commit(committer, FilledShard([small_sample(2 * number), small_sample(2 * number + 1)], []))
     return Prepared(identity, places)
 
 

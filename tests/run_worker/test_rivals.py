@@ -17,7 +17,7 @@ from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume
 from qwen_jax.storage.folder import FolderStore
-from tests.run_worker.conftest import captured_sample, tree
+from tests.run_worker.conftest import captured_sample, commit, tree
 from tests.run_worker.test_restart import wait_until
 from tests.run_worker.torture import CHECKPOINT
 
@@ -166,12 +166,12 @@ def stored_value(path) -> float:
 
 def test_a_rival_with_other_bits_cannot_replace_a_committed_shard(tmp_path):
     owner = open_committer(tmp_path, "owner")
-    owner.add(one_sample_shard(0, 1.0))
+    commit(owner, one_sample_shard(0, 1.0))
     rival = open_committer(tmp_path, "rival")
-    owner.add(one_sample_shard(1, 1.0))
+    commit(owner, one_sample_shard(1, 1.0))
     before = tree(tmp_path / "bucket")
     with pytest.raises(WriterConflictError):
-        rival.add(one_sample_shard(1, 2.0))
+        commit(rival, one_sample_shard(1, 2.0))
     assert tree(tmp_path / "bucket") == before
 
 
@@ -180,27 +180,33 @@ def test_a_rival_that_replaces_an_uncommitted_shard_keeps_its_owner_from_committ
     rival = open_committer(tmp_path, "rival")
     commit_markers = owner._commit_markers
     monkeypatch.setattr(
-        owner, "_commit_markers", lambda ledger: (rival.add(one_sample_shard(0, 2.0)), commit_markers(ledger))
+        owner,
+        "_commit_markers",
+        lambda ledger: (commit(rival, one_sample_shard(0, 2.0)), commit_markers(ledger)),
     )
     with pytest.raises(WriterConflictError):
-        owner.add(one_sample_shard(0, 1.0))
+        commit(owner, one_sample_shard(0, 1.0))
     assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
     assert len(open_committer(tmp_path, "third").ledger.shards) == 1
 
 
 def test_a_dead_predecessors_shard_with_other_bits_is_replaced(tmp_path):
     dead = open_committer(tmp_path, "dead")
-    dead._upload(dead._write(one_sample_shard(0, 1.0).samples))
-    open_committer(tmp_path, "heir").add(one_sample_shard(0, 2.0))
+    written = dead.write(one_sample_shard(0, 1.0))
+    written.file.finish()
+    places_of(tmp_path, "dead", "bucket").store.put_file(
+        "shard_0001.pkl.gz", written.file.path, if_generation=0
+    )
+    commit(open_committer(tmp_path, "heir"), one_sample_shard(0, 2.0))
     assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
 
 
 def test_local_shards_that_took_another_way_are_not_adopted(tmp_path):
     """A preempted machine's disk comes back, with other bits in a shard that its heir committed."""
     old = open_committer(tmp_path, "old", bucket="elsewhere")
-    old.add(one_sample_shard(0, 1.0))
-    old.add(one_sample_shard(1, 1.0))
-    open_committer(tmp_path, "heir").add(one_sample_shard(0, 2.0))
+    commit(old, one_sample_shard(0, 1.0))
+    commit(old, one_sample_shard(1, 1.0))
+    commit(open_committer(tmp_path, "heir"), one_sample_shard(0, 2.0))
     resumed = resume(IDENTITY, places_of(tmp_path, "old", "bucket"))
     assert len(resumed.ledger.shards) == 1
     assert resumed.to_adopt == () and resumed.local_lags

@@ -82,6 +82,7 @@ def test_reads_what_pickle_itself_writes(protocol, dtype):
 @pytest.mark.parametrize("threads", [1, 2, 5, None])
 def test_bytes_do_not_depend_on_threads(threads, monkeypatch):
     monkeypatch.setattr(compress, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(compress, "IN_PLACE_BYTES", 100)
     assert shard_bytes(make_samples(), threads=threads) == shard_bytes(make_samples(), threads=3)
 
 
