@@ -18,6 +18,7 @@ from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
+from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples, filled_shards, prefetch
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
@@ -38,6 +39,7 @@ def extract(settings: Settings, stop: Event) -> Ledger:
     """
     arm(os.environ)
     watch_for_notice()
+    reuse_freed_memory()
     job = prepare(settings)
     with exclusive(settings):
         places = open_places(settings, stop)
