@@ -20,6 +20,7 @@ from qwen_jax.run.shutdown import run_until_sigterm
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 TAPS = ("residual", "attn", "mlp")
+ATTENTIONS = ("auto", "blocked", "splash", "cudnn")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -45,6 +46,12 @@ def make_parser() -> FlagParser:
     flag("activation_type", "what to store of a layer", default="residual", choices=TAPS)
     flag("dtype", "compute dtype; auto: bfloat16 on TPU and GPU", default="auto", choices=DTYPES[:3])
     flag("activation_dtype", "stored dtype; auto: the compute dtype", default="auto", choices=DTYPES)
+    flag(
+        "attention",
+        "auto: the fused kernel in bfloat16 on TPU (splash) and GPU (cudnn), else blocked",
+        default="auto",
+        choices=ATTENTIONS,
+    )
     flag("batch_size", "rows per device at max_seq_length", default=4, type=positive_int)
     flag("model_parallel", "chips that share one copy of the weights", default=1, type=positive_int)
     flag("lookahead", "batches to read ahead and sort by length", default=4, type=positive_int)

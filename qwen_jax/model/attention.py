@@ -1,38 +1,145 @@
-"""Causal grouped-query attention, exact, in query blocks.
+"""Causal grouped-query attention: the one place that chooses how it is computed.
 
 Dimension letters: see qwen_jax/model/qwen2.py; G is the number of query heads that share a kv head.
+Every form takes q_BTNH, k_BSKH and v_BSKH, S = T, and returns softmax(q k^T / sqrt(H)) v as [B, T, N, H] in
+q's dtype, token t seeing keys 0..t. None holds a [B, N, T, T] array.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-# Scores of one block are [B, N, QUERY_BLOCK, S]: large enough for full-speed matrix products, small
-# enough that no [B, N, T, S] array is ever held.
-QUERY_BLOCK = 512
+from qwen_jax.errors import ConfigError
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+_FUSED = {"tpu": "splash", "gpu": "cudnn"}
+
+# The blocked form: queries in groups, each against the keys up to its own end, so that little of what the
+# mask hides is computed. A long group goes through in blocks, so that one block's scores stay small.
+_GROUP = 512
+_MAX_GROUPS = 16
+_BLOCK_SCORES = 512 * 8192
+
+_LANES = 128
+_SPLASH_BLOCKS = (512, 256, _LANES)
 
 
-def causal_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, token t seeing keys 0..t; returns [B, T, N, H] in q's dtype.
+def resolve_attention(name: str, dtype: str, backend: str) -> str:
+    """The form that `--attention NAME` means for this compute dtype and jax backend.
 
-    Each block of queries reads only the keys up to its own end, so that about half of the masked
-    products are never computed. The rounding points are those of Hugging Face's eager attention:
+    auto: the vendor's fused kernel in bfloat16 on TPU and GPU, else `blocked`. float32 is asked for to be
+    exact, and the fused kernels are not. Raises ConfigError for a kernel that cannot run here.
+    """
+    if name == "auto":
+        return _FUSED.get(backend, "blocked") if dtype == "bfloat16" else "blocked"
+    if name != "blocked" and (_FUSED.get(backend) != name or dtype != "bfloat16"):
+        needs = next(kind for kind, kernel in _FUSED.items() if kernel == name).upper()
+        raise ConfigError(
+            f"--attention {name} needs a {needs} and bfloat16, here is a {backend.upper()} and {dtype}; "
+            "use --attention auto"
+        )
+    return name
+
+
+def make_attend(name: str, mesh: Mesh) -> Attend:
+    """The attention of that (resolved) name, over arrays sharded as model/sharding.py says."""
+    forms = {
+        "blocked": blocked_attention,
+        "splash": partial(splash_attention, mesh=mesh),
+        "cudnn": partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"),
+    }
+
+    def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+        if k_BSKH.shape[2] % mesh.shape["model"]:
+            # Too few kv heads to split: each query head gets its own copy, so that the heads split evenly.
+            G = q_BTNH.shape[2] // k_BSKH.shape[2]
+            k_BSKH, v_BSKH = (jnp.repeat(x, G, axis=2) for x in (k_BSKH, v_BSKH))
+        return forms[name](q_BTNH, k_BSKH, v_BSKH)
+
+    return attend
+
+
+def blocked_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Exact attention in blocks of queries, with the rounding points of Hugging Face's eager attention:
     scores and weights in the compute dtype, the softmax in float32.
+
+    Memory beside q, k, v and the result: about three float32 arrays of [B, N, 512 x 8192] at most.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    blocks = [
-        _attend(q_BTKGH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], start)
-        for start, stop in ((start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK))
+    size = max(_GROUP, -(-T // (_MAX_GROUPS * _GROUP)) * _GROUP)
+    groups = [
+        _attend_group(q_BTKGH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], start)
+        for start, stop in ((start, min(start + size, T)) for start in range(0, T, size))
     ]
-    return jnp.concatenate(blocks, axis=1).reshape(B, T, N, H)
+    return jnp.concatenate(groups, axis=1).reshape(B, T, N, H)
 
 
-def _attend(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first_position: int) -> jax.Array:
-    """One block of queries that starts at `first_position`, over keys 0..S-1."""
+def _attend_group(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first: int) -> jax.Array:
+    """A group of queries at positions `first`.., in blocks whose scores stay below _BLOCK_SCORES a head."""
+    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
+    rows = max(1, _BLOCK_SCORES // S)
+    if rows >= T:
+        return _attend_block(q_BTKGH, k_BSKH, v_BSKH, first)
+    blocks = -(-T // rows)
+    padded = jnp.pad(q_BTKGH, ((0, 0), (0, blocks * rows - T), (0, 0), (0, 0), (0, 0)))
+    q_MBTKGH = jnp.moveaxis(padded.reshape(-1, blocks, rows, *q_BTKGH.shape[2:]), 1, 0)
+    starts_M = first + rows * jnp.arange(blocks)
+    out_MBTKGH = jax.lax.map(
+        lambda block: _attend_block(block[0], k_BSKH, v_BSKH, block[1]), (q_MBTKGH, starts_M)
+    )
+    return jnp.moveaxis(out_MBTKGH, 0, 1).reshape(padded.shape)[:, :T]
+
+
+def _attend_block(
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first: int | jax.Array
+) -> jax.Array:
     T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * H**-0.5
-    visible_TS = jnp.arange(S)[None, :] <= first_position + jnp.arange(T)[:, None]
+    visible_TS = jnp.arange(S)[None, :] <= first + jnp.arange(T)[:, None]
     scores_BKGTS = jnp.where(visible_TS, scores_BKGTS.astype(jnp.float32), -jnp.inf)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTKGH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+
+
+def splash_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mesh: Mesh, interpret: bool = False
+) -> jax.Array:
+    """The splash attention kernel that jax ships for TPU, each device on its own rows and heads.
+
+    Lengths are padded to the kernel's block size; the causal mask hides that from every real token.
+    interpret: run the kernel in Pallas' interpreter, on any device.
+    """
+    spec = P("data", None, "model", None)
+    local = partial(_splash_on_one_device, interpret=interpret)
+    # The kernel says nothing of how its result varies over the mesh, so that check must be off.
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return sharded(q_BTNH, k_BSKH, v_BSKH)
+
+
+def _splash_on_one_device(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, interpret: bool
+) -> jax.Array:
+    T, N, H = q_BTNH.shape[1:]
+    padded = -(-T // _LANES) * _LANES
+    block = next(size for size in _SPLASH_BLOCKS if padded % size == 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * N),
+        block_sizes=splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def heads_first(x_BTNH: jax.Array) -> jax.Array:
+        return jnp.pad(x_BTNH, ((0, 0), (0, padded - T), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    q_BNTH, k_BKSH, v_BKSH = heads_first(q_BTNH * H**-0.5), heads_first(k_BSKH), heads_first(v_BSKH)
+    return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH).swapaxes(1, 2)[:, :T].astype(q_BTNH.dtype)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.model.attention import make_attend
 from qwen_jax.model.qwen2 import Qwen2
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,19 @@ class Captured(NamedTuple):
 class Capture:
     """A loaded model, and the one compiled step per batch shape that captures `layers` of it."""
 
-    def __init__(self, model: Qwen2, layers: Sequence[int], tap: str, dtype: str, mesh: Mesh):
-        """layers: ascending 0-based block indices; tap: see Qwen2; dtype: of the captured arrays."""
+    def __init__(
+        self,
+        model: Qwen2,
+        layers: Sequence[int],
+        tap: str,
+        dtype: str,
+        mesh: Mesh,
+        attention: str = "blocked",
+    ):
+        """layers: ascending 0-based block indices; tap: see Qwen2; dtype: of the captured arrays;
+        attention: a resolved name (attention.py)."""
         graph, self._params = nnx.split(model)
+        attend = make_attend(attention, mesh)
         self._mesh = mesh
         self._shapes: set[tuple[int, ...]] = set()
         # On TPU and GPU float32 products run in fewer bits unless told otherwise.
@@ -54,7 +65,8 @@ class Capture:
 
         def step(params: nnx.State, tokens_BT: jax.Array) -> Captured:
             with jax.default_matmul_precision(precision):
-                captured_CBTD = nnx.merge(graph, params)(tokens_BT, layers, tap, ACTIVATION_DTYPES[dtype])
+                model = nnx.merge(graph, params)
+                captured_CBTD = model(tokens_BT, layers, tap, ACTIVATION_DTYPES[dtype], attend)
             # On the device, because on the host a pass over the values costs as much as compressing them.
             return Captured(captured_CBTD, jnp.linalg.norm(captured_CBTD.astype(jnp.float32), axis=-1))
 

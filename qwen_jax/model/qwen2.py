@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen_jax.model.attention import causal_attention
+from qwen_jax.model.attention import Attend, blocked_attention
 from qwen_jax.model.config import Qwen2Config
 
 TAPS = ("residual", "attn", "mlp")
@@ -51,11 +51,11 @@ class Attention(nnx.Module):
         self.v_bias_KH = _param(config, "KH", dtype)
         self.o_DNH = _param(config, "DNH", dtype)
 
-    def __call__(self, x_BTD: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, attend: Attend) -> jax.Array:
         q_BTNH = jnp.einsum("BTD,NHD->BTNH", x_BTD, self.q_NHD[...]) + self.q_bias_NH[...]
         k_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.k_KHD[...]) + self.k_bias_KH[...]
         v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.v_KHD[...]) + self.v_bias_KH[...]
-        out_BTNH = causal_attention(rotate(q_BTNH, cos_TH, sin_TH), rotate(k_BTKH, cos_TH, sin_TH), v_BTKH)
+        out_BTNH = attend(rotate(q_BTNH, cos_TH, sin_TH), rotate(k_BTKH, cos_TH, sin_TH), v_BTKH)
         return jnp.einsum("BTNH,DNH->BTD", out_BTNH, self.o_DNH[...])
 
 
@@ -83,9 +83,9 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype)
 
     def __call__(
-        self, x_BTD: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array
+        self, x_BTD: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, attend: Attend
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        attn_BTD = self.attn(self.attn_norm(x_BTD), cos_TH, sin_TH)
+        attn_BTD = self.attn(self.attn_norm(x_BTD), cos_TH, sin_TH, attend)
         x_BTD = x_BTD + attn_BTD
         mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
         x_BTD = x_BTD + mlp_BTD
@@ -109,6 +109,7 @@ class Qwen2(nnx.Module):
         layers: Sequence[int],
         tap: str = "residual",
         dtype: jnp.dtype | None = None,
+        attend: Attend = blocked_attention,
     ) -> jax.Array:
         """Runs the blocks up to the deepest of `layers` and returns that tap of each of them.
 
@@ -117,6 +118,7 @@ class Qwen2(nnx.Module):
         tap: `residual` (stream after block i, before the final norm), `attn` or `mlp` (what the
           sublayer adds to the stream).
         dtype: of the result; None keeps the compute dtype.
+        attend: how attention is computed (attention.py).
         Returns [C, B, T, D], C = len(layers).
         """
         x_BTD = self.embed_VD[...][tokens_BT]
@@ -127,7 +129,7 @@ class Qwen2(nnx.Module):
         def step(carry, layer):
             x_BTD, captured_CBTD = carry
             layer_params, slot = layer
-            x_BTD, taps = nnx.merge(graph, layer_params)(x_BTD, cos_TH, sin_TH)
+            x_BTD, taps = nnx.merge(graph, layer_params)(x_BTD, cos_TH, sin_TH, attend)
             tap_BTD = taps[tap].astype(captured_CBTD.dtype)
             return (x_BTD, jax.lax.dynamic_update_index_in_dim(captured_CBTD, tap_BTD, slot, 0)), None
 

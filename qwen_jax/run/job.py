@@ -3,10 +3,12 @@
 import hashlib
 from dataclasses import dataclass
 
+import jax
 from jax.sharding import Mesh
 
 from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.model.attention import resolve_attention
 from qwen_jax.model.capture import resolve_dtype
 from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.sharding import check_mesh, make_mesh
@@ -43,6 +45,7 @@ class Job:
     layers: tuple[int, ...]
     dtype: str
     activation_dtype: str
+    attention: str
     mesh: Mesh
 
     @property
@@ -75,6 +78,7 @@ def prepare(settings: Settings) -> Job:
         choose_layers(settings.layers_to_extract, config.num_layers),
         dtype,
         activation_dtype,
+        resolve_attention(settings.attention, dtype, jax.default_backend()),
         mesh,
     )
 
@@ -124,6 +128,7 @@ def identify(job: Job) -> RunIdentity:
             "lookahead": settings.lookahead,
             "devices": job.mesh.size,
             "model_parallel": settings.model_parallel,
+            "attention": job.attention,
         },
     }
     return RunIdentity(

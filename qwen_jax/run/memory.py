@@ -1,7 +1,9 @@
-"""Host memory: how it is reused."""
+"""Host memory: how much a run may hold, and how it is reused."""
 
 import ctypes
 import sys
+
+from qwen_jax.run.pipeline import MIN_REAL_SHARE, STEPS_IN_FLIGHT
 
 # glibc's malloc.h; the numbers are part of its ABI.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -20,3 +22,17 @@ def reuse_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
         mallopt(_M_TOP_PAD, 16 << 20)
+
+
+def activation_bytes_bound(
+    *, bytes_per_token: int, max_seq_length: int, tokens_per_step: int, lookahead: int, shard_bytes: int
+) -> int:
+    """The most bytes of activations that a run holds on the host, whatever the length of its stream.
+
+    Two shards (one filling, one being compressed, each up to one sample over its size), the open window and
+    the one before it, whose batches may still be pinned, and the steps in flight and the one being unpadded;
+    divided by the share of a kept batch that is real.
+    """
+    shards = 2 * (shard_bytes + max_seq_length * bytes_per_token)
+    steps = 2 * lookahead + STEPS_IN_FLIGHT + 1
+    return round((shards + steps * tokens_per_step * bytes_per_token) / MIN_REAL_SHARE)

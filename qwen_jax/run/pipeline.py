@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 # Steps that the device may be ahead of the host: one computing while one is copied.
 STEPS_IN_FLIGHT = 2
+# The part of a batch that must be wanted tokens for its memory to be kept instead of copied.
+MIN_REAL_SHARE = 0.8
 
 
 class CaptureStep(Protocol):
@@ -141,15 +143,20 @@ def captured_samples(
 
 
 def unpad(batch: Batch, captured: Captured, first: int) -> Iterator[CapturedSample]:
-    """Yields each wanted row's real tokens as views: a copy would cost a tenth of the host's time.
+    """Yields the real tokens of each row from sample `first` on.
 
-    So a batch lives until the last of its samples is written; it is nearly all real tokens.
+    As views, since a copy would cost a tenth of the host's time; then the batch lives as long as they do. A
+    batch that is less than MIN_REAL_SHARE wanted tokens is copied, so that little else is kept alive.
     """
     activations_CBTD, norms_CBT = map(np.asarray, captured)
-    for row, tokenized in enumerate(batch.samples):
-        if tokenized.sample_idx >= first:
-            n_tokens = len(tokenized.token_ids)
-            yield CapturedSample(tokenized, activations_CBTD[:, row, :n_tokens], norms_CBT[:, row, :n_tokens])
+    wanted = [(row, sample) for row, sample in enumerate(batch.samples) if sample.sample_idx >= first]
+    wanted_tokens = sum(len(sample.token_ids) for _, sample in wanted)
+    keep = np.asarray if wanted_tokens >= MIN_REAL_SHARE * batch.token_ids.size else np.copy
+    for row, sample in wanted:
+        n_tokens = len(sample.token_ids)
+        yield CapturedSample(
+            sample, keep(activations_CBTD[:, row, :n_tokens]), keep(norms_CBT[:, row, :n_tokens])
+        )
 
 
 def _refuse_non_finite(sample: CapturedSample) -> None:

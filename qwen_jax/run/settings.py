@@ -26,6 +26,7 @@ class Settings:
     activation_type: str
     dtype: str
     activation_dtype: str
+    attention: str
     batch_size: int
     model_parallel: int
     lookahead: int

@@ -12,13 +12,13 @@ from typing import TextIO
 from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.data.prompts import PromptEncoder, load_tokenizer
 from qwen_jax.errors import TerminatedError, WriterConflictError
-from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
+from qwen_jax.model.capture import ACTIVATION_DTYPES, COMPUTE_DTYPES, Capture, use_compilation_cache
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
-from qwen_jax.run.memory import reuse_freed_memory
+from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples, filled_shards, prefetch
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
@@ -116,6 +116,7 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     first = committer.ledger.next_sample_idx
     shapes = BatchShapes(settings.max_seq_length, settings.batch_size, job.mesh.shape["data"])
     reader = SampleReader(settings, make_encoder(job), first, committer.ledger.bad_records)
+    _report_memory(job, shapes)
     ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
     capture = load_capture(job)
     samples = captured_samples(ahead, shapes, capture, first)
@@ -160,7 +161,20 @@ def load_capture(job: Job) -> Capture:
     num_layers = job.layers[-1] + 1
     log.info("loading %d of %d layers in %s", num_layers, job.config.num_layers, job.dtype)
     model = load_model(job.checkpoint, job.config, num_layers, COMPUTE_DTYPES[job.dtype], job.mesh)
-    return Capture(model, job.layers, job.settings.activation_type, job.activation_dtype, job.mesh)
+    tap = job.settings.activation_type
+    return Capture(model, job.layers, tap, job.activation_dtype, job.mesh, job.attention)
+
+
+def _report_memory(job: Job, shapes: BatchShapes) -> None:
+    itemsize = ACTIVATION_DTYPES[job.activation_dtype].dtype.itemsize
+    bound = activation_bytes_bound(
+        bytes_per_token=len(job.layers) * job.config.hidden_size * itemsize,
+        max_seq_length=shapes.max_seq_length,
+        tokens_per_step=shapes.tokens_per_step,
+        lookahead=job.settings.lookahead,
+        shard_bytes=job.settings.shard_bytes,
+    )
+    log.info("activations take at most %.1f GB of host memory (docs/performance.md)", bound / 1e9)
 
 
 def _report_changes(before: dict, now: dict) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
+from qwen_jax.model.attention import blocked_attention
 from qwen_jax.model.config import read_config
 from qwen_jax.model.qwen2 import TAPS, rope_tables
 from qwen_jax.model.sharding import make_mesh
@@ -82,7 +83,7 @@ def test_each_module_alone(reference):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
         modules = {
             "input_layernorm": block.attn_norm,
-            "self_attn": lambda x, attn=block.attn: attn(x, cos_TH, sin_TH),
+            "self_attn": lambda x, attn=block.attn: attn(x, cos_TH, sin_TH, blocked_attention),
             "post_attention_layernorm": block.mlp_norm,
             "mlp": block.mlp,
         }

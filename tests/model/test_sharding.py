@@ -33,6 +33,30 @@ print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device}
 """
 
 
+SPLASH = """
+import jax, numpy as np
+from qwen_jax.model.attention import blocked_attention, make_attend, splash_attention
+from qwen_jax.model.sharding import make_mesh
+
+mesh = make_mesh(4)
+qkv = [np.random.default_rng(n).normal(size=(4, 130, n, 16)).astype(np.float32) for n in (12, 4, 4)]
+few = [qkv[0], qkv[1][:, :, :2], qkv[2][:, :, :2]]  # two kv heads over four devices
+worst = [
+    np.abs(splash_attention(*qkv, mesh=mesh, interpret=True) - blocked_attention(*qkv)).max(),
+    np.abs(jax.jit(make_attend("blocked", mesh))(*few) - blocked_attention(*few)).max(),
+]
+print(max(worst))
+"""
+
+
+def test_attention_over_data_and_heads():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", SPLASH], env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) < 3e-6
+
+
 def run(folder: Path, devices: int, model_parallel: int, out: Path) -> dict:
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

