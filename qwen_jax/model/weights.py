@@ -138,11 +138,9 @@ def load_model(
         names, axes = _sources(path, num_layers)
         letters = axes.replace(" ", "")
         tensors = [_Tensor(handles[checkpoint.location[name]], name, axes, config) for name in names]
-        if path[0] == "blocks":
-            letters = "L" + letters
-            read = _stack_reader(tensors, leaf.dtype)
-        else:
-            read = partial(tensors[0].read, dtype=leaf.dtype)
+        stacked = path[0] == "blocks"
+        letters = "L" * stacked + letters
+        read = partial(_read_part, tensors, stacked, leaf.dtype)
         sharding = sharding_of(mesh, letters, config.dims)
         filled.append((path, leaf.replace(_place(leaf.shape, sharding, read))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -161,6 +159,9 @@ def _sources(path: tuple[str, ...], num_layers: int) -> tuple[list[str], str]:
 
 Index = tuple[slice, ...]
 
+_ALIGNMENT = 64
+_PIECE_BYTES = 4 << 20
+
 
 class _Tensor:
     """One stored tensor, readable by an index into its unflattened axes."""
@@ -170,11 +171,16 @@ class _Tensor:
         self._groups = axes.split()
         self._dims = config.dims
 
-    def read(self, index: Index, dtype: jnp.dtype) -> np.ndarray:
-        """The part at `index` (a start and stop for each letter), cast to `dtype`."""
+    def read_into(self, part: np.ndarray, index: Index) -> None:
+        """Fills `part` (contiguous) with what lies at `index` (a start and stop for each letter), cast."""
         parts = iter(index)
-        flat = tuple(self._flatten(group, [next(parts) for _ in group]) for group in self._groups)
-        return self._stored[flat].reshape([part.stop - part.start for part in index]).astype(dtype)
+        flat = [self._flatten(group, [next(parts) for _ in group]) for group in self._groups]
+        rows = part.reshape([bounds.stop - bounds.start for bounds in flat])
+        step = max(1, _PIECE_BYTES // rows[0].nbytes)
+        for start in range(0, len(rows), step):
+            stop = min(start + step, len(rows))
+            piece = slice(flat[0].start + start, flat[0].start + stop)
+            rows[start:stop] = self._stored[(piece, *flat[1:])]
 
     def _flatten(self, group: str, parts: list[slice]) -> slice:
         """Only the first letter of a flattened group is ever split, so the part is one range."""
@@ -182,14 +188,20 @@ class _Tensor:
         return slice(parts[0].start * inner, parts[0].stop * inner)
 
 
-def _stack_reader(tensors: list[_Tensor], dtype: jnp.dtype) -> Callable[[Index], np.ndarray]:
-    def read(index: Index) -> np.ndarray:
-        stack = np.empty([part.stop - part.start for part in index], dtype)
-        for row, tensor in enumerate(tensors):
-            stack[row] = tensor.read(index[1:], dtype)
-        return stack
+def _read_part(tensors: list[_Tensor], stacked: bool, dtype: jnp.dtype, index: Index) -> np.ndarray:
+    """The part at `index` of one parameter; a stacked one has a tensor for each entry of its first axis."""
+    part = _aligned_empty([bounds.stop - bounds.start for bounds in index], dtype)
+    for entry, tensor in zip(part if stacked else [part], tensors, strict=True):
+        tensor.read_into(entry, index[1:] if stacked else index)
+    return part
 
-    return read
+
+def _aligned_empty(shape: list[int], dtype: jnp.dtype) -> np.ndarray:
+    """An array that jax takes over on a CPU as it is; one that is not so aligned it would copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Index], np.ndarray]) -> jax.Array:

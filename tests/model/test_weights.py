@@ -1,7 +1,11 @@
 """The loader reads every layout of checkpoint alike, and closes the books on everything else."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from qwen_jax.errors import ConfigError, StorageError
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.source import fetch_model
 from qwen_jax.model.weights import load_model, open_checkpoint
-from tests.hf_reference import load_reference, save_reference
+from tests.hf_reference import load_reference, make_reference, save_reference
 
 
 def load(folder, config, dtype=jnp.float32, num_layers=None):
@@ -160,3 +164,51 @@ def test_a_cached_hub_model_is_found_by_its_commit(small, tmp_path, monkeypatch)
     for revision in (None, "main", commit):
         source = fetch_model("Qwen/Qwen2.5-tiny", revision)
         assert (source.revision, source.folder) == (commit, repo / "snapshots" / commit)
+
+
+LOADING = """
+import json, sys, threading
+import jax, jax.numpy as jnp
+from qwen_jax.model.config import read_config
+from qwen_jax.model.sharding import make_mesh
+from qwen_jax.model.weights import load_model, open_checkpoint
+
+def anonymous():  # without the pages of the mapped checkpoint, which the kernel may drop at any time
+    status = open("/proc/self/status").read()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+folder, done, seen = sys.argv[1], threading.Event(), []
+config, mesh, checkpoint = read_config(folder), make_mesh(), open_checkpoint(folder)
+jnp.zeros(1).block_until_ready()
+before = anonymous()
+
+def watch():
+    while not done.is_set():
+        seen.append(anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_model(checkpoint, config, config.num_layers, jnp.float32, mesh)
+done.set()
+watcher.join()
+held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+layer = sum(leaf.nbytes for leaf in jax.tree.leaves(model.blocks)) // config.num_layers
+print(json.dumps([max(seen) - before, held, layer]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_loading_takes_little_more_memory_than_the_model(stored, tmp_path):
+    """On a CPU the model itself lies in host memory; beside it there is less than a layer."""
+    folder = save_reference(make_reference(256, 2048, 10, 4, 2, 9999, True), tmp_path / "model", stored)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(folder)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, held, layer = json.loads(done.stdout)
+    assert held < peak < held + layer
