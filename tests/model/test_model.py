@@ -123,3 +123,17 @@ def test_stored_dtype_is_the_rounded_result(small, dtype):
     np.testing.assert_allclose(stored.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-5)
     norms = np.linalg.norm(stored.astype(np.float32), axis=-1)
     np.testing.assert_allclose(captured.norms_CBT, norms, rtol=1e-5)
+
+
+def test_the_program_is_as_long_for_one_layer_as_for_forty(small):
+    """One traced layer, so compiling takes as long for any depth."""
+
+    def program(num_layers: int) -> str:
+        model = abstract_model(small.config, num_layers, jnp.float32)
+        graph, params = nnx.split(model)
+        run = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens, range(num_layers)))
+        return run.lower(params, jax.ShapeDtypeStruct((2, 64), jnp.int32)).as_text()
+
+    one, forty = program(1), program(40)
+    assert one.count("dot_general") == forty.count("dot_general") > 0
+    assert one.count("\n") == forty.count("\n")
