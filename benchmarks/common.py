@@ -1,8 +1,10 @@
 """What the benchmarks share: interleaved runs, medians, one line about the machine."""
 
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +27,26 @@ def interleave(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
             if number:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def run(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+    """Wall seconds, CPU seconds and peak memory in MB of a command that must succeed."""
+    started = time.perf_counter()
+    # A small process between us and the command: a child's peak memory starts at that of its parent.
+    wrapper = (
+        "import json, resource, subprocess, sys\n"
+        "code = subprocess.call(sys.argv[1:])\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", wrapper, *command], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stderr}")
+    cpu, memory = json.loads(done.stdout.splitlines()[-1])
+    return time.perf_counter() - started, cpu, memory
 
 
 def machine() -> str:
