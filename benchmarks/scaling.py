@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--samples 200]
 
 Two layers of the demo model on short real ARC tasks, repeated. The shortest stream already fills eight shards
-and meets every batch shape that the longer ones meet; its figures are medians of three runs. Seconds per sample: what a stream takes beyond the start, which is
-timed on a stream of one sample; a warm compilation cache.
+and meets every batch shape that the longer ones meet; its figures are medians of three runs. Seconds per sample:
+what a stream takes beyond the start, which is timed on a stream of one sample; a warm compilation cache.
 """
 
 import argparse
