@@ -8,8 +8,9 @@ from pathlib import Path
 
 from qwen_jax.cli import FlagParser, non_negative_int, run_script
 from qwen_jax.data.arc import Row
+from qwen_jax.data.convert import Rejected, stream_lines
 from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
-from qwen_jax.data.streams import Rejected, convert_rows, encode_line, stream_files
+from qwen_jax.data.streams import stream_files
 from qwen_jax.errors import BadDataError, UsageError
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ def convert_hf_dataset_to_arc_format(
         log.warning("%s row %d skipped: %s", dataset_name, row.row, row.reason)
 
     with stream_files([Path(output_filename)]) as (file,):
-        for record in convert_rows(rows, column_name, reject):
-            file.write(encode_line(record))
+        for line in stream_lines(rows, column_name, reject):
+            file.write(line)
         if file.lines == 0:
             raise BadDataError(
                 f"{dataset_name} has no usable row from {start_index} to {end_index or 'its end'}; check "

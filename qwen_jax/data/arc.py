@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 Grid = list[list[int]]
@@ -35,10 +36,22 @@ class Text:
 
 
 _RECORD_KEYS = ("train", "test", "messages", "text", "prompt")
+_COLOURS = frozenset(range(10))
 _NAME_KEYS = ("task_id", "source", "id", "uid")
 
-Row = tuple[int, dict[str, Any] | BadRecord]
-"""A row of a source dataset with its index; a row that cannot even be read is its BadRecord."""
+Row = tuple[int, dict[str, Any] | bytes | BadRecord]
+"""A row of a source dataset with its index: decoded, a line of JSON, or why it cannot even be read."""
+
+
+def parse_row_line(raw: bytes) -> dict[str, Any]:
+    """A line of a source file as its row; raises BadRecord."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise BadRecord("not a JSON object")
+    return row
 
 
 def parse_line(raw: bytes) -> Task | Text:
@@ -117,12 +130,12 @@ def _parse_grid(grid: Any, where: str) -> Grid:
         raise BadRecord(f"{where} is an empty grid")
     if len(widths) > 1:
         raise BadRecord(f"{where} is ragged: rows of {min(widths)} to {max(widths)} cells")
-    for row in grid:
-        # Whole rows at once: a 200,000-row dataset has some hundred million cells.
-        if set(map(type, row)) != {int} or min(row) < 0 or max(row) > 9:
-            cell = next(cell for cell in row if type(cell) is not int or not 0 <= cell <= 9)
-            shown = cell if type(cell) is int else f"of type {type(cell).__name__}"
-            raise BadRecord(f"{where} has a cell {shown}; cells are whole numbers from 0 to 9")
+    # The whole grid at once: a 200,000-row dataset has some hundred million cells.
+    cells = list(chain.from_iterable(grid))
+    if set(map(type, cells)) != {int} or not _COLOURS.issuperset(cells):
+        cell = next(cell for cell in cells if type(cell) is not int or cell not in _COLOURS)
+        shown = cell if type(cell) is int else f"of type {type(cell).__name__}"
+        raise BadRecord(f"{where} has a cell {shown}; cells are whole numbers from 0 to 9")
     return grid
 
 
@@ -201,14 +214,14 @@ def _pairs_of_column(pairs: Any, column_name: str) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """Arrays, tuples and integral floats (as Parquet and pandas give them) as plain lists and ints."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+    if type(value) is list:  # first, as nearly everything is one
+        return value if set(map(type, value)) == {int} else [_plain(entry) for entry in value]
     if isinstance(value, str | bytes | bool | int | None):
         return value
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     if isinstance(value, float):
         return int(value) if math.isfinite(value) and value.is_integer() else value
-    if type(value) is list and set(map(type, value)) == {int}:
-        return value
     return [_plain(entry) for entry in value] if isinstance(value, Iterable) else value

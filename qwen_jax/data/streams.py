@@ -6,12 +6,13 @@ import io
 import json
 import os
 import resource
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_jax.data.arc import BadRecord, Row, Task, Text, parse_line, task_from_row
+from qwen_jax.data.arc import BadRecord, Row, Task, Text, parse_line
+from qwen_jax.data.convert import Rejected, stream_lines
 from qwen_jax.errors import BadDataError, ConfigError, StorageError, UsageError
 
 MAX_LINE_BYTES = 32 << 20
@@ -85,40 +86,6 @@ def stream_summary(path: str | Path) -> StreamSummary:
             newlines += chunk.count(b"\n")
             last = chunk[-1:]
     return StreamSummary(digest.hexdigest(), newlines + (last != b"\n"))
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A source row that gets no line."""
-
-    row: int
-    reason: str
-
-
-def convert_rows(
-    rows: Iterable[Row], column_name: str, reject: Callable[[Rejected], None]
-) -> Iterator[dict[str, Any]]:
-    """Source rows as the objects of stream lines; those that cannot be used go to `reject`.
-
-    Raises StorageError where the source itself cannot be read on.
-    """
-    try:
-        for index, row in rows:
-            try:
-                if isinstance(row, BadRecord):
-                    raise row
-                yield task_from_row(row, column_name, f"row-{index}")
-            except BadRecord as bad:
-                reject(Rejected(index, str(bad)))
-    except OSError as error:
-        raise StorageError(
-            f"the dataset cannot be read: {error}; check --dataset_name and its permissions"
-        ) from error
-
-
-def encode_line(record: dict[str, Any]) -> bytes:
-    """One record as a stream line: compact JSON, UTF-8, newline."""
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
 @contextlib.contextmanager
@@ -227,8 +194,8 @@ def write_streams(
 
     with stream_files([output_dir / stream_name(i) for i in range(num_streams)]) as files:
         samples = 0
-        for record in convert_rows(rows, column_name, reject):
-            files[samples % num_streams].write(encode_line(record))
+        for line in stream_lines(rows, column_name, reject):
+            files[samples % num_streams].write(line)
             samples += 1
         if not samples:
             reasons = "; ".join(f"row {row.row}: {row.reason}" for row in listed[:3]) or "it is empty"

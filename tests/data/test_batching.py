@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.data.arc import parse_record, task_from_row
+from qwen_jax.data.arc import parse_record, parse_row_line, task_from_row
 from qwen_jax.data.batching import WINDOW_LINES, BatchShapes, plan_batches, window_start, windows
 from qwen_jax.data.prompts import PromptEncoder, TokenizedSample, load_tokenizer
 from qwen_jax.data.sources import iter_source_rows
@@ -100,7 +100,10 @@ def test_real_tasks_leave_little_padding(name):
         pytest.skip("the Qwen2.5 tokenizer and the tasks are not beside this checkout")
     encoder = PromptEncoder(load_tokenizer(str(REAL)))
     source = enumerate(iter_source_rows(str(REAL.parent / "data" / name)))
-    encoded = [encoder.encode(i, parse_record(task_from_row(row, "examples", "x"))) for i, (_, row) in source]
+    encoded = [
+        encoder.encode(i, parse_record(task_from_row(parse_row_line(row), "examples", "x")))
+        for i, (_, row) in source
+    ]
     real_shapes = BatchShapes(2048, 4)
     ready = [each for each in encoded if isinstance(each, TokenizedSample)]
     batches = [
