@@ -201,7 +201,7 @@ print(json.dumps([max(seen) - before, held, layer]))
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_loading_takes_little_more_memory_than_the_model(stored, tmp_path):
     """On a CPU the model itself lies in host memory; beside it there is less than a layer."""
-    folder = save_reference(make_reference(256, 2048, 10, 4, 2, 9999, True), tmp_path / "model", stored)
+    folder = save_reference(make_reference(512, 4096, 6, 4, 2, 9999, True), tmp_path / "model", stored)
     done = subprocess.run(
         [sys.executable, "-c", LOADING, str(folder)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
