@@ -29,13 +29,18 @@ TASKS = 24
 
 @dataclass(frozen=True)
 class Workspace:
-    """model and stream are shared by all tests; root is the test's own."""
+    """model and stream are shared by all tests; root is the test's own.
+
+    `run` forks the worker unless told otherwise, which saves seconds of imports; `start` is the real
+    command line.
+    """
 
     model: Path
     stream: Path
     cache: Path
     root: Path
     variables: tuple[tuple[str, str], ...] = ()
+    forked: bool = True
 
     @property
     def output(self) -> Path:
@@ -64,10 +69,12 @@ class Workspace:
 
     def run(self, *flags: str, stream: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess:
         """Runs the worker to its end; fails unless it exits with `expect`."""
-        command = self.command(*flags, stream=stream)
-        done = subprocess.run(command, cwd=ROOT, env=self.environment(), capture_output=True, text=True)
-        assert done.returncode == expect, done.stderr
-        return done
+        command, log = self.command(*flags, stream=stream), Path(tempfile.mkstemp()[1])
+        code = Start(command, self.environment(), log, forked=self.forked).wait()
+        output = log.read_text()
+        log.unlink()
+        assert code == expect, output
+        return subprocess.CompletedProcess(command, code, output, output)
 
     def start(self, *flags: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -99,13 +106,9 @@ class Workspace:
 
 @dataclass(frozen=True)
 class CloudWorkspace(Workspace):
-    """A worker with short prompts and six small shards that uploads to the bucket double.
-
-    `run` forks it unless told otherwise, which saves seconds of imports; `start` is the real command line.
-    """
+    """A worker with short prompts and six small shards that uploads to the bucket double."""
 
     server: FakeGcs | None = None
-    forked: bool = True
 
     def command(self, *flags: str, stream: Path | None = None) -> list[str]:
         small = ("--max_seq_length", "256", "--shard_size_gb", "0.0003")
@@ -114,14 +117,6 @@ class CloudWorkspace(Workspace):
 
     def environment(self) -> dict[str, str]:
         return super().environment() | {"STORAGE_EMULATOR_HOST": self.server.url}
-
-    def run(self, *flags: str, stream: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess:
-        command, log = self.command(*flags, stream=stream), Path(tempfile.mkstemp()[1])
-        code = Start(command, self.environment(), log, forked=self.forked).wait()
-        output = log.read_text()
-        log.unlink()
-        assert code == expect, output
-        return subprocess.CompletedProcess(command, code, output, output)
 
     def stored(self) -> dict[str, bytes]:
         """The worker's objects by name, without their common prefix."""

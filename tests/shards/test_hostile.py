@@ -300,15 +300,14 @@ def test_a_shard_cut_between_members_is_refused():
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 8 * len(GOOD) - 1))
-def test_a_flipped_bit_in_the_file_is_seen(bit):
+def test_a_flipped_bit_in_the_file_never_changes_what_is_read(bit):
+    """gzip does not cover its time stamp, flags and OS byte, nor the bits that fill up a byte."""
     data = bytearray(GOOD)
     data[bit // 8] ^= 1 << bit % 8
     try:
         shard = load_shard(io.BytesIO(data))
     except ShardError:
         return
-    # gzip does not cover its own time stamp, flags and OS byte: nothing but these may change unseen.
-    assert bit // 8 in (3, 4, 5, 6, 7, 8, 9)
     assert pickle.dumps(shard) == pickle.dumps(load_shard(io.BytesIO(GOOD)))
 
 
