@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_jax.cli import FlagParser, non_negative_int, positive_float, positive_int, run_script
-from qwen_jax.data.prompts import OVERLONG_POLICIES, PROMPT_FORMATS
+from qwen_jax.data.layouts import PROMPT_FORMATS
+from qwen_jax.data.prompts import OVERLONG_POLICIES
+from qwen_jax.data.selection import TokenSelection
 from qwen_jax.data.streams import stream_name
 from qwen_jax.errors import UsageError
 from qwen_jax.run.settings import WORKER_ID_VARIABLES, Settings, bucket_url, resolve_worker_id, worker_folder
@@ -43,7 +45,18 @@ def make_parser() -> FlagParser:
     flag("gcs_prefix", "objects go to PREFIX/tpu_N in the bucket", default="activations")
     switch("delete_local_after_upload", "keep shards in the bucket only")
     flag("layers_to_extract", "layers, 0-based; without it all of them", nargs="+", type=int)
-    flag("activation_type", "what to store of a layer", default="residual", choices=TAPS)
+    flag(
+        "activation_type",
+        "what to store of a layer, one or more",
+        default=["residual"],
+        nargs="+",
+        choices=TAPS,
+    )
+    switch("include_embedding", 'store the embedding output too, under the key "embedding"')
+    switch("include_answer", "go on with a task's test output; store its tokens' log-probabilities")
+    flag("keep_tokens", "all, last, last:K, every:K, random:P, role:NAME,NAME", default="all")
+    flag("skip_first", "never keep the first K tokens of a sample", default=0, type=non_negative_int)
+    switch("skip_special_tokens", "never keep the tokenizer's special tokens")
     flag("dtype", "compute dtype; auto: bfloat16 on TPU and GPU", default="auto", choices=DTYPES[:3])
     flag("activation_dtype", "stored dtype; auto: the compute dtype", default="auto", choices=DTYPES)
     flag(
@@ -81,7 +94,12 @@ def parse_settings(argv: Sequence[str] | None) -> tuple[Settings, bool]:
     if args.pop("enable_checkpointing") and no_checkpointing:
         raise UsageError("--enable_checkpointing and --no_checkpointing exclude each other")
     dataset_dir, layers = Path(args.pop("dataset_dir")), args.pop("layers_to_extract")
+    kinds = tuple(args.pop("activation_type"))
+    if len(set(kinds)) != len(kinds):
+        raise UsageError(f"--activation_type names a kind twice: {' '.join(kinds)}")
+    TokenSelection(args["keep_tokens"])  # complains about what it cannot read, before jax is loaded
     settings = Settings(
+        activation_types=kinds,
         worker_id=worker_id,
         dataset_path=Path(args.pop("dataset_path") or dataset_dir / stream_name(worker_id)),
         output_dir=worker_folder(Path(args.pop("output_dir")), worker_id),

@@ -24,7 +24,7 @@ from isal import isal_zlib
 
 from qwen_jax.data.batching import Batch
 from qwen_jax.data.prompts import TokenizedSample
-from qwen_jax.model.capture import Captured
+from qwen_jax.model.capture import Captured, Tap
 from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
 from qwen_jax.run.ledger import Ledger, RunIdentity
 from qwen_jax.run.memory import reuse_freed_memory
@@ -46,19 +46,33 @@ def synthetic_batches(gigabytes: float, dtype: str) -> list[tuple[Batch, Capture
         lengths = rng.integers(LENGTH * 3 // 4, LENGTH, ROWS)
         samples = tuple(
             TokenizedSample(
-                number * ROWS + i, np.arange(n, dtype=np.int32), "preview", "task", False, 0, int(n)
+                number * ROWS + i,
+                np.arange(n, dtype=np.int32),
+                np.zeros(n, np.int32),
+                None,
+                "preview",
+                "task",
+                False,
+                0,
+                int(n),
             )
             for i, n in enumerate(lengths)
         )
         values = rng.normal(size=(LAYERS, ROWS, LENGTH, HIDDEN)).astype(np.float32)
         values = values.astype(ml_dtypes.bfloat16).astype(dtype)
         norms = np.ones((LAYERS, ROWS, LENGTH), np.float32)
-        batches.append((Batch(np.zeros((ROWS, LENGTH), np.int32), samples), Captured(values, norms)))
+        means, squares = np.zeros((2, LAYERS, ROWS, HIDDEN), np.float32)
+        tap = Tap(values, norms, means, squares)
+        batches.append((Batch(np.zeros((ROWS, LENGTH), np.int32), samples), Captured({"residual": tap})))
     return batches
 
 
 def unpadded(batches: list[tuple[Batch, Captured]]) -> list[CapturedSample]:
     return [sample for batch, captured in batches for sample in unpad(batch, captured, 0)]
+
+
+def activations(sample: CapturedSample) -> np.ndarray:
+    return sample.taps["residual"].activations_CRD
 
 
 def ours(batches: list[tuple[Batch, Captured]], folder: Path) -> None:
@@ -113,9 +127,9 @@ def main() -> None:
     dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else np.float32
     batches = synthetic_batches(args.gigabytes, dtype)
     samples = unpadded(batches)
-    raw = np.concatenate([sample.activations_CTD.reshape(-1) for sample in samples]).view(np.uint8)
+    raw = np.concatenate([activations(sample).reshape(-1) for sample in samples]).view(np.uint8)
     part = samples[: max(1, len(samples) // PEER_SHARE)]
-    part_bytes = sum(sample.activations_CTD.nbytes for sample in part)
+    part_bytes = sum(sample.nbytes for sample in part)
     apart = Apart(lambda: bare_isal(memoryview(raw)))
     reuse_freed_memory()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -127,7 +141,7 @@ def main() -> None:
                 os.fsync(file.fileno())
 
         def peer() -> None:
-            records = {layer: [sample.activations_CTD[layer] for sample in part] for layer in range(LAYERS)}
+            records = {layer: [activations(sample)[layer] for sample in part] for layer in range(LAYERS)}
             with gzip.open(target, "wb") as file:
                 pickle.dump(records, file)
 

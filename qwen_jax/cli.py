@@ -46,6 +46,8 @@ class FlagParser(argparse.ArgumentParser):
         if env is None:
             env = name.upper() if self._env_for_all else ""
         shown = "off" if default is False else "none" if default in (None, "") else default
+        if isinstance(default, list):
+            shown = " ".join(default)
         notes = "" if kwargs.get("required") else f"default: {shown}"
         if env:
             notes += f"{', ' if notes else ''}variable: {env}"

@@ -71,6 +71,37 @@ class Batch:
     token_ids: np.ndarray
     samples: tuple[TokenizedSample, ...]
 
+    @property
+    def counts(self) -> np.ndarray:
+        """int32 [rows]: the tokens kept of each row, 0 for dummies."""
+        counts = np.zeros(len(self.token_ids), np.int32)
+        counts[: len(self.samples)] = [sample.n_kept for sample in self.samples]
+        return counts
+
+    @property
+    def positions(self) -> np.ndarray | None:
+        """int32 [rows, kept]: the positions to keep; None is all. kept: one of a few sizes, so as to compile few."""
+        if all(sample.positions is None for sample in self.samples):
+            return None
+        length = self.token_ids.shape[1]
+        most = max(sample.n_kept for sample in self.samples)
+        halves = next(n for n in range(length.bit_length(), -1, -1) if -(-length >> n) >= most)
+        return self._rows((sample.positions for sample in self.samples), -(-length >> halves))
+
+    @property
+    def answer_positions(self) -> np.ndarray | None:
+        """int32 [rows, answers]: where answers' tokens stand, answers a power of two; None if there are none."""
+        wanted = [sample.answer_positions for sample in self.samples]
+        most = max(map(len, wanted))
+        return self._rows(wanted, 1 << (most - 1).bit_length()) if most else None
+
+    def _rows(self, values: Iterable[np.ndarray], width: int) -> np.ndarray:
+        """Filled up with 1, which is a position that every row has."""
+        rows = np.ones((len(self.token_ids), width), np.int32)
+        for row, value in zip(rows, values, strict=False):
+            row[: len(value)] = value
+        return rows
+
 
 def windows(samples: Iterable[TokenizedSample], max_tokens: int) -> Iterator[list[TokenizedSample]]:
     """Cuts samples (ascending sample_idx) into windows of at most `max_tokens` tokens (or one sample)."""

@@ -1,66 +1,27 @@
 """Task or text -> prompt -> token ids, with over-long prompts handled in the open."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from qwen_jax.data.arc import BadRecord, Grid, Task, Text, check_encodable
+from qwen_jax.data.arc import BadRecord, Task, Text, check_encodable
+from qwen_jax.data.layouts import (
+    PROMPT_FORMATS,
+    Prompt,
+    Segment,
+    answer_segment,
+    place_in_template,
+    task_segments,
+)
 from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER
 
 OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
 _PREVIEW_CHARACTERS = 200
-_INSTRUCTION = (
-    "Each example turns an input grid into an output grid by the same rule. Cells are colours, 0 to 9. "
-    "Find the rule and give the output grid of the test input.\n\n"
-)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of a prompt. role: "instruction", "example 1 input", "example 1 output", "test input", "text"."""
-
-    role: str
-    text: str
-
-
-def _fenced_rows(grid: Grid) -> str:
-    """Rows numbered from 1. Qwen's tokenizer makes every digit a token, so a cell is one token."""
-    lines = [f"{number}: {''.join(map(str, row))}" for number, row in enumerate(grid, 1)]
-    return "```\n" + "\n".join(lines) + "\n```\n"
-
-
-def _plain_rows(grid: Grid) -> str:
-    return "\n".join("".join(map(str, row)) for row in grid) + "\n"
-
-
-def _json_rows(grid: Grid) -> str:
-    return "[" + ",".join("[" + ",".join(map(str, row)) + "]" for row in grid) + "]\n"
-
-
-def _task_prompt(task: Task, show: Callable[[Grid], str]) -> list[Segment]:
-    segments = [Segment("instruction", _INSTRUCTION)]
-    for number, pair in enumerate(task.train, 1):
-        segments.append(Segment("instruction", f"Example {number}\nInput:\n"))
-        segments.append(Segment(f"example {number} input", show(pair["input"])))
-        segments.append(Segment("instruction", "Output:\n"))
-        segments.append(Segment(f"example {number} output", show(pair["output"])))
-        segments.append(Segment("instruction", "\n"))
-    segments.append(Segment("instruction", "Test\nInput:\n"))
-    segments.append(Segment("test input", show(task.test[0]["input"])))
-    segments.append(Segment("instruction", "Output:\n"))
-    return segments
-
-
-PROMPT_FORMATS: dict[str, Callable[[Task], list[Segment]]] = {
-    "rows": lambda task: _task_prompt(task, _fenced_rows),
-    "plain": lambda task: _task_prompt(task, _plain_rows),
-    "json": lambda task: _task_prompt(task, _json_rows),
-}
-"""How a task becomes a prompt, by name. Of several test inputs the first is asked for."""
+_MESSAGE_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 
 @dataclass(frozen=True)
@@ -69,19 +30,53 @@ class TokenizedSample:
 
     Attributes:
         token_ids: int32 [n_tokens].
+        roles: int32 [n_tokens], codes of qwen_jax/roles.py; a token that spans two parts has the first one's.
+        cells: int32 [n_tokens, 4]: grid, row, column and colour of the cell that a token is, -1 elsewhere.
+            Grid 2k is the input of the task's training example k (from 0), 2k + 1 its output; the test input
+            and the answer follow. None for text.
         text_preview: the first 200 characters of the prompt that was tokenised, so without dropped examples.
         truncated: whether tokens were cut off on the right.
         dropped_examples: leading training examples left out to make it fit.
         full_length: tokens before any shortening.
+        positions: int32 [n_kept], ascending: the tokens whose activations are kept; None is all of them.
+        with_answer: whether the log-probabilities of the tokens of role ANSWER are wanted.
     """
 
     sample_idx: int
     token_ids: np.ndarray
+    roles: np.ndarray
+    cells: np.ndarray | None
     text_preview: str
     task_id: str
     truncated: bool
     dropped_examples: int
     full_length: int
+    positions: np.ndarray | None = None
+    with_answer: bool = False
+
+    @property
+    def n_kept(self) -> int:
+        return len(self.token_ids) if self.positions is None else len(self.positions)
+
+    def kept(self, values: np.ndarray) -> np.ndarray:
+        """The entries of `values`, one a token, that are kept."""
+        return values if self.positions is None else values[self.positions]
+
+    @property
+    def answer_positions(self) -> np.ndarray:
+        """int32: where the answer's tokens stand; none unless they are wanted."""
+        # The first token has nothing before it that could foretell it.
+        return 1 + np.flatnonzero(self.with_answer & (self.roles[1:] == ANSWER)).astype(np.int32)
+
+    def cut(self, n_tokens: int) -> Self:
+        """The first `n_tokens` tokens."""
+        return replace(
+            self,
+            token_ids=self.token_ids[:n_tokens],
+            roles=self.roles[:n_tokens],
+            cells=None if self.cells is None else self.cells[:n_tokens],
+            truncated=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,8 +100,10 @@ class PromptEncoder:
         chat_template: bool = False,
         max_seq_length: int = 2048,
         overlong: str = "drop_examples",
+        include_answer: bool = False,
     ):
-        """tokenizer: as load_tokenizer gives it. Raises UsageError for names that are in no table."""
+        """tokenizer: as load_tokenizer gives it. include_answer: a task's prompt goes on with its first test
+        output, where the stream has it. Raises UsageError for names that are in no table."""
         if prompt_format not in PROMPT_FORMATS:
             raise UsageError(f"--prompt_format {prompt_format}: choose from {', '.join(PROMPT_FORMATS)}")
         if overlong not in OVERLONG_POLICIES:
@@ -117,10 +114,11 @@ class PromptEncoder:
                 "the flag out"
             )
         self._tokenizer = tokenizer
-        self._make_prompt = PROMPT_FORMATS[prompt_format]
+        self._layout = PROMPT_FORMATS[prompt_format]
         self._chat_template = chat_template
         self._max_seq_length = max_seq_length
         self._overlong = overlong
+        self._include_answer = include_answer
 
     def encode(self, sample_idx: int, record: Task | Text) -> TokenizedSample | SkippedSample:
         """Tokenises one record; what does not fit is shortened or skipped as `overlong` says.
@@ -143,11 +141,11 @@ class PromptEncoder:
             return self._too_long(full, "prompt")
         if self._overlong == "drop_examples" and isinstance(record, Task):
             return self._drop_examples(full, record)
-        return replace(full, token_ids=full.token_ids[: self._max_seq_length], truncated=True)
+        return full.cut(self._max_seq_length)
 
     def _drop_examples(self, full: TokenizedSample, task: Task) -> TokenizedSample | SkippedSample:
         for dropped in range(1, len(task.train) + 1):
-            shorter = self._tokenize(full.sample_idx, replace(task, train=task.train[dropped:]), dropped)
+            shorter = self._tokenize(full.sample_idx, task, dropped)
             if len(shorter.token_ids) <= self._max_seq_length:
                 return replace(shorter, full_length=full.full_length)
         return self._too_long(full, "test input without any example")
@@ -157,22 +155,47 @@ class PromptEncoder:
         return SkippedSample(full.sample_idx, full.task_id, reason, full.full_length)
 
     def _tokenize(self, sample_idx: int, record: Task | Text, dropped: int) -> TokenizedSample:
-        text = self._prompt_text(record)
-        check_encodable(text, "prompt")
-        ids = np.asarray(
-            self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
+        prompt = Prompt(self._segments(record, dropped))
+        check_encodable(prompt.text, "prompt")
+        encoded = self._tokenizer(
+            prompt.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        preview = text[:_PREVIEW_CHARACTERS]
-        return TokenizedSample(sample_idx, ids, preview, record.task_id, False, dropped, len(ids))
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        spans = np.asarray(encoded["offset_mapping"], np.int32).reshape(-1, 2)
+        return TokenizedSample(
+            sample_idx,
+            ids,
+            prompt.token_roles(spans),
+            prompt.token_cells(spans),
+            prompt.text[:_PREVIEW_CHARACTERS],
+            record.task_id,
+            truncated=False,
+            dropped_examples=dropped,
+            full_length=len(ids),
+            with_answer=self._include_answer,
+        )
 
-    def _prompt_text(self, record: Task | Text) -> str:
-        if isinstance(record, Task):
-            text = "".join(segment.text for segment in self._make_prompt(record))
-        elif record.messages is not None:
-            return self._apply_template(record.messages)
-        else:
-            text = record.text
-        return self._apply_template([{"role": "user", "content": text}]) if self._chat_template else text
+    def _segments(self, record: Task | Text, dropped: int) -> list[Segment]:
+        """The prompt's parts, the chat template and the answer included where they are asked for."""
+        if isinstance(record, Text) and record.messages is not None:
+            return self._in_template(record.messages, [[_message_segment(each)] for each in record.messages])
+        if isinstance(record, Text):
+            return self._as_user([Segment(TEXT, record.text)])
+        segments = self._as_user(task_segments(record, self._layout, dropped))
+        answer = answer_segment(record, self._layout) if self._include_answer else None
+        return segments if answer is None else [*segments, answer]
+
+    def _as_user(self, segments: list[Segment]) -> list[Segment]:
+        """One user message in the chat template if that is asked for, else as it is."""
+        return self._in_template([{"role": "user"}], [segments]) if self._chat_template else segments
+
+    def _in_template(self, messages: list[dict[str, str]], contents: list[list[Segment]]) -> list[Segment]:
+        def render(texts: list[str]) -> str:
+            return self._apply_template(
+                [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
+            )
+
+        return place_in_template(render, contents)
 
     def _apply_template(self, messages: list[dict[str, str]]) -> str:
         if not self._tokenizer.chat_template:
@@ -186,6 +209,10 @@ class PromptEncoder:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise BadRecord(f"the chat template refuses the messages: {error}") from error
+
+
+def _message_segment(message: dict[str, str]) -> Segment:
+    return Segment(_MESSAGE_ROLES.get(message["role"], TEMPLATE), message["content"])
 
 
 def load_tokenizer(path_or_id: str, revision: str | None = None) -> Any:

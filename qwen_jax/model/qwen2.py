@@ -19,6 +19,7 @@ from qwen_jax.model.attention import Attend, blocked_attention
 from qwen_jax.model.config import Qwen2Config
 
 TAPS = ("residual", "attn", "mlp")
+"""What can be captured of a layer; `embedding`, what enters block 0, comes besides."""
 
 
 def _param(config: Qwen2Config, letters: str, dtype: jnp.dtype) -> nnx.Param:
@@ -93,52 +94,89 @@ class Block(nnx.Module):
 
 
 class Qwen2(nnx.Module):
-    """The embedding and the first `num_layers` blocks: no final norm and no LM head.
+    """The embedding and the first `num_layers` blocks; the final norm and LM head only `with_head`.
 
     `num_layers` below the config's own leaves the deeper layers out altogether.
     """
 
-    def __init__(self, config: Qwen2Config, num_layers: int, dtype: jnp.dtype):
+    def __init__(self, config: Qwen2Config, num_layers: int, dtype: jnp.dtype, with_head: bool = False):
         self.config = config
         self.embed_VD = _param(config, "VD", dtype)
         self.blocks = nnx.vmap(lambda _: Block(config, dtype))(jnp.arange(num_layers))
+        if with_head:
+            self.final_norm = RMSNorm(config, dtype)
+            if not config.tied_embeddings:
+                self.head_VD = _param(config, "VD", dtype)
 
     def __call__(
         self,
         tokens_BT: jax.Array,
         layers: Sequence[int],
-        tap: str = "residual",
+        taps: Sequence[str] = ("residual",),
         dtype: jnp.dtype | None = None,
         attend: Attend = blocked_attention,
-    ) -> jax.Array:
-        """Runs the blocks up to the deepest of `layers` and returns that tap of each of them.
+        positions_BR: jax.Array | None = None,
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Runs all blocks; returns what the taps saw at `layers`, and the residual stream after the last block.
 
         tokens_BT: int32, padded on the right; the causal mask keeps padding from every real token.
-        layers: ascending 0-based block indices; the model must hold exactly `layers[-1] + 1` blocks.
-        tap: `residual` (stream after block i, before the final norm), `attn` or `mlp` (what the
-          sublayer adds to the stream).
-        dtype: of the result; None keeps the compute dtype.
+        layers: ascending 0-based block indices below the number of blocks.
+        taps: of `residual` (stream after block i, before the final norm), `attn` and `mlp` (what the
+          sublayer adds to the stream), `embedding` (what block 0 takes in).
+        dtype: of the taps; None keeps the compute dtype.
         attend: how attention is computed (attention.py).
-        Returns [C, B, T, D], C = len(layers).
+        positions_BR: int32, the R positions of each row that the taps keep; None keeps all, R = T.
+        Returns ({tap: [C, B, R, D]}, x_BTD); C = len(layers), 1 for `embedding`.
         """
         x_BTD = self.embed_VD[...][tokens_BT]
         cos_TH, sin_TH = rope_tables(self.config, tokens_BT.shape[1], x_BTD.dtype)
         graph, params = nnx.split(self.blocks)
-        captured_CBTD = jnp.zeros((len(layers), *x_BTD.shape), dtype or x_BTD.dtype)
+
+        def kept(x_BTD: jax.Array) -> jax.Array:
+            if positions_BR is not None:
+                x_BTD = jnp.take_along_axis(x_BTD, positions_BR[:, :, None], axis=1)
+            return x_BTD.astype(dtype or x_BTD.dtype)
+
+        # A layer nobody asked for writes to the slot of the next requested one, which overwrites it, or to
+        # a spare one at the end: one traced layer, and only the requested layers are ever held.
+        num_blocks = jax.tree.leaves(params)[0].shape[0]
+        slots_L = np.searchsorted(layers, np.arange(num_blocks)).astype(np.int32)
+        kept_BRD = jax.eval_shape(kept, x_BTD)
+        empty_CBRD = jnp.zeros((slots_L[-1] + 1, *kept_BRD.shape), kept_BRD.dtype)
+        captured = {tap: empty_CBRD for tap in taps if tap != "embedding"}
 
         def step(carry, layer):
-            x_BTD, captured_CBTD = carry
+            x_BTD, captured = carry
             layer_params, slot = layer
-            x_BTD, taps = nnx.merge(graph, layer_params)(x_BTD, cos_TH, sin_TH, attend)
-            tap_BTD = taps[tap].astype(captured_CBTD.dtype)
-            return (x_BTD, jax.lax.dynamic_update_index_in_dim(captured_CBTD, tap_BTD, slot, 0)), None
+            x_BTD, seen = nnx.merge(graph, layer_params)(x_BTD, cos_TH, sin_TH, attend)
+            captured = {
+                tap: jax.lax.dynamic_update_index_in_dim(array_CBRD, kept(seen[tap]), slot, 0)
+                for tap, array_CBRD in captured.items()
+            }
+            return (x_BTD, captured), None
 
-        # A layer nobody asked for writes to the slot of the next requested one, which overwrites it:
-        # one traced layer, and only the requested layers are ever held.
-        num_layers = layers[-1] + 1
-        slots_L = jnp.asarray(np.searchsorted(layers, np.arange(num_layers)), jnp.int32)
-        (_, captured_CBTD), _ = jax.lax.scan(step, (x_BTD, captured_CBTD), (params, slots_L))
-        return captured_CBTD
+        (last_BTD, captured), _ = jax.lax.scan(step, (x_BTD, captured), (params, jnp.asarray(slots_L)))
+        captured = {tap: array_CBRD[: len(layers)] for tap, array_CBRD in captured.items()}
+        if "embedding" in taps:
+            captured["embedding"] = kept(x_BTD)[None]
+        return captured, last_BTD
+
+    def log_probs(self, x_BTD: jax.Array, tokens_BT: jax.Array, positions_BA: jax.Array) -> jax.Array:
+        """[B, A] float32: natural log-probability of the token at each of `positions_BA`, given those before it.
+
+        x_BTD: the residual stream after the last block; positions from 1 on. One answer position of every row
+        at a time, since logits of all of them would take V floats each.
+        """
+        head_VD = self.embed_VD[...] if self.config.tied_embeddings else self.head_VD[...]
+
+        def one(position_B: jax.Array) -> jax.Array:
+            before_BD = jnp.take_along_axis(x_BTD, position_B[:, None, None] - 1, axis=1)[:, 0]
+            logits_BV = (self.final_norm(before_BD) @ head_VD.T).astype(jnp.float32)
+            wanted_B1 = jnp.take_along_axis(tokens_BT, position_B[:, None], axis=1)
+            chosen_B = jnp.take_along_axis(logits_BV, wanted_B1, axis=1)[:, 0]
+            return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+        return jax.lax.map(one, positions_BA.T).T
 
 
 def rope_tables(config: Qwen2Config, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -159,14 +197,12 @@ def rotate(x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array
     return x_BTNH * cos_TH[:, None, :] + turned_BTNH * sin_TH[:, None, :]
 
 
-def abstract_model(config: Qwen2Config, num_layers: int, dtype: jnp.dtype) -> Qwen2:
+def abstract_model(config: Qwen2Config, num_layers: int, dtype: jnp.dtype, with_head: bool = False) -> Qwen2:
     """The model with shapes in place of arrays: what the loader must fill, at no memory."""
-    return nnx.eval_shape(lambda: Qwen2(config, num_layers, dtype))
+    return nnx.eval_shape(lambda: Qwen2(config, num_layers, dtype, with_head))
 
 
 def parameter_count(config: Qwen2Config) -> int:
     """Parameters of the whole published model, final norm and untied LM head included."""
-    params = nnx.state(abstract_model(config, config.num_layers, jnp.bfloat16))
-    ours = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-    lm_head = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size
-    return ours + config.hidden_size + lm_head
+    params = nnx.state(abstract_model(config, config.num_layers, jnp.bfloat16, with_head=True))
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -28,6 +28,8 @@ from qwen_jax.model.qwen2 import Qwen2, abstract_model
 from qwen_jax.model.sharding import sharding_of
 
 EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
 
 # Checkpoint name below `model.layers.{i}.` -> (our path, checkpoint axes in our dimension letters).
 # Axes that the checkpoint flattens stand together: "NH D" is a [N * H, D] matrix.
@@ -45,8 +47,8 @@ LAYER_TENSORS = {
     "mlp.up_proj.weight": (("mlp", "up_FD"), "F D"),
     "mlp.down_proj.weight": (("mlp", "down_DF"), "D F"),
 }
-# Left out on purpose: we stop before the final norm. Old checkpoints also store rope frequencies.
-UNUSED_TENSORS = ("lm_head.weight", "model.norm.weight")
+# Read for log-probabilities only, else left out on purpose. Old checkpoints also store rope frequencies.
+HEAD_TENSORS = (LM_HEAD, FINAL_NORM)
 UNUSED_LAYER_TENSORS = ("self_attn.rotary_emb.inv_freq",)
 READABLE_DTYPES = ("BF16", "F16", "F32")
 
@@ -123,15 +125,20 @@ def _open(file: Path) -> Any:
 
 
 def load_model(
-    checkpoint: Checkpoint, config: Qwen2Config, num_layers: int, dtype: jnp.dtype, mesh: Mesh
+    checkpoint: Checkpoint,
+    config: Qwen2Config,
+    num_layers: int,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    with_head: bool = False,
 ) -> Qwen2:
-    """The first `num_layers` layers on the devices of `mesh`, in `dtype`.
+    """The first `num_layers` layers on the devices of `mesh`, in `dtype`; with the final norm and LM head if asked.
 
     Each device's part of each parameter is read straight from the files; no full copy of the model
     is held on the host. Raises ConfigError with all unknown, missing, mis-shaped and unreadable tensors.
     """
-    check_tensors(checkpoint, config, num_layers)
-    graph, abstract = nnx.split(abstract_model(config, num_layers, dtype))
+    check_tensors(checkpoint, config, num_layers, with_head)
+    graph, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
     handles = {file: _open(file) for file in checkpoint.files}
     filled = []
     for path, leaf in nnx.to_flat_state(abstract):
@@ -146,13 +153,19 @@ def load_model(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+_SINGLE_TENSORS = {
+    ("embed_VD",): (EMBEDDING, "V D"),
+    ("final_norm", "scale_D"): (FINAL_NORM, "D"),
+    ("head_VD",): (LM_HEAD, "V D"),
+}
 _PATH_TO_TENSOR = {path: (suffix, axes) for suffix, (path, axes) in LAYER_TENSORS.items()}
 
 
 def _sources(path: tuple[str, ...], num_layers: int) -> tuple[list[str], str]:
     """The checkpoint names behind one of our parameters, and their axes."""
-    if path == ("embed_VD",):
-        return [EMBEDDING], "V D"
+    if path in _SINGLE_TENSORS:
+        name, axes = _SINGLE_TENSORS[path]
+        return [name], axes
     suffix, axes = _PATH_TO_TENSOR[path[1:]]
     return [f"model.layers.{i}.{suffix}" for i in range(num_layers)], axes
 
@@ -218,11 +231,13 @@ def _place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Inde
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def check_tensors(checkpoint: Checkpoint, config: Qwen2Config, num_layers: int) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, config: Qwen2Config, num_layers: int, with_head: bool = False
+) -> None:
     """Raises one ConfigError that names every tensor which does not fit the architecture."""
     expected = expected_shapes(config)
-    needed = expected_shapes(config, num_layers)
-    unused = {*UNUSED_TENSORS} | {
+    needed = expected_shapes(config, num_layers, with_head)
+    unused = {*HEAD_TENSORS} | {
         f"model.layers.{i}.{suffix}" for i in range(config.num_layers) for suffix in UNUSED_LAYER_TENSORS
     }
     found = set(checkpoint.location)
@@ -239,13 +254,19 @@ def check_tensors(checkpoint: Checkpoint, config: Qwen2Config, num_layers: int) 
         raise ConfigError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(faults)}")
 
 
-def expected_shapes(config: Qwen2Config, num_layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name -> shape of the embedding and of the first `num_layers` layers (default all)."""
+def expected_shapes(
+    config: Qwen2Config, num_layers: int | None = None, with_head: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name -> shape of the embedding, of the first `num_layers` layers (default all) and the head."""
 
     def shape(axes: str) -> tuple[int, ...]:
         return tuple(math.prod(config.dims[letter] for letter in group) for group in axes.split())
 
     shapes = {EMBEDDING: shape("V D")}
+    if with_head:
+        shapes[FINAL_NORM] = shape("D")
+        if not config.tied_embeddings:
+            shapes[LM_HEAD] = shape("V D")
     for i in range(config.num_layers if num_layers is None else num_layers):
         shapes |= {f"model.layers.{i}.{suffix}": shape(axes) for suffix, (_, axes) in LAYER_TENSORS.items()}
     return shapes

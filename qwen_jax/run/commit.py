@@ -1,8 +1,8 @@
 """The commit protocol: data first, then the marker, bucket before local (docs/reliability.md).
 
-One commit is: the shard under its final name on the local disk, the local metadata.json, the shard in the
-bucket, metadata.json in the bucket, the checkpoint in the bucket, the local checkpoint. Whatever dies
-between two steps, no marker is ever ahead of durable data.
+One commit is: the shard's statistics and the shard under their final names on the local disk, the local
+metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in the bucket,
+the local checkpoint. Whatever dies between two steps, no marker is ever ahead of durable data.
 """
 
 import logging
@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.failpoints import failpoint, through_failpoint
-from qwen_jax.run.ledger import METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
+from qwen_jax.run.ledger import COMPLETED, METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
+from qwen_jax.run.run_stats import StoredStats
 from qwen_jax.shards import ShardInfo, write_shard
-from qwen_jax.shards.statistics import layer_norms
-from qwen_jax.storage.local import AtomicFile, json_bytes, storage_errors, write_json
+from qwen_jax.shards.statistics import STATS_NAME, Stats, shard_stats_name, stats_bytes
+from qwen_jax.storage.local import AtomicFile, atomic_write, json_bytes, storage_errors, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class WrittenShard:
 
     file: AtomicFile
     info: ShardInfo
-    layer_norms: dict
+    stats: Stats
     skipped: list[dict]
     truncated: list[dict]
     shortened: list[dict]
@@ -80,6 +81,8 @@ class Committer:
 
     def mend(self, *, bucket: bool) -> None:
         """Writes the markers again where they lag behind what is durable; the bucket's only if asked to."""
+        if self.ledger.status == COMPLETED:
+            self._commit_stats(self.ledger)
         self._commit_markers(self.ledger, bucket=bucket)
 
     def write(self, shard: FilledShard) -> WrittenShard:
@@ -94,17 +97,21 @@ class Committer:
             file.discard()
             raise
         self._shards_begun += 1
-        norms = layer_norms(self._layers, [sample.norms_CT for sample in shard.samples])
+        stats = shard.stats(self._layers)
         truncated, shortened = _shortening_notes([sample.tokenized for sample in shard.samples])
-        return WrittenShard(file, info, norms, list(map(_skip_note, shard.skipped)), truncated, shortened)
+        return WrittenShard(file, info, stats, list(map(_skip_note, shard.skipped)), truncated, shortened)
 
     def publish(self, shard: WrittenShard) -> None:
         """Gives a written shard its name, uploads and records it; shards in the order of `write`."""
+        self._write_stats(shard_stats_name(len(self.ledger.shards) + 1), shard.stats)
         shard.file.finish()
         failpoint("shard_named")
-        name, size, crc32c = shard.file.path.name, shard.file.size, shard.file.crc32c
         entry = ShardEntry(
-            filename=name, bytes=size, crc32c=crc32c, layer_norms=shard.layer_norms, **vars(shard.info)
+            filename=shard.file.path.name,
+            bytes=shard.file.size,
+            crc32c=shard.file.crc32c,
+            layer_norms=next(iter(shard.stats.values())).layer_norms(),
+            **vars(shard.info),
         )
         self._commit(self.ledger.with_shard(entry, shard.skipped, shard.truncated, shard.shortened), entry)
         log.info(
@@ -127,7 +134,23 @@ class Committer:
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""
         failpoint("completing")
-        self._commit_markers(self.ledger.completed(lines, map(_skip_note, skipped)))
+        stats = self._commit_stats(self.ledger)
+        summary = {kind: entry.summary() for kind, entry in stats.items()}
+        self._commit_markers(self.ledger.completed(lines, map(_skip_note, skipped), summary))
+
+    def _commit_stats(self, ledger: Ledger) -> Stats:
+        """Makes the statistics of all shards durable, which a marker of a completed run stands for."""
+        if not ledger.shards:
+            return {}
+        stats = StoredStats(self._places, self._run.kinds).merged(ledger.shards)
+        self._write_stats(STATS_NAME, stats)
+        if self._places.store is not None:
+            self._upload(STATS_NAME)
+        return stats
+
+    def _write_stats(self, name: str, stats: Stats) -> None:
+        with atomic_write(self._places.output_dir / name) as file:
+            file.write(stats_bytes(stats))
 
     def _commit(self, ledger: Ledger, entry: ShardEntry) -> None:
         if self._places.store is not None:
@@ -135,25 +158,32 @@ class Committer:
             # finds the kept shard described there and uploads it first.
             write_json(self._places.metadata_path, ledger.metadata(self._run))
             failpoint("shard_described")
-            self._upload(entry)
+            stats_name = shard_stats_name(len(ledger.shards))
+            if (self._places.output_dir / stats_name).exists():
+                # Before the shard, so that a shard that counts as durable has them.
+                self._upload(stats_name)
+            failpoint("stats_uploaded")
+            self._upload(entry.filename)
             failpoint("shard_uploaded")
+        if ledger.status == COMPLETED:
+            self._commit_stats(ledger)
         self._commit_markers(ledger)
         if self._delete_local:
             path = self._places.output_dir / entry.filename
             with storage_errors("delete", path):
                 path.unlink(missing_ok=True)
 
-    def _upload(self, entry: ShardEntry) -> None:
-        path = self._places.output_dir / entry.filename
+    def _upload(self, name: str) -> None:
+        path = self._places.output_dir / name
         store = self._places.store
         try:
-            store.put_file(entry.filename, path, if_generation=0)
+            store.put_file(name, path, if_generation=0)
         except PreconditionFailedError as refused:
             # No checkpoint covers it, so it is a dead predecessor's; unless a live rival has just stored it.
             # Writing the markers again fails if the rival has committed it, and keeps him from doing so.
             self._store_markers(self.ledger)
-            log.warning("%s stands in the bucket but no checkpoint covers it; replacing it", entry.filename)
-            store.put_file(entry.filename, path, if_generation=refused.present.generation)
+            log.warning("%s stands in the bucket but no checkpoint covers it; replacing it", name)
+            store.put_file(name, path, if_generation=refused.present.generation)
 
     def _commit_markers(self, ledger: Ledger, *, bucket: bool = True) -> None:
         write_json(self._places.metadata_path, ledger.metadata(self._run))

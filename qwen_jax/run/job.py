@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.model.attention import resolve_attention
-from qwen_jax.model.capture import resolve_dtype
+from qwen_jax.model.capture import ACTIVATION_DTYPES, resolve_dtype
 from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.sharding import check_mesh, make_mesh
 from qwen_jax.model.source import ModelSource, fetch_model
@@ -23,6 +23,7 @@ LAYER_MEANINGS = {
     "hidden_states[i + 1] for every block but the last, whose entry there is already normed",
     "attn": "output of block i's attention (0-based), before it is added to the residual stream",
     "mlp": "output of block i's MLP (0-based), before it is added to the residual stream",
+    "embedding": "embedding output: the residual stream before block 0; Hugging Face hidden_states[0]",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,6 +48,12 @@ class Job:
     activation_dtype: str
     attention: str
     mesh: Mesh
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Raw bytes of activations that a kept token gives."""
+        arrays = len(self.layers) * len(self.settings.activation_types) + self.settings.include_embedding
+        return arrays * self.config.hidden_size * ACTIVATION_DTYPES[self.activation_dtype].dtype.itemsize
 
     @property
     def lines(self) -> int:
@@ -118,9 +125,11 @@ def identify(job: Job) -> RunIdentity:
             "sha256": job.stream.sha256,
             "lines": job.stream.lines,
         },
-        "activation_type": settings.activation_type,
+        "activation_type": settings.activation_types[0],
+        "activation_types": list(settings.activation_types),
         "layers": list(job.layers),
-        "layer_meaning": LAYER_MEANINGS[settings.activation_type],
+        "layer_meaning": LAYER_MEANINGS[settings.activation_types[0]],
+        "layer_meanings": {tap: LAYER_MEANINGS[tap] for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
         "settings": {
@@ -145,7 +154,12 @@ def make_fingerprint(job: Job) -> Fingerprint:
         "weights_digest": hashlib.sha256(weights.encode()).hexdigest(),
         "tokenizer_digest": files_digest(folder, _TOKENIZER_FILES),
         "layers": list(job.layers),
-        "activation_type": settings.activation_type,
+        "activation_type": " ".join(settings.activation_types),
+        "include_embedding": settings.include_embedding,
+        "include_answer": settings.include_answer,
+        "keep_tokens": settings.keep_tokens,
+        "skip_first": settings.skip_first,
+        "skip_special_tokens": settings.skip_special_tokens,
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
         "max_seq_length": settings.max_seq_length,

@@ -50,12 +50,18 @@ class RunIdentity:
     fingerprint: Fingerprint
     header: Mapping[str, Any]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is stored of a layer, the main kind first."""
+        return tuple(self.header.get("activation_types", ()))
+
 
 @dataclass(frozen=True)
 class Ledger:
     """What is durable: shards in order, and the samples that were left out, cut or shortened.
 
     last_processed_sample_idx: the last stream line dealt with, -1 before the first.
+    statistics: at the end, by kind and layer (shards.statistics.KindStats.summary).
     """
 
     shards: tuple[ShardEntry, ...] = ()
@@ -64,6 +70,7 @@ class Ledger:
     shortened: tuple[dict[str, Any], ...] = ()
     last_processed_sample_idx: int = -1
     status: str = IN_PROGRESS
+    statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def next_sample_idx(self) -> int:
@@ -90,13 +97,14 @@ class Ledger:
             last_processed_sample_idx=shard.last_sample_idx,
         )
 
-    def completed(self, lines: int, skipped: Iterable[dict]) -> Self:
+    def completed(self, lines: int, skipped: Iterable[dict], statistics: dict[str, Any]) -> Self:
         """The ledger at the end of a stream of `lines` lines, the last of which may have been skipped."""
         return replace(
             self,
             skipped=(*self.skipped, *skipped),
             last_processed_sample_idx=lines - 1,
             status=COMPLETED,
+            statistics=statistics,
         )
 
     def prefix(self, shards: int) -> Self:
@@ -121,6 +129,7 @@ class Ledger:
             **run.header,
             "totals": self._totals(),
             "layer_norms": _merge_norms(self.shards),
+            "statistics": self.statistics,
             "shards": [vars(shard) for shard in self.shards],
             "skipped": list(self.skipped),
             "truncated": list(self.truncated),
@@ -216,6 +225,7 @@ def parse_metadata(data: bytes) -> StoredMetadata:
         _notes(fields, "shortened"),
         _count(fields, "last_processed_sample_idx", least=-1),
         _status(fields),
+        _typed(fields, "statistics", dict),
     )
     _check_order(ledger)
     if len({frozenset(shard.layer_norms) for shard in shards}) > 1:

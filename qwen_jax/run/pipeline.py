@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -13,11 +13,13 @@ import numpy as np
 from qwen_jax.data.arc import BadRecord, Task, Text
 from qwen_jax.data.batching import Batch, BatchShapes, plan_batches, window_start
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
+from qwen_jax.data.selection import TokenSelection
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError, ConfigError
-from qwen_jax.model.capture import Captured
+from qwen_jax.model.capture import Captured, Tap
 from qwen_jax.run.settings import Settings
-from qwen_jax.shards import Sample
+from qwen_jax.shards import EMBEDDING, Sample
+from qwen_jax.shards.statistics import KindStats, Stats
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +34,70 @@ MIN_REAL_SHARE = 0.8
 class CaptureStep(Protocol):
     """What the pipeline needs of model.capture.Capture."""
 
-    def __call__(self, tokens_BT: np.ndarray) -> Captured: ...
+    def __call__(
+        self,
+        tokens_BT: np.ndarray,
+        counts_B: np.ndarray,
+        positions_BR: np.ndarray | None,
+        answers_BA: np.ndarray | None,
+    ) -> Captured: ...
+
+
+@dataclass(frozen=True)
+class SampleTap:
+    """What one tap saw of a sample; see model.capture.Tap. C layers, 1 for the embedding; R kept rows."""
+
+    activations_CRD: np.ndarray
+    norms_CR: np.ndarray
+    mean_CD: np.ndarray
+    squares_CD: np.ndarray
 
 
 @dataclass(frozen=True)
 class CapturedSample:
-    """A sample off the device, padding removed. norms_CT: float32, of the stored activations."""
+    """A sample off the device, padding removed. taps: by name, the main one first.
+
+    answer_logprobs: float32, of the answer's tokens, where they were asked for.
+    """
 
     tokenized: TokenizedSample
-    activations_CTD: np.ndarray
-    norms_CT: np.ndarray
+    taps: Mapping[str, SampleTap]
+    answer_logprobs: np.ndarray | None = None
 
     @property
     def sample_idx(self) -> int:
         return self.tokenized.sample_idx
 
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of its activations."""
+        return sum(tap.activations_CRD.nbytes for tap in self.taps.values())
+
     def for_shard(self) -> Sample:
         source = self.tokenized
+        arrays = {name: tap.activations_CRD for name, tap in self.taps.items()}
+        embedding = arrays.pop(EMBEDDING, None)
         return Sample(
-            source.sample_idx, self.activations_CTD, source.token_ids, source.text_preview, source.task_id
+            source.sample_idx,
+            next(iter(arrays.values())),
+            source.kept(source.token_ids),
+            source.text_preview,
+            source.task_id,
+            self._extras(),
+            arrays if len(arrays) > 1 else {},
+            None if embedding is None else embedding[0],
         )
+
+    def _extras(self) -> dict[str, np.ndarray]:
+        source = self.tokenized
+        extras = {"token_roles": source.kept(source.roles)}
+        if source.cells is not None:
+            extras["token_cells"] = source.kept(source.cells)
+        if source.positions is not None:
+            extras["token_positions"] = source.positions
+        if self.answer_logprobs is not None:
+            extras["answer_logprobs"] = self.answer_logprobs
+        return extras
 
 
 @dataclass(frozen=True)
@@ -61,6 +107,20 @@ class FilledShard:
     samples: Sequence[CapturedSample]
     skipped: Sequence[SkippedSample]
 
+    def stats(self, layers: Sequence[int]) -> Stats:
+        """layers: those of the shard."""
+
+        def of(name: str) -> KindStats:
+            taps = [sample.taps[name] for sample in self.samples]
+            return KindStats.of_samples(
+                () if name == EMBEDDING else layers,
+                [tap.norms_CR for tap in taps],
+                [tap.mean_CD for tap in taps],
+                [tap.squares_CD for tap in taps],
+            )
+
+        return {name: of(name) for name in self.samples[0].taps}
+
 
 class SampleReader:
     """Tokenises the stream for a run that writes from sample `first` on; keeps what it skips.
@@ -68,10 +128,18 @@ class SampleReader:
     It starts at the window that holds `first`, so that the windows are those of an uninterrupted run.
     """
 
-    def __init__(self, settings: Settings, encoder: PromptEncoder, first: int, bad_before: int):
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: PromptEncoder,
+        selection: TokenSelection,
+        first: int,
+        bad_before: int,
+    ):
         """bad_before: the bad records before `first`, which count towards --max_bad_records too."""
         self._settings = settings
         self._encoder = encoder
+        self._selection = selection
         self._first = first
         self._bad = bad_before
         self._skipped: deque[SkippedSample] = deque()
@@ -97,7 +165,8 @@ class SampleReader:
     def _encode(self, sample_idx: int, record: Task | Text | BadRecord) -> TokenizedSample | SkippedSample:
         if isinstance(record, BadRecord):
             return SkippedSample(sample_idx, "", str(record), 0, bad_record=True)
-        return self._encoder.encode(sample_idx, record)
+        encoded = self._encoder.encode(sample_idx, record)
+        return self._selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
 
     def _skip(self, sample: SkippedSample) -> None:
         where = f"{self._settings.dataset_path}, line {sample.sample_idx + 1}"
@@ -135,7 +204,8 @@ def captured_samples(
         for batch in plan_batches(window, shapes):
             if all(sample.sample_idx < first for sample in batch.samples):
                 continue
-            in_flight.append((batch, capture(batch.token_ids)))
+            inputs = (batch.token_ids, batch.counts, batch.positions, batch.answer_positions)
+            in_flight.append((batch, capture(*inputs)))
             if len(in_flight) > STEPS_IN_FLIGHT:
                 yield from finish_oldest()
     while in_flight:
@@ -148,26 +218,40 @@ def unpad(batch: Batch, captured: Captured, first: int) -> Iterator[CapturedSamp
     As views, since a copy would cost a tenth of the host's time; then the batch lives as long as they do. A
     batch that is less than MIN_REAL_SHARE wanted tokens is copied, so that little else is kept alive.
     """
-    activations_CBTD, norms_CBT = map(np.asarray, captured)
+    taps = {name: Tap(*map(np.asarray, tap)) for name, tap in captured.taps.items()}
     wanted = [(row, sample) for row, sample in enumerate(batch.samples) if sample.sample_idx >= first]
-    wanted_tokens = sum(len(sample.token_ids) for _, sample in wanted)
-    keep = np.asarray if wanted_tokens >= MIN_REAL_SHARE * batch.token_ids.size else np.copy
+    wanted_rows = sum(sample.n_kept for _, sample in wanted)
+    shape = next(iter(taps.values())).norms_CBR.shape
+    keep = np.asarray if wanted_rows >= MIN_REAL_SHARE * shape[1] * shape[2] else np.copy
     for row, sample in wanted:
-        n_tokens = len(sample.token_ids)
-        yield CapturedSample(
-            sample, keep(activations_CBTD[:, row, :n_tokens]), keep(norms_CBT[:, row, :n_tokens])
-        )
+        of_row = {
+            name: SampleTap(
+                keep(tap.activations_CBRD[:, row, : sample.n_kept]),
+                keep(tap.norms_CBR[:, row, : sample.n_kept]),
+                np.copy(tap.mean_CBD[:, row]),
+                np.copy(tap.squares_CBD[:, row]),
+            )
+            for name, tap in taps.items()
+        }
+        logprobs = None
+        if sample.with_answer:
+            logprobs = np.zeros(0, np.float32)
+            if captured.answer_logprobs_BA is not None:
+                logprobs = np.asarray(captured.answer_logprobs_BA)[row, : len(sample.answer_positions)]
+        yield CapturedSample(sample, of_row, logprobs)
 
 
 def _refuse_non_finite(sample: CapturedSample) -> None:
-    if np.isfinite(sample.norms_CT).all():
+    broken = [name for name, tap in sample.taps.items() if not np.isfinite(tap.norms_CR).all()]
+    if not broken:
         return
+    dtype = sample.taps[broken[0]].activations_CRD.dtype
     advice = "check the checkpoint's weights"
-    if sample.activations_CTD.dtype == np.float16:
+    if dtype == np.float16:
         advice = "float16 ends at 65504: use --activation_dtype bfloat16 or float32"
     raise ConfigError(
-        f"sample {sample.sample_idx} ({sample.tokenized.task_id}) has activations that are infinite or not "
-        f"numbers in {sample.activations_CTD.dtype}; {advice}"
+        f"sample {sample.sample_idx} ({sample.tokenized.task_id}) has activations ({', '.join(broken)}) that are "
+        f"infinite or not numbers in {dtype}; {advice}"
     )
 
 
@@ -179,7 +263,7 @@ def filled_shards(
     raw_bytes = 0
     for sample in samples:
         filled.append(sample)
-        raw_bytes += sample.activations_CTD.nbytes
+        raw_bytes += sample.nbytes
         if raw_bytes >= shard_bytes:
             yield FilledShard(filled, reader.take_skipped(sample.sample_idx))
             filled, raw_bytes = [], 0

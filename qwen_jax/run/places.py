@@ -26,5 +26,8 @@ class Places:
     def local_shard_names(self) -> list[str]:
         return sorted(path.name for path in self.output_dir.glob("shard_*.pkl.gz"))
 
+    def local_stats_names(self) -> list[str]:
+        return sorted(path.name for path in self.output_dir.glob("stats*.safetensors"))
+
     def __str__(self) -> str:
         return f"{self.store.url} and {self.output_dir}" if self.store else str(self.output_dir)

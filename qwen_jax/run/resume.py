@@ -243,11 +243,12 @@ def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[L
 def discard(places: Places) -> None:
     """Deletes what an earlier run left in both places, markers first (`--force_restart`)."""
     local = [places.checkpoint_path, places.metadata_path]
-    local += [places.output_dir / name for name in places.local_shard_names()]
+    names = [*places.local_shard_names(), *places.local_stats_names()]
+    local += [places.output_dir / name for name in names]
     local = [path for path in local if path is not None and path.exists()]
     stored = [info.name for info in places.store.list()] if places.store is not None else []
     markers = (places.checkpoint_name, METADATA_NAME)
-    stored = [name for name in stored if name in markers or name.startswith("shard_")]
+    stored = [name for name in stored if name in markers or name.startswith(("shard_", "stats"))]
     if local or stored:
         names = [*map(str, local), *(f"{places.store.url}/{name}" for name in stored)]
         shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")

@@ -23,7 +23,12 @@ class Settings:
     bucket_url: str | None
     delete_local_after_upload: bool
     layers_to_extract: tuple[int, ...] | None
-    activation_type: str
+    activation_types: tuple[str, ...]
+    include_embedding: bool
+    include_answer: bool
+    keep_tokens: str
+    skip_first: int
+    skip_special_tokens: bool
     dtype: str
     activation_dtype: str
     attention: str
@@ -38,6 +43,11 @@ class Settings:
     max_samples: int | None
     max_bad_records: int
     compilation_cache_dir: Path
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """What is captured, the kinds first (model.qwen2.TAPS)."""
+        return (*self.activation_types, *(["embedding"] if self.include_embedding else []))
 
     @property
     def shard_bytes(self) -> int:

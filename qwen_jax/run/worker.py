@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TextIO
+from typing import Any, TextIO
 
 from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.data.prompts import PromptEncoder, load_tokenizer
+from qwen_jax.data.selection import TokenSelection
 from qwen_jax.errors import TerminatedError, WriterConflictError
-from qwen_jax.model.capture import ACTIVATION_DTYPES, COMPUTE_DTYPES, Capture, use_compilation_cache
+from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.failpoints import arm, failpoint
@@ -115,7 +116,9 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     settings = job.settings
     first = committer.ledger.next_sample_idx
     shapes = BatchShapes(settings.max_seq_length, settings.batch_size, job.mesh.shape["data"])
-    reader = SampleReader(settings, make_encoder(job), first, committer.ledger.bad_records)
+    tokenizer = load_tokenizer(str(job.source.folder))
+    encoder, selection = make_encoder(settings, tokenizer), make_selection(job, tokenizer)
+    reader = SampleReader(settings, encoder, selection, first, committer.ledger.bad_records)
     _report_memory(job, shapes)
     ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
     capture = load_capture(job)
@@ -140,35 +143,48 @@ def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event)
     for sample in samples:
         if stop.is_set():
             raise TerminatedError("SIGTERM: stopped; the next start resumes from the last checkpoint")
-        progress.sample(sample.sample_idx, sample.norms_CT.shape[1], sample.activations_CTD.nbytes)
+        progress.sample(sample.sample_idx, len(sample.tokenized.token_ids), sample.nbytes)
         yield sample
 
 
-def make_encoder(job: Job) -> PromptEncoder:
-    settings = job.settings
+def make_encoder(settings: Settings, tokenizer: Any) -> PromptEncoder:
     return PromptEncoder(
-        load_tokenizer(str(job.source.folder)),
+        tokenizer,
         prompt_format=settings.prompt_format,
         chat_template=settings.chat_template,
         max_seq_length=settings.max_seq_length,
         overlong=settings.overlong,
+        include_answer=settings.include_answer,
+    )
+
+
+def make_selection(job: Job, tokenizer: Any) -> TokenSelection:
+    settings = job.settings
+    return TokenSelection(
+        settings.keep_tokens,
+        skip_first=settings.skip_first,
+        special_ids=tokenizer.all_special_ids if settings.skip_special_tokens else (),
+        stream_sha256=job.stream.sha256,
     )
 
 
 def load_capture(job: Job) -> Capture:
-    """Loads the weights up to the deepest layer, each device its part, and returns the capture step."""
-    use_compilation_cache(job.settings.compilation_cache_dir)
-    num_layers = job.layers[-1] + 1
+    """Loads the weights up to the deepest layer, each device its part, and returns the capture step.
+
+    Log-probabilities of answers need all layers and the LM head.
+    """
+    settings = job.settings
+    use_compilation_cache(settings.compilation_cache_dir)
+    num_layers = job.config.num_layers if settings.include_answer else job.layers[-1] + 1
     log.info("loading %d of %d layers in %s", num_layers, job.config.num_layers, job.dtype)
-    model = load_model(job.checkpoint, job.config, num_layers, COMPUTE_DTYPES[job.dtype], job.mesh)
-    tap = job.settings.activation_type
-    return Capture(model, job.layers, tap, job.activation_dtype, job.mesh, job.attention)
+    dtype = COMPUTE_DTYPES[job.dtype]
+    model = load_model(job.checkpoint, job.config, num_layers, dtype, job.mesh, settings.include_answer)
+    return Capture(model, job.layers, settings.taps, job.activation_dtype, job.mesh, job.attention)
 
 
 def _report_memory(job: Job, shapes: BatchShapes) -> None:
-    itemsize = ACTIVATION_DTYPES[job.activation_dtype].dtype.itemsize
     bound = activation_bytes_bound(
-        bytes_per_token=len(job.layers) * job.config.hidden_size * itemsize,
+        bytes_per_token=job.bytes_per_token,
         max_seq_length=shapes.max_seq_length,
         tokens_per_step=shapes.tokens_per_step,
         lookahead=job.settings.lookahead,

@@ -2,6 +2,8 @@
 
 from qwen_jax.shards.format import (
     ACTIVATION_DTYPES,
+    EMBEDDING,
+    KIND_KEYS,
     OPTIONAL_KEYS,
     RECORD_KEYS,
     Sample,
@@ -13,6 +15,8 @@ from qwen_jax.shards.format import (
 
 __all__ = [
     "ACTIVATION_DTYPES",
+    "EMBEDDING",
+    "KIND_KEYS",
     "OPTIONAL_KEYS",
     "RECORD_KEYS",
     "Sample",

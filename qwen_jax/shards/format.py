@@ -5,8 +5,8 @@ import itertools
 import os
 import pickle
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -18,8 +18,13 @@ from qwen_jax.shards.unpickle import ArrayShell, Unpickler
 
 RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "token_ids")
 """What every record holds, in this order."""
-OPTIONAL_KEYS = ("token_roles", "token_cells", "token_positions", "residual", "attn", "mlp")
-"""What a record may hold besides: arrays over the sample's tokens."""
+ROW_KEYS = ("token_positions", "token_roles", "token_cells")
+KIND_KEYS = ("residual", "attn", "mlp")
+OPTIONAL_KEYS = (*ROW_KEYS, "answer_logprobs", *KIND_KEYS)
+"""What a record may hold besides: ROW_KEYS, int32 arrays over its rows; `answer_logprobs`, float32; KIND_KEYS,
+activations of further kinds."""
+EMBEDDING = "embedding"
+"""The key of the embedding's records beside the layers."""
 
 _RECORD_COST = 512
 _READ_BUFFER_BYTES = 1 << 20
@@ -37,9 +42,14 @@ class Sample:
         sample_idx: 0-based line number in the stream.
         activations: [n_layers, n_tokens, hidden] array, or one [n_tokens, hidden] array a layer; float32,
             float16 or bfloat16.
-        token_ids: int32 [n_tokens].
+        token_ids: int32 [n_tokens], of the tokens that are kept.
         text_preview: the first characters of the prompt.
         task_id: the task's name in the dataset.
+        extras: further arrays for the record, one for all layers: some of ROW_KEYS, int32 [n_tokens, ...], and
+            `answer_logprobs`, float32 [n].
+        kinds: where several kinds are stored, all of them by name (KIND_KEYS), each like `activations`, which
+            is the first.
+        embedding: [n_tokens, hidden], where the embedding is stored.
     """
 
     sample_idx: int
@@ -47,6 +57,20 @@ class Sample:
     token_ids: np.ndarray
     text_preview: str
     task_id: str
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kinds: Mapping[str, np.ndarray | Sequence[np.ndarray]] = field(default_factory=dict)
+    embedding: np.ndarray | None = None
+
+    def stored(self) -> list[np.ndarray]:
+        """Every activation array that the shard holds once."""
+        kinds = list(self.kinds.values()) or [self.activations]
+        arrays = [array for kind in kinds for array in kind]
+        return arrays if self.embedding is None else [*arrays, self.embedding]
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of its activations."""
+        return sum(array.nbytes for array in self.stored())
 
 
 @dataclass(frozen=True)
@@ -87,18 +111,16 @@ _DTYPES: dict[np.dtype, tuple[str | _Name, tuple]] = {
 ACTIVATION_DTYPES = tuple(dtype for dtype in _DTYPES if dtype.kind != "i")
 """dtypes of activations: float32, float16, bfloat16."""
 
-# Memo numbers: the record keys come first, then these, then the token arrays of the samples.
+# Memo numbers: the record keys come first, then these, then what _Memo numbers.
 _SLOT_RECONSTRUCT = len(RECORD_KEYS)
 _SLOT_ARRAY_ARGS = _SLOT_RECONSTRUCT + 1
-_SLOT_ACTIVATION_DTYPE = _SLOT_RECONSTRUCT + 2
-_SLOT_TOKEN_DTYPE = _SLOT_RECONSTRUCT + 3
-_SLOT_TOKENS = _SLOT_RECONSTRUCT + 4
+_SLOT_FREE = _SLOT_RECONSTRUCT + 2
 
 
 def write_shard(
     file: Writable, layers: Sequence[int], samples: Sequence[Sample], *, threads: int | None = None
 ) -> ShardInfo:
-    """Writes one shard: `{layer: [record, ...]}` with the samples' records in order.
+    """Writes one shard: `{layer: [record, ...]}` with the samples' records in order; the embedding, if any, last.
 
     The bytes depend on the arguments' values alone, not on `threads`. Beside the samples it needs a few
     megabytes of memory. When it raises, what reached `file` is not a whole shard.
@@ -112,22 +134,22 @@ def write_shard(
     Raises:
         ShardError: the samples do not fit together (the message names the sample), or there are none.
     """
-    dtype = _check_samples(layers, samples)
+    _check_samples(layers, samples)
     with ParallelGzipWriter(file, threads) as out:
-        for piece in _pickle_pieces(layers, samples, dtype):
+        for piece in _pickle_pieces(layers, samples):
             out.write(piece)
     return ShardInfo(
         samples=len(samples),
         tokens=sum(len(sample.token_ids) for sample in samples),
         first_sample_idx=int(samples[0].sample_idx),
         last_sample_idx=int(samples[-1].sample_idx),
-        raw_bytes=sum(layer.nbytes for sample in samples for layer in sample.activations),
+        raw_bytes=sum(sample.nbytes for sample in samples),
     )
 
 
 def load_shard(
     path_or_file: str | os.PathLike | BinaryIO, *, max_bytes: int | None = None
-) -> dict[int, list[dict]]:
+) -> dict[int | str, list[dict]]:
     """Reads a shard without trusting it: no code from the file runs, and memory is bounded.
 
     Takes what `write_shard` writes and what pickle protocols 2 to 4 write for the same structure.
@@ -138,8 +160,9 @@ def load_shard(
             file (`shards.compress.Budget`), enough for any hidden states.
 
     Returns:
-        `{layer: [record, ...]}` with the keys RECORD_KEYS and some of OPTIONAL_KEYS; `activation` is a
-        writable [n_tokens, hidden] array, `token_ids` one int32 [n_tokens] array for all records of a sample.
+        `{layer: [record, ...]}`, the embedding's records under EMBEDDING where it is stored, with the keys
+        RECORD_KEYS and some of OPTIONAL_KEYS; `activation` is a writable [n_tokens, hidden] array, `token_ids`
+        one int32 [n_tokens] array for all records of a sample.
 
     Raises:
         ShardError: not a whole, well-formed shard; the message names the file and what is wrong.
@@ -157,14 +180,13 @@ def _load(file: BinaryIO, name: str, max_bytes: int | None) -> dict[int, list[di
     budget = Budget(max_bytes)
     stream = io.BufferedReader(GzipReader(file, budget), _READ_BUFFER_BYTES)
     try:
-        data = Unpickler(stream, budget, RECORD_KEYS + OPTIONAL_KEYS).load()
+        data = Unpickler(stream, budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING)).load()
         return _to_shard(data, budget)
     except MalformedError as error:
         raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error
 
 
-def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> np.dtype:
-    """Returns the dtype that all activations share."""
+def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> None:
     if not samples:
         raise ShardError("a shard needs at least one sample")
     if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
@@ -178,17 +200,16 @@ def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> np.dtype
     for before, after in itertools.pairwise(samples):
         if after.sample_idx <= before.sample_idx:
             raise ShardError(f"sample {after.sample_idx} comes after sample {before.sample_idx} in one shard")
-    return first.dtype
 
 
 def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, hidden: int) -> None:
     shape = (len(sample.token_ids), hidden)
-    if len(sample.activations) != n_layers:
-        raise ShardError(
-            f"sample {sample.sample_idx} has {len(sample.activations)} layers, the shard {n_layers}"
-        )
-    if any(layer.shape != shape or layer.dtype != dtype for layer in sample.activations):
-        found = ", ".join(sorted({f"{layer.dtype}{list(layer.shape)}" for layer in sample.activations}))
+    for kind in (sample.activations, *sample.kinds.values()):
+        if len(kind) != n_layers:
+            raise ShardError(f"sample {sample.sample_idx} has {len(kind)} layers, the shard {n_layers}")
+    arrays = sample.stored()
+    if any(layer.shape != shape or layer.dtype != dtype for layer in arrays):
+        found = ", ".join(sorted({f"{layer.dtype}{list(layer.shape)}" for layer in arrays}))
         raise ShardError(
             f"sample {sample.sample_idx} should have activations {dtype}{list(shape)}, got {found}"
         )
@@ -198,25 +219,52 @@ def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, hidden: int) -
         raise ShardError(
             f"sample {sample.sample_idx} has token_ids {sample.token_ids.dtype}, expected int32 [n]"
         )
+    for name, array in sample.extras.items():
+        by_row = name in ROW_KEYS and array.dtype == np.int32 and len(array) == shape[0]
+        if not by_row and not (name == "answer_logprobs" and array.dtype == np.float32):
+            raise ShardError(
+                f"sample {sample.sample_idx} cannot store {name} as {array.dtype}{list(array.shape)}"
+            )
 
 
-def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample], dtype: np.dtype) -> Iterator[Buffer]:
-    yield pickle.PROTO + b"\x04" + _prologue(dtype) + pickle.EMPTY_DICT
+class _Memo:
+    """Memo numbers of what a shard repeats, given out in the order of first use."""
+
+    def __init__(self) -> None:
+        self._slots: dict[Hashable, int] = {}
+
+    def once(self, key: Hashable, pieces: Callable[[], Iterable[Buffer]]) -> Iterator[Buffer]:
+        """The pieces at the first call for `key`; from then on what fetches their value again."""
+        if key in self._slots:
+            yield _get(self._slots[key])
+            return
+        yield from pieces()
+        self._slots[key] = _SLOT_FREE + len(self._slots)
+        yield _put(self._slots[key])
+
+
+def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Buffer]:
+    memo = _Memo()
+    yield pickle.PROTO + b"\x04" + _prologue() + pickle.EMPTY_DICT
     for position, layer in enumerate(layers):
         yield _encode(int(layer)) + pickle.EMPTY_LIST
-        for number, sample in enumerate(samples):
-            yield from _record_pieces(sample, position, _SLOT_TOKENS + number)
+        for sample in samples:
+            kinds = {name: kind[position] for name, kind in sample.kinds.items()}
+            yield from _record_pieces(memo, sample, position, sample.activations[position], kinds)
+        yield pickle.SETITEM
+    if samples[0].embedding is not None:
+        yield _encode(EMBEDDING) + pickle.EMPTY_LIST
+        for sample in samples:
+            yield from _record_pieces(memo, sample, EMBEDDING, sample.embedding, {})
         yield pickle.SETITEM
     yield pickle.STOP
 
 
-def _prologue(dtype: np.dtype) -> bytes:
+def _prologue() -> bytes:
     """Puts what every record repeats into the memo, under the _SLOT numbers."""
     values = [_encode(key) for key in RECORD_KEYS]
     values.append(_encode(_RECONSTRUCT))
     values.append(_encode((_NDARRAY, (0,), b"b")))
-    values.append(_dtype_opcodes(dtype))
-    values.append(_dtype_opcodes(np.dtype(np.int32)))
     return b"".join(value + _put(slot) + pickle.POP for slot, value in enumerate(values))
 
 
@@ -225,30 +273,42 @@ def _dtype_opcodes(dtype: np.dtype) -> bytes:
     return _encode(_DTYPE) + _encode((code, False, True)) + pickle.REDUCE + _encode(state) + pickle.BUILD
 
 
-def _record_pieces(sample: Sample, position: int, token_slot: int) -> Iterator[Buffer]:
-    activation = sample.activations[position]
+def _record_pieces(
+    memo: _Memo, sample: Sample, place: Hashable, activation: np.ndarray, kinds: Mapping[str, np.ndarray]
+) -> Iterator[Buffer]:
+    """One record. place: tells it from the sample's records of other layers."""
     values: Mapping[str, Any] = {
         "sample_idx": int(sample.sample_idx),
         "shape": tuple(activation.shape),
         "text_preview": sample.text_preview,
         "task_id": sample.task_id,
     }
+    first_kind = next(iter(kinds), None)
+    shared = {"token_ids": sample.token_ids, **sample.extras}
+
+    def array_once(name: str, array: np.ndarray) -> Iterator[Buffer]:
+        return memo.once(
+            (place if name in kinds else "", sample.sample_idx, name), lambda: _array_pieces(memo, array)
+        )
+
     yield pickle.EMPTY_DICT + pickle.MARK
     for slot, key in enumerate(RECORD_KEYS):
         yield _get(slot)
         if key in values:
             yield _encode(values[key])
-        elif key == "activation":
-            yield from _array_pieces(activation, _SLOT_ACTIVATION_DTYPE)
-        elif position == 0:
-            yield from _array_pieces(sample.token_ids, _SLOT_TOKEN_DTYPE)
-            yield _put(token_slot)
+        elif key in shared:
+            yield from array_once(key, shared[key])
+        elif first_kind is not None:
+            yield from array_once(first_kind, activation)
         else:
-            yield _get(token_slot)
+            yield from _array_pieces(memo, activation)
+    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds]:
+        yield from memo.once(key, lambda key=key: [_encode(key)])
+        yield from array_once(key, kinds[key] if key in kinds else shared[key])
     yield pickle.SETITEMS + pickle.APPEND
 
 
-def _array_pieces(array: np.ndarray, dtype_slot: int) -> Iterator[Buffer]:
+def _array_pieces(memo: _Memo, array: np.ndarray) -> Iterator[Buffer]:
     """What numpy's own pickling means, with the data as a view of the array."""
     data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     size = len(data)
@@ -258,7 +318,9 @@ def _array_pieces(array: np.ndarray, dtype_slot: int) -> Iterator[Buffer]:
         else pickle.BINBYTES8 + struct.pack("<Q", size)
     )
     yield _get(_SLOT_RECONSTRUCT) + _get(_SLOT_ARRAY_ARGS) + pickle.REDUCE + pickle.MARK
-    yield _encode(1) + _encode(tuple(array.shape)) + _get(dtype_slot) + pickle.NEWFALSE + length
+    yield _encode(1) + _encode(tuple(array.shape))
+    yield from memo.once(array.dtype, lambda: [_dtype_opcodes(array.dtype)])
+    yield pickle.NEWFALSE + length
     yield data
     yield pickle.TUPLE + pickle.BUILD
 
@@ -299,14 +361,13 @@ def _encode_int(value: int) -> bytes:
     return pickle.LONG1 + struct.pack("<B", len(data)) + data
 
 
-def _to_shard(data: Any, budget: Budget) -> dict[int, list[dict]]:
+def _to_shard(data: Any, budget: Budget) -> dict[int | str, list[dict]]:
     """Checks the unpickled structure and puts arrays where shells are; raises MalformedError."""
     if type(data) is not dict or not data:
         raise MalformedError("does not hold a dict of layers")
-    if any(
-        type(layer) is not int or type(records) is not list or not records for layer, records in data.items()
-    ):
-        raise MalformedError("does not hold a dict of layer number to list of records")
+    for layer, records in data.items():
+        if (type(layer) is not int and layer != EMBEDDING) or type(records) is not list or not records:
+            raise MalformedError("does not hold a dict of layer number to list of records")
     shard = {layer: [_to_record(record, budget) for record in records] for layer, records in data.items()}
     first_layer, first = next(iter(shard.items()))
     outline = [_outline(record) for record in first]
@@ -328,8 +389,8 @@ def _outline(record: dict) -> tuple:
 
 def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
     budget.charge(_RECORD_COST)
-    if type(record) is not dict or not set(RECORD_KEYS) <= record.keys():
-        raise MalformedError(f"has a record without all of {', '.join(RECORD_KEYS)}")
+    if type(record) is not dict or not set(RECORD_KEYS) <= record.keys() or EMBEDDING in record:
+        raise MalformedError(f"has a record without all of {', '.join(RECORD_KEYS)}, or with others")
     result = {key: value.array if type(value) is ArrayShell else value for key, value in record.items()}
     for key, kind in (("sample_idx", int), ("shape", tuple), ("text_preview", str), ("task_id", str)):
         if type(result[key]) is not kind:
@@ -353,7 +414,17 @@ def _check_arrays(record: dict[str, Any]) -> None:
     tokens = record["token_ids"]
     if type(tokens) is not np.ndarray or tokens.dtype != np.int32 or tokens.shape != activation.shape[:1]:
         raise MalformedError("has a record whose token_ids are not one int32 per token")
-    for key in OPTIONAL_KEYS:
-        extra = record.get(key)
-        if key in record and (type(extra) is not np.ndarray or len(extra) != len(activation)):
-            raise MalformedError(f"has a record whose {key} is no array over its tokens")
+    for key in record.keys() & set(OPTIONAL_KEYS):
+        if not _is_optional_array(key, record[key], activation):
+            raise MalformedError(f"has a record whose {key} is no such array over its tokens")
+
+
+def _is_optional_array(key: str, array: Any, activation: np.ndarray) -> bool:
+    if type(array) is not np.ndarray:
+        return False
+    if key in KIND_KEYS:
+        return (array.dtype, array.shape) == (activation.dtype, activation.shape)
+    if key == "answer_logprobs":
+        return array.dtype == np.float32 and array.ndim == 1
+    width = (4,) if key == "token_cells" else ()
+    return array.dtype == np.int32 and array.shape == (len(activation), *width)

@@ -1,20 +1,187 @@
-"""Small numbers about a shard that its readers want before they open it."""
+"""What the readers of shards want to know before they open one: norms, means and variances by layer.
 
-from collections.abc import Sequence
+Each shard has a small file of its own (`stats_0001.safetensors`), so that a resumed run has the statistics of
+every durable shard and of nothing else; merged, they are `stats.safetensors`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Self
 
 import numpy as np
 
+from qwen_jax.errors import BadDataError
+from qwen_jax.shards.format import EMBEDDING
 
-def layer_norms(layers: Sequence[int], norms: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
-    """Mean and maximum over all tokens of each layer's Euclidean norm, by layer index as a string.
+STATS_NAME = "stats.safetensors"
+MASSIVE = 100.0
+"""A channel is massive where its root mean square exceeds the median channel's by this factor."""
 
-    norms: one float32 [n_layers, n_tokens] array a sample. They are summed in float64, sample by sample in
-    order, so that the result depends on the samples alone.
+
+def shard_stats_name(number: int) -> str:
+    """The statistics file of the `number`th shard, counted from 1."""
+    return f"stats_{number:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class KindStats:
+    """Statistics of the stored rows of one kind (residual, attn, mlp, embedding), C captured layers.
+
+    layers: of each entry; none for the embedding. count: rows. mean_CD, variance_CD: float64, of each channel,
+    the variance over all rows (not the sample variance). norm_mean_C, norm_max_C: of the rows' Euclidean norms.
     """
-    tokens = sum(norms_CT.shape[1] for norms_CT in norms)
-    totals_C = sum(norms_CT.sum(axis=1, dtype=np.float64) for norms_CT in norms)
-    largest_C = np.max([norms_CT.max(axis=1) for norms_CT in norms], axis=0)
-    return {
-        str(layer): {"mean": float(total) / tokens, "max": float(largest)}
-        for layer, total, largest in zip(layers, totals_C, largest_C, strict=True)
-    }
+
+    layers: tuple[int, ...]
+    count: int
+    mean_CD: np.ndarray
+    variance_CD: np.ndarray
+    norm_mean_C: np.ndarray
+    norm_max_C: np.ndarray
+
+    @classmethod
+    def of_samples(
+        cls,
+        layers: Sequence[int],
+        norms: Sequence[np.ndarray],
+        means: Sequence[np.ndarray],
+        squares: Sequence[np.ndarray],
+    ) -> Self:
+        """From each sample's norms_CR, mean_CD and squares_CD (see model.capture.Tap), summed in float64 in order."""
+        counts_S = np.array([norms_CR.shape[1] for norms_CR in norms])
+        mean_CD, variance_CD = _pool(counts_S, np.stack(means), np.stack(squares) / counts_S[:, None, None])
+        total_C = sum(norms_CR.sum(axis=1, dtype=np.float64) for norms_CR in norms)
+        largest_C = np.max([norms_CR.max(axis=1) for norms_CR in norms], axis=0).astype(np.float64)
+        count = int(counts_S.sum())
+        return cls(tuple(layers), count, mean_CD, variance_CD, total_C / count, largest_C)
+
+    def merge(self, other: Self) -> Self:
+        """The statistics of both sets of rows together; raises BadDataError for other layers or widths."""
+        if (self.layers, self.mean_CD.shape) != (other.layers, other.mean_CD.shape):
+            raise BadDataError(
+                f"statistics of layers {list(self.layers)} {list(self.mean_CD.shape)} cannot be merged with those "
+                f"of layers {list(other.layers)} {list(other.mean_CD.shape)}; merge runs with the same settings"
+            )
+        counts = np.array([self.count, other.count])
+        mean_CD, variance_CD = _pool(
+            counts, np.stack([self.mean_CD, other.mean_CD]), np.stack([self.variance_CD, other.variance_CD])
+        )
+        norm_mean_C = (self.norm_mean_C * self.count + other.norm_mean_C * other.count) / counts.sum()
+        norm_max_C = np.maximum(self.norm_max_C, other.norm_max_C)
+        return type(self)(self.layers, int(counts.sum()), mean_CD, variance_CD, norm_mean_C, norm_max_C)
+
+    def massive_channels(self, entry: int) -> list[int]:
+        """Channels of the `entry`th layer whose root mean square is above MASSIVE times the median one."""
+        rms_D = np.sqrt(np.square(self.mean_CD[entry]) + self.variance_CD[entry])
+        return np.flatnonzero(rms_D > MASSIVE * np.median(rms_D)).tolist()
+
+    def layer_norms(self) -> dict[str, dict[str, float]]:
+        """Mean and maximum norm, by layer index as a string."""
+        return {
+            str(layer): {"mean": float(self.norm_mean_C[entry]), "max": float(self.norm_max_C[entry])}
+            for entry, layer in enumerate(self.layers)
+        }
+
+    def summary(self) -> dict:
+        """By layer as a string (`embedding` for the embedding): norms and massive channels, for metadata.json."""
+        names = [str(layer) for layer in self.layers] or ["embedding"]
+        return {
+            name: {
+                "count": self.count,
+                "norm_mean": float(self.norm_mean_C[entry]),
+                "norm_max": float(self.norm_max_C[entry]),
+                "massive_channels": self.massive_channels(entry),
+            }
+            for entry, name in enumerate(names)
+        }
+
+
+Stats = dict[str, KindStats]
+"""Statistics by kind, the main one first."""
+
+
+def _pool(
+    counts_S: np.ndarray, means_SCD: np.ndarray, variances_SCD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of sets of rows together, in float64 (Chan, Golub and LeVeque 1983)."""
+    weights_S11 = (counts_S / counts_S.sum())[:, None, None]
+    means_SCD = means_SCD.astype(np.float64)
+    mean_CD = (weights_S11 * means_SCD).sum(axis=0)
+    spread_SCD = variances_SCD + np.square(means_SCD - mean_CD)
+    return mean_CD, (weights_S11 * spread_SCD).sum(axis=0)
+
+
+def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[str]) -> Stats:
+    """The statistics of a loaded shard, recomputed in float64 from what it holds.
+
+    kinds: the names of its kinds, the main one first (`activation_types` in metadata.json).
+    """
+    layers = [layer for layer in shard if layer != EMBEDDING]
+    records = [shard[layer] for layer in layers]
+    keys = {kind: kind if number else "activation" for number, kind in enumerate(kinds)}
+    stats = {kind: _recompute(layers, records, key) for kind, key in keys.items()}
+    if EMBEDDING in shard:
+        stats[EMBEDDING] = _recompute([], [shard[EMBEDDING]], "activation")
+    return stats
+
+
+def _recompute(layers: Sequence[int], records_CS: Sequence[Sequence[Mapping]], key: str) -> KindStats:
+    """One layer and sample at a time, since in float64 a shard is four times its size."""
+    norms, means, squares = [], [], []
+    for of_sample in zip(*records_CS, strict=True):
+        rows = [record[key].astype(np.float64) for record in of_sample]
+        norms.append(np.stack([np.linalg.norm(rows_RD, axis=1) for rows_RD in rows]))
+        means.append(np.stack([rows_RD.mean(axis=0) for rows_RD in rows]))
+        squares.append(np.stack([rows_RD.var(axis=0) * len(rows_RD) for rows_RD in rows]))
+    return KindStats.of_samples(layers, norms, means, squares)
+
+
+def merge_stats(stats: Sequence[Stats]) -> Stats:
+    """All together, in the order given; raises BadDataError where kinds, layers or widths differ, or for none."""
+    if not stats:
+        raise BadDataError("there are no statistics to merge")
+
+    def both(a: Stats, b: Stats) -> Stats:
+        if list(a) != list(b):
+            raise BadDataError(f"statistics of {', '.join(a)} cannot be merged with those of {', '.join(b)}")
+        return {kind: a[kind].merge(b[kind]) for kind in a}
+
+    return reduce(both, stats)
+
+
+def stats_bytes(stats: Stats) -> bytes:
+    """The content of a statistics file: for each kind the tensors `KIND.mean`, `KIND.variance` [layers, hidden]
+    and `KIND.norm_mean`, `KIND.norm_max` [layers], all float64, and in its metadata the kinds, layers and counts."""
+    from safetensors.numpy import save
+
+    tensors = {}
+    for kind, entry in stats.items():
+        tensors[f"{kind}.mean"], tensors[f"{kind}.variance"] = entry.mean_CD, entry.variance_CD
+        tensors[f"{kind}.norm_mean"], tensors[f"{kind}.norm_max"] = entry.norm_mean_C, entry.norm_max_C
+    about = {kind: {"layers": list(entry.layers), "count": entry.count} for kind, entry in stats.items()}
+    # One entry: safetensors writes several in an order that changes from run to run.
+    return save(tensors, metadata={"stats": json.dumps(about)})
+
+
+def parse_stats(data: bytes, name: str) -> Stats:
+    """A statistics file's content; raises BadDataError, with `name`, for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about: Mapping = json.loads(header["__metadata__"]["stats"])
+        return {
+            kind: KindStats(
+                tuple(entry["layers"]),
+                int(entry["count"]),
+                *(tensors[f"{kind}.{part}"] for part in ("mean", "variance", "norm_mean", "norm_max")),
+            )
+            for kind, entry in about.items()
+        }
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadDataError(
+            f"{name} is not a whole statistics file ({error!r}); `python -m qwen_jax stats` makes it again"
+        ) from error

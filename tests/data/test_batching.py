@@ -13,7 +13,17 @@ from tests.data.conftest import REAL
 
 
 def sample(index: int, length: int) -> TokenizedSample:
-    return TokenizedSample(index, np.full(length, index + 1, np.int32), "", "", False, 0, length)
+    return TokenizedSample(
+        index,
+        np.full(length, index + 1, np.int32),
+        np.zeros(length, np.int32),
+        None,
+        "",
+        "",
+        False,
+        0,
+        length,
+    )
 
 
 lengths = st.lists(st.integers(1, 512), min_size=1, max_size=150)

@@ -36,6 +36,11 @@ class Reference:
         return np.random.default_rng(7).integers(0, self.config.vocab_size, (rows, length), np.int32)
 
 
+def run(model, tokens, layers, tap="residual"):
+    """[C, B, T, D]: one tap of the layers."""
+    return model(tokens, layers, [tap])[0][tap]
+
+
 @pytest.fixture(scope="session", params=SHAPES)
 def reference(request, tmp_path_factory) -> Reference:
     return build_reference(SHAPES[request.param], tmp_path_factory.mktemp("reference"))

@@ -108,12 +108,12 @@ from qwen_jax.model.weights import load_model, open_checkpoint
 config, mesh = read_config(sys.argv[1]), make_mesh()
 model = load_model(open_checkpoint(sys.argv[1]), config, 1, jnp.float32, mesh)
 tokens = np.random.default_rng(3).integers(0, config.vocab_size, (1, 32768), np.int32)
-step = Capture(model, (0,), "residual", "float32", mesh)
-step(tokens[:, :256]).activations_CBTD.block_until_ready()
+step = Capture(model, (0,), ["residual"], "float32", mesh)
+step(tokens[:, :256]).taps["residual"].activations_CBRD.block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-long = np.asarray(step(tokens).activations_CBTD)
+long = np.asarray(step(tokens).taps["residual"].activations_CBRD)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-short = np.asarray(step(tokens[:, :1024]).activations_CBTD)
+short = np.asarray(step(tokens[:, :1024]).taps["residual"].activations_CBRD)
 np.save(sys.argv[2], np.stack([long[:, :, :1024], short]))
 print((after - before) * 1024)
 """

@@ -11,6 +11,7 @@ from qwen_jax.model.config import parse_config
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
 from qwen_jax.model.sharding import make_mesh
 from tests.hf_reference import PUBLISHED
+from tests.model.conftest import run
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {
@@ -57,43 +58,43 @@ def test_a_later_token_changes_nothing_before_it(small):
     tokens = small.tokens(1, 20)
     changed = tokens.copy()
     changed[0, 13] += 1
-    before, after = (np.asarray(model(t, range(small.config.num_layers))) for t in (tokens, changed))
+    before, after = (np.asarray(run(model, t, range(small.config.num_layers))) for t in (tokens, changed))
     np.testing.assert_array_equal(before[:, :, :13], after[:, :, :13])
     assert np.abs(before[:, :, 13:] - after[:, :, 13:]).max() > 1e-3
 
 
 def test_a_row_is_bit_equal_whatever_its_batch_mates_its_place_and_the_padding(small):
-    step = Capture(small.ours(), range(small.config.num_layers), "residual", "float32", make_mesh())
+    step = Capture(small.ours(), range(small.config.num_layers), ["residual"], "float32", make_mesh())
     tokens = small.tokens(4, 32)
     others = small.tokens(4, 32)[::-1] + 1
     others %= small.config.vocab_size
     others[2, :21] = tokens[0, :21]
-    alone = np.asarray(step(tokens).activations_CBTD)[:, 0, :21]
-    among = np.asarray(step(others).activations_CBTD)[:, 2, :21]
+    alone = np.asarray(step(tokens).taps["residual"].activations_CBRD)[:, 0, :21]
+    among = np.asarray(step(others).taps["residual"].activations_CBRD)[:, 2, :21]
     np.testing.assert_array_equal(alone, among)
 
 
 def test_jit_is_no_jit(small):
     model, tokens = small.ours(), small.tokens(2, 15)
     layers = range(small.config.num_layers)
-    jitted = Capture(model, layers, "mlp", "float32", make_mesh())(tokens).activations_CBTD
+    jitted = Capture(model, layers, ["mlp"], "float32", make_mesh())(tokens).taps["mlp"].activations_CBRD
     with jax.disable_jit():
-        plain = model(tokens, layers, "mlp")
+        plain = run(model, tokens, layers, "mlp")
     np.testing.assert_allclose(jitted, plain, rtol=0, atol=1e-5 * float(jnp.abs(plain).max()))
 
 
 def test_taps_add_up_to_the_residual_stream(small):
     model, tokens = small.ours(), small.tokens(2, 15)
     layers = range(small.config.num_layers)
-    residual, attn, mlp = (np.asarray(model(tokens, layers, tap)) for tap in ("residual", "attn", "mlp"))
+    residual, attn, mlp = (np.asarray(run(model, tokens, layers, tap)) for tap in ("residual", "attn", "mlp"))
     np.testing.assert_allclose(residual[1:], residual[:-1] + attn[1:] + mlp[1:], atol=1e-5)
 
 
 def test_chosen_layers_are_those_of_a_full_run(small):
     """Also with the deeper layers neither loaded nor run."""
     tokens = small.tokens(2, 15)
-    full = np.asarray(small.ours()(tokens, range(small.config.num_layers)))
-    chosen = np.asarray(small.ours(num_layers=3)(tokens, (0, 2)))
+    full = np.asarray(run(small.ours(), tokens, range(small.config.num_layers)))
+    chosen = np.asarray(run(small.ours(num_layers=3), tokens, (0, 2)))
     np.testing.assert_allclose(chosen, full[[0, 2]], rtol=0, atol=1e-6 * np.abs(full).max())
 
 
@@ -104,7 +105,7 @@ def test_only_the_chosen_layers_are_held():
     tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
 
     def bytes_needed(layers):
-        step = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens, layers))
+        step = jax.jit(lambda params, tokens: run(nnx.merge(graph, params), tokens, layers))
         memory = step.lower(params, tokens).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
@@ -116,13 +117,13 @@ def test_only_the_chosen_layers_are_held():
 def test_stored_dtype_is_the_rounded_result(small, dtype):
     tokens = small.tokens(2, 9)
     layers = range(small.config.num_layers)
-    exact = np.asarray(small.ours()(tokens, layers))
-    captured = Capture(small.ours(), layers, "residual", dtype, make_mesh())(tokens)
-    stored = np.asarray(captured.activations_CBTD)
+    exact = np.asarray(run(small.ours(), tokens, layers))
+    captured = Capture(small.ours(), layers, ["residual"], dtype, make_mesh())(tokens).taps["residual"]
+    stored = np.asarray(captured.activations_CBRD)
     assert stored.dtype == jnp.dtype(dtype)
     np.testing.assert_allclose(stored.astype(np.float32), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-5)
     norms = np.linalg.norm(stored.astype(np.float32), axis=-1)
-    np.testing.assert_allclose(captured.norms_CBT, norms, rtol=1e-5)
+    np.testing.assert_allclose(captured.norms_CBR, norms, rtol=1e-5)
 
 
 def test_the_program_is_as_long_for_one_layer_as_for_forty(small):
@@ -131,8 +132,8 @@ def test_the_program_is_as_long_for_one_layer_as_for_forty(small):
     def program(num_layers: int) -> str:
         model = abstract_model(small.config, num_layers, jnp.float32)
         graph, params = nnx.split(model)
-        run = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens, range(num_layers)))
-        return run.lower(params, jax.ShapeDtypeStruct((2, 64), jnp.int32)).as_text()
+        jitted = jax.jit(lambda params, tokens: run(nnx.merge(graph, params), tokens, range(num_layers)))
+        return jitted.lower(params, jax.ShapeDtypeStruct((2, 64), jnp.int32)).as_text()
 
     one, forty = program(1), program(40)
     assert one.count("dot_general") == forty.count("dot_general") > 0

@@ -16,6 +16,7 @@ from qwen_jax.model.qwen2 import TAPS, rope_tables
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from tests.hf_reference import load_reference, reference_taps
+from tests.model.conftest import run
 
 MODULE_TOLERANCE = 1e-5
 STACK_TOLERANCE = 1e-4
@@ -38,7 +39,7 @@ def test_every_layer_of_every_tap(reference, rows, length):
     tokens = reference.tokens(rows, length)
     theirs = reference_taps(reference.hf, tokens)
     for tap in TAPS:
-        ours = reference.ours()(tokens, range(reference.config.num_layers), tap)
+        ours = run(reference.ours(), tokens, range(reference.config.num_layers), tap)
         for layer in range(reference.config.num_layers):
             assert worst_error(ours[layer], theirs[tap][layer]) < STACK_TOLERANCE, (tap, layer)
 
@@ -46,14 +47,14 @@ def test_every_layer_of_every_tap(reference, rows, length):
 def test_query_blocks_agree_with_hugging_face_over_several_blocks(small):
     tokens = small.tokens(1, 1300)
     theirs = reference_taps(small.hf, tokens)["residual"]
-    ours = small.ours()(tokens, range(small.config.num_layers))
+    ours = run(small.ours(), tokens, range(small.config.num_layers))
     assert worst_error(ours, theirs) < STACK_TOLERANCE
 
 
 def test_unequal_lengths_in_a_batch(reference):
     """Each right-padded row equals the same prompt alone in Hugging Face."""
     tokens = reference.tokens(3, 24)
-    ours = np.asarray(reference.ours()(tokens, range(reference.config.num_layers)))
+    ours = np.asarray(run(reference.ours(), tokens, range(reference.config.num_layers)))
     for row, length in enumerate((24, 5, 17)):
         theirs = reference_taps(reference.hf, tokens[row : row + 1, :length])["residual"]
         assert worst_error(ours[:, row : row + 1, :length], theirs) < STACK_TOLERANCE
@@ -67,7 +68,7 @@ def test_hidden_states_of_hugging_face_are_our_layers_shifted_by_one(reference):
             torch.from_numpy(tokens.astype(np.int64)), output_hidden_states=True
         ).hidden_states
     last = reference.config.num_layers - 1
-    ours = reference.ours()(tokens, range(last + 1))
+    ours = run(reference.ours(), tokens, range(last + 1))
     for layer in range(last):
         assert worst_error(ours[layer], theirs[layer + 1].numpy()) < STACK_TOLERANCE
     assert worst_error(ours[last], theirs[last + 1].numpy()) > 0.01
@@ -130,7 +131,9 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_faces_own(reference):
     tokens = reference.tokens(2, 40)
     exact = reference_taps(reference.hf, tokens)["residual"]
     theirs = reference_taps(load_reference(reference.folder, torch.bfloat16), tokens)["residual"]
-    ours = np.asarray(reference.ours(jnp.bfloat16)(tokens, range(reference.config.num_layers)), np.float32)
+    ours = np.asarray(
+        run(reference.ours(jnp.bfloat16), tokens, range(reference.config.num_layers)), np.float32
+    )
     for layer in range(reference.config.num_layers):
         our_error, their_error = (_relative_error(x[layer], exact[layer]) for x in (ours, theirs))
         print(f"layer {layer}: relative error ours {our_error:.2e}, Hugging Face {their_error:.2e}")
@@ -155,7 +158,7 @@ def test_golden_file_without_torch():
     config = read_config(GOLDEN)
     model = load_model(open_checkpoint(GOLDEN), config, config.num_layers, jnp.float32, make_mesh())
     for tap in TAPS:
-        ours = model(expected["tokens"], range(config.num_layers), tap)
+        ours = run(model, expected["tokens"], range(config.num_layers), tap)
         assert worst_error(ours, expected[tap]) < STACK_TOLERANCE, tap
 
 

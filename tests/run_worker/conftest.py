@@ -18,7 +18,7 @@ import pytest
 
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.run.commit import Committer
-from qwen_jax.run.pipeline import CapturedSample, FilledShard
+from qwen_jax.run.pipeline import CapturedSample, FilledShard, SampleTap
 from tests.fake_gcs import FakeGcs
 from tests.hf_reference import make_reference, save_reference
 from tests.run_worker.starts import ROOT, Start
@@ -200,8 +200,13 @@ def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
     """A sample as it comes off the device, for tests that need no device."""
     n_tokens = activations_CTD.shape[1]
     tokens = np.arange(n_tokens, dtype=np.int32)
-    tokenized = TokenizedSample(index, tokens, f"prompt {index}", f"task {index}", False, 0, n_tokens)
-    return CapturedSample(tokenized, activations_CTD, np.linalg.norm(activations_CTD, axis=-1))
+    roles = np.zeros(n_tokens, np.int32)
+    tokenized = TokenizedSample(
+        index, tokens, roles, None, f"prompt {index}", f"task {index}", False, 0, n_tokens
+    )
+    norms_CT, mean_CD = np.linalg.norm(activations_CTD, axis=-1), activations_CTD.mean(axis=1)
+    squares_CD = activations_CTD.var(axis=1) * n_tokens
+    return CapturedSample(tokenized, {"residual": SampleTap(activations_CTD, norms_CT, mean_CD, squares_CD)})
 
 
 def commit(committer: Committer, shard: FilledShard) -> None:

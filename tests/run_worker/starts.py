@@ -41,8 +41,7 @@ class Start:
         if forked:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
-            variables = {key: value for key, value in environment.items() if os.environ.get(key) != value}
-            self._process = context.Process(target=run_forked, args=(command[2:], variables, log))
+            self._process = context.Process(target=run_forked, args=(command[2:], environment, log))
             self._process.start()
         else:
             with log.open("a") as file:

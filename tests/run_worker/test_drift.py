@@ -26,6 +26,11 @@ FIELDS = [
     "tokenizer_digest",
     "layers",
     "activation_type",
+    "include_embedding",
+    "include_answer",
+    "keep_tokens",
+    "skip_first",
+    "skip_special_tokens",
     "compute_dtype",
     "activation_dtype",
     "max_seq_length",
@@ -312,7 +317,7 @@ def test_force_restart_names_and_deletes_all_of_it_and_nothing_else(prepared, ca
     note.write_text("mine")
     discard(prepared.places)
     places = 1 if prepared.places.store is None else 2
-    assert f"--force_restart: deleting {places * (SHARDS + 2)} files: " in caplog.text
+    assert f"--force_restart: deleting {places * (2 * SHARDS + 2)} files: " in caplog.text
     assert str(prepared.markers[0]) in caplog.text
     resumed = prepared.resume()
     assert resumed.is_new and resumed.ledger == Ledger()

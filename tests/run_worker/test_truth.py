@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qwen_jax.data.arc import parse_line
-from qwen_jax.data.prompts import PROMPT_FORMATS
+from qwen_jax.data.layouts import PROMPT_FORMATS, task_segments
 from qwen_jax.shards import load_shard
 from tests.hf_reference import load_reference, reference_taps
 from tests.run_worker.conftest import TASKS
@@ -61,7 +61,7 @@ def test_token_ids_are_the_prompt_of_the_stream_line(finished):
     for record in records(finished)[0]:
         task = parse_line(lines[record["sample_idx"]])
         del task.train[: dropped.get(record["sample_idx"], 0)]
-        prompt = "".join(segment.text for segment in PROMPT_FORMATS["rows"](task))
+        prompt = "".join(segment.text for segment in task_segments(task, PROMPT_FORMATS["rows"]))
         assert record["token_ids"].tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert record["text_preview"] == prompt[:200]
         assert record["task_id"] == task.task_id
@@ -77,7 +77,8 @@ def test_the_guides_snippet_opens_a_shard(finished):
     done = subprocess.run(
         [sys.executable, "-c", program, str(finished.shards()[0])], capture_output=True, text=True, check=True
     )
-    keys = ["activation", "sample_idx", "shape", "task_id", "text_preview", "token_ids"]
+    keys = ["activation", "sample_idx", "shape", "task_id", "text_preview"]
+    keys += ["token_cells", "token_ids", "token_roles"]
     assert done.stdout.strip() == f"[0, 1, 2] {keys} True"
 
 

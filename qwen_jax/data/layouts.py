@@ -1,0 +1,163 @@
+"""How a task becomes text, in segments that know what they are for and which character is which cell."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_jax.data.arc import Grid, Task
+from qwen_jax.roles import ANSWER, INSTRUCTION, TEMPLATE, TEST_INPUT, example_role
+
+_INSTRUCTION = (
+    "Each example turns an input grid into an output grid by the same rule. Cells are colours, 0 to 9. "
+    "Find the rule and give the output grid of the test input.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a prompt. role: its code in qwen_jax/roles.py.
+
+    cells: int32 [n_cells, 5], for a segment that shows a grid: where in `text` each cell's digit stands, and
+    the cell's grid, row, column and colour.
+    """
+
+    role: int
+    text: str
+    cells: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class GridLayout:
+    """How a grid becomes text: `before`, each row between its `row_start` and `row_end`, `after`."""
+
+    row_start: Callable[[int], str]
+    between_cells: str
+    row_end: str
+    before: str = ""
+    after: str = ""
+
+    def show(self, role: int, number: int, grid: Grid) -> Segment:
+        """The grid's text and cells. number: the grid's number in its task (TokenizedSample.token_cells)."""
+        text = self.before
+        cells = np.empty((len(grid), len(grid[0]), 5), np.int32)
+        cells[..., 1] = number
+        cells[..., 4] = grid
+        for row, colours in enumerate(grid):
+            text += self.row_start(row)
+            cells[row, :, 0] = len(text) + np.arange(len(colours)) * (1 + len(self.between_cells))
+            cells[row, :, 2] = row
+            cells[row, :, 3] = np.arange(len(colours))
+            text += self.between_cells.join(map(str, colours)) + self.row_end
+        return Segment(role, text + self.after, cells.reshape(-1, 5))
+
+
+# Rows numbered from 1. Qwen's tokenizer makes every digit a token, so a cell is one token.
+_FENCED_ROWS = GridLayout(lambda row: f"{row + 1}: ", "", "\n", before="```\n", after="```\n")
+_PLAIN_ROWS = GridLayout(lambda row: "", "", "\n")
+_JSON_ROWS = GridLayout(lambda row: ",[" if row else "[", ",", "]", before="[", after="]\n")
+
+
+PROMPT_FORMATS: dict[str, GridLayout] = {"rows": _FENCED_ROWS, "plain": _PLAIN_ROWS, "json": _JSON_ROWS}
+"""How a prompt shows grids, by name."""
+
+
+def task_segments(task: Task, layout: GridLayout, dropped: int = 0) -> list[Segment]:
+    """The prompt of a task without its first `dropped` examples. Of several test inputs the first is asked for."""
+    segments = [Segment(INSTRUCTION, _INSTRUCTION)]
+    for number, pair in enumerate(task.train[dropped:], 1):
+        example = dropped + number
+        segments.append(Segment(INSTRUCTION, f"Example {number}\nInput:\n"))
+        segments.append(layout.show(example_role(example, "input"), 2 * example - 2, pair["input"]))
+        segments.append(Segment(INSTRUCTION, "Output:\n"))
+        segments.append(layout.show(example_role(example, "output"), 2 * example - 1, pair["output"]))
+        segments.append(Segment(INSTRUCTION, "\n"))
+    segments.append(Segment(INSTRUCTION, "Test\nInput:\n"))
+    segments.append(layout.show(TEST_INPUT, 2 * len(task.train), task.test[0]["input"]))
+    segments.append(Segment(INSTRUCTION, "Output:\n"))
+    return segments
+
+
+def answer_segment(task: Task, layout: GridLayout) -> Segment | None:
+    """The first test's output as the prompt would go on with it; None where the task has none."""
+    output = task.test[0].get("output")
+    return None if output is None else layout.show(ANSWER, 2 * len(task.train) + 1, output)
+
+
+class Prompt:
+    """A prompt's text, and what each character of it is for."""
+
+    def __init__(self, segments: Iterable[Segment]):
+        self.text = ""
+        self._starts: list[int] = []
+        self._roles: list[int] = []
+        cells = []
+        for segment in segments:
+            self._starts.append(len(self.text))
+            self._roles.append(segment.role)
+            if segment.cells is not None:
+                cells.append(segment.cells + np.int32([len(self.text), 0, 0, 0, 0]))
+            self.text += segment.text
+        self._cells = np.concatenate(cells) if cells else None
+
+    def token_roles(self, spans: np.ndarray) -> np.ndarray:
+        """int32 [n]: the role of each token's first character. spans: [n, 2], first character and end."""
+        segment = np.searchsorted(self._starts, spans[:, 0], side="right") - 1
+        return np.asarray(self._roles, np.int32)[segment]
+
+    def token_cells(self, spans: np.ndarray) -> np.ndarray | None:
+        """int32 [n, 4]: grid, row, column, colour of the cell that a token is, else -1; None without grids."""
+        if self._cells is None:
+            return None
+        place = np.searchsorted(self._cells[:, 0], spans[:, 0]).clip(max=len(self._cells) - 1)
+        is_cell = (self._cells[place, 0] == spans[:, 0]) & (spans[:, 1] - spans[:, 0] == 1)
+        return np.where(is_cell[:, None], self._cells[place, 1:], np.int32(-1))
+
+
+def place_in_template(render: Callable[[list[str]], str], contents: Sequence[list[Segment]]) -> list[Segment]:
+    """The segments of a chat template's text: the messages' own where they stand in it, template around them.
+
+    render: from the messages' contents to the template's text. A text that is not made of the contents, or of the
+    contents without blanks at their ends, is template throughout.
+    """
+    texts = ["".join(segment.text for segment in segments) for segments in contents]
+    rendered = render(texts)
+    marks = [f"[content {number}]" for number in range(len(texts))]
+    around = _split(render(marks), marks)
+    for strip in (False, True):
+        placed = [Segment(TEMPLATE, around[0])]
+        for text, segments, template in zip(texts, contents, around[1:], strict=True):
+            inside = text.strip() if strip else text
+            start = text.find(inside)
+            placed += [*_cut(segments, start, start + len(inside)), Segment(TEMPLATE, template)]
+        if "".join(segment.text for segment in placed) == rendered:
+            return placed
+    return [Segment(TEMPLATE, rendered)]
+
+
+def _split(text: str, marks: Iterable[str]) -> list[str]:
+    """What stands before, between and after the marks; a mark that is not there leaves nothing after it."""
+    parts = []
+    for mark in marks:
+        before, _, text = text.partition(mark)
+        parts.append(before)
+    return [*parts, text]
+
+
+def _cut(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
+    """The characters from `start` to `stop` of the segments' joined text."""
+    kept = []
+    for segment in segments:
+        first, last = max(start, 0), min(stop, len(segment.text))
+        if first < last:
+            kept.append(_part(segment, first, last))
+        start, stop = start - len(segment.text), stop - len(segment.text)
+    return kept
+
+
+def _part(segment: Segment, first: int, last: int) -> Segment:
+    cells = segment.cells
+    if cells is not None:
+        inside = cells[(cells[:, 0] >= first) & (cells[:, 0] < last)]
+        cells = inside - np.int32([first, 0, 0, 0, 0])
+    return Segment(segment.role, segment.text[first:last], cells)

@@ -1,0 +1,171 @@
+"""Several kinds in one pass, fewer rows, answers and statistics: stored is what was asked for, and no other."""
+
+import gzip
+import json
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from qwen_jax.data.arc import parse_line
+from qwen_jax.data.layouts import PROMPT_FORMATS, answer_segment
+from qwen_jax.roles import ANSWER, TEST_INPUT
+from qwen_jax.shards import load_shard
+from tests.hf_reference import load_reference, reference_taps
+from tests.run_worker.conftest import tree
+from tests.run_worker.test_truth import TOLERANCE, records
+
+
+@pytest.fixture(scope="module")
+def everything(finished, tmp_path_factory):
+    """A run of two kinds, the embedding and answers, longer prompts allowed; tests only read it."""
+    worker = finished.elsewhere(str(tmp_path_factory.mktemp("everything")))
+    flags = ("--activation_type", "residual", "mlp", "--include_embedding", "--include_answer")
+    worker.run(*flags, "--layers_to_extract", "0", "2", "--max_seq_length", "1500", "--max_samples", "6")
+    return worker
+
+
+def test_every_kind_equals_hugging_face(everything):
+    stored, model = records(everything), load_reference(everything.model)
+    assert list(stored) == [0, 2, "embedding"]
+    assert everything.metadata()["activation_types"] == ["residual", "mlp"]
+    for index, embedded in enumerate(stored["embedding"]):
+        theirs = reference_taps(model, embedded["token_ids"][None])
+        table = model.model.embed_tokens.weight.detach().numpy()
+        np.testing.assert_array_equal(embedded["activation"], table[embedded["token_ids"]])
+        assert not {"residual", "mlp"} & embedded.keys()
+        for layer in (0, 2):
+            record = stored[layer][index]
+            assert record["residual"] is record["activation"]
+            for kind in ("residual", "mlp"):
+                expected = theirs[kind][layer, 0]
+                assert np.abs(record[kind] - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def test_a_kind_is_stored_once(everything):
+    shard = pickle.loads(gzip.decompress(everything.shards()[0].read_bytes()))
+    arrays = {id(r[kind]): r[kind] for layer in (0, 2) for r in shard[layer] for kind in ("residual", "mlp")}
+    raw = sum(array.nbytes for array in arrays.values()) + sum(
+        r["activation"].nbytes for r in shard["embedding"]
+    )
+    assert everything.metadata()["shards"][0]["raw_bytes"] == raw
+    assert len(gzip.decompress(everything.shards()[0].read_bytes())) < 1.2 * raw
+
+
+def test_answers_follow_the_prompt_and_their_log_probabilities_are_hugging_faces(everything):
+    model = load_reference(everything.model)
+    lines = everything.stream.read_bytes().splitlines()
+    for record in records(everything)[0]:
+        is_answer = record["token_roles"] == ANSWER
+        task = parse_line(lines[record["sample_idx"]])
+        shown = answer_segment(task, PROMPT_FORMATS["rows"])
+        cells = record["token_cells"][is_answer & (record["token_cells"][:, 0] >= 0)]
+        assert cells[:, 3].tolist() == [colour for row in task.test[0]["output"] for colour in row]
+        assert is_answer[-is_answer.sum() :].all() and len(shown.text) >= is_answer.sum() > 0
+        with torch.no_grad():
+            tokens = torch.from_numpy(record["token_ids"].astype(np.int64))[None]
+            theirs = torch.log_softmax(model(tokens).logits[0, :-1], dim=-1)
+        expected = theirs[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]].numpy()[is_answer[1:]]
+        np.testing.assert_allclose(record["answer_logprobs"], expected, rtol=0, atol=2e-4)
+
+
+def test_without_include_answer_nothing_shows_it(finished):
+    for record in records(finished)[0]:
+        assert "answer_logprobs" not in record and ANSWER not in record["token_roles"]
+
+
+def float64_statistics(worker, kind: str, layer) -> dict[str, np.ndarray]:
+    key = "activation" if kind == "embedding" else kind
+    rows = np.concatenate([record.get(key, record["activation"]) for record in records(worker)[layer]])
+    rows = rows.astype(np.float64)
+    norms = np.linalg.norm(rows, axis=1)
+    return {"mean": rows.mean(0), "variance": rows.var(0), "norm_mean": norms.mean(), "norm_max": norms.max()}
+
+
+def assert_close(ours, exact):
+    """Within 1e-5 of the largest value: a channel whose mean is nearly nought has no digits of its own."""
+    np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
+def test_statistics_equal_a_float64_recomputation(everything, finished):
+    cases = [
+        (everything, kind, entry, layer) for kind in ("residual", "mlp") for entry, layer in enumerate((0, 2))
+    ]
+    cases += [(everything, "embedding", 0, "embedding"), (finished, "residual", 1, 1)]
+    for worker, kind, entry, layer in cases:
+        stats = load_file(worker.output / "stats.safetensors")
+        for part, exact in float64_statistics(worker, kind, layer).items():
+            assert_close(stats[f"{kind}.{part}"][entry], exact)
+        summary = worker.metadata()["statistics"][kind][str(layer)]
+        exact = float64_statistics(worker, kind, layer)
+        rms = np.sqrt(exact["mean"] ** 2 + exact["variance"])
+        assert summary["massive_channels"] == np.flatnonzero(rms > 100 * np.median(rms)).tolist()
+        assert summary["norm_max"] == pytest.approx(exact["norm_max"], rel=1e-5)
+
+
+def test_lost_statistics_are_made_again_from_the_shard(workspace, finished):
+    workspace.killed_at("completing")
+    (workspace.output / "stats_0002.safetensors").unlink()
+    (workspace.output / "stats_0003.safetensors").write_bytes(struct.pack("<Q", 99) + b"torn")
+    done = workspace.run()
+    assert "shard_0002.pkl.gz has no statistics; computing them from the shard" in done.stderr
+    assert "stats_0003.safetensors is not a whole statistics file" in done.stderr
+    ours, whole = (load_file(each.output / "stats.safetensors") for each in (workspace, finished))
+    for name in whole:
+        assert_close(ours[name], whole[name])
+
+
+def test_only_rows_of_the_wanted_roles_are_kept(workspace, finished):
+    workspace.run("--keep_tokens", "role:test_input", "--max_samples", "6")
+    full = {record["sample_idx"]: record for record in records(finished)[2]}
+    stored = records(workspace)[2]
+    assert len(stored) > 3
+    for record in stored:
+        whole, positions = full[record["sample_idx"]], record["token_positions"]
+        assert positions.tolist() == np.flatnonzero(whole["token_roles"] == TEST_INPUT).tolist()
+        for key in ("token_ids", "token_roles", "token_cells"):
+            np.testing.assert_array_equal(record[key], whole[key][positions])
+        np.testing.assert_allclose(record["activation"], whole["activation"][positions], rtol=0, atol=1e-5)
+    assert workspace.metadata()["totals"]["tokens"] == sum(len(record["token_ids"]) for record in stored)
+
+
+def test_only_kept_rows_leave_the_device(workspace):
+    done = workspace.run("--keep_tokens", "last", "--max_samples", "6")
+    shapes = [line.split("compiling ")[1] for line in done.stderr.splitlines() if "compiling" in line]
+    assert shapes and all(", 1 kept (" in shape for shape in shapes)
+    assert {record["activation"].shape for record in records(workspace)[0]} == {(1, 64)}
+
+
+def test_random_rows_are_the_same_after_a_kill(workspace, finished):
+    flags = ("--keep_tokens", "random:0.3", "--skip_first", "5", "--skip_special_tokens")
+    flags += ("--max_samples", "9", "--shard_size_gb", "0.0003")
+    whole = workspace.elsewhere("whole")
+    whole.run(*flags)
+    killed = workspace.elsewhere("killed")
+    killed.having(QWEN_JAX_FAILPOINT="checkpoint_local:3").run(*flags, expect=-9)
+    killed.run(*flags)
+    assert tree(killed.output) == tree(whole.output)
+    share = [len(r["token_ids"]) / (r["token_positions"][-1] + 1) for r in records(whole)[0]]
+    assert 0.2 < np.mean(share) < 0.4
+    assert min(r["token_positions"][0] for r in records(whole)[0]) >= 5
+
+
+def test_a_role_that_no_prompt_has_leaves_an_empty_run(workspace):
+    workspace.run("--keep_tokens", "role:system", "--max_samples", "2")
+    metadata = json.loads((workspace.output / "metadata.json").read_text())
+    assert metadata["totals"]["samples"] == 0 and metadata["statistics"] == {}
+    assert {note["reason"] for note in metadata["skipped"]} == {"no token is kept by keep_tokens role:system"}
+
+
+def test_load_shard_gives_what_pickle_gives(everything):
+    for path in everything.shards():
+        ours, theirs = load_shard(path), pickle.loads(gzip.decompress(path.read_bytes()))
+        assert list(ours) == list(theirs)
+        for layer in ours:
+            for mine, other in zip(ours[layer], theirs[layer], strict=True):
+                assert list(mine) == list(other)
+                for key in mine:
+                    np.testing.assert_array_equal(mine[key], other[key])
