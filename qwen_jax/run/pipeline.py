@@ -1,12 +1,10 @@
 """From stream lines to finished shards: generators that each do one step, joined in worker.py."""
 
 import logging
-import queue
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -22,8 +20,6 @@ from qwen_jax.shards import EMBEDDING, Sample
 from qwen_jax.shards.statistics import KindStats, Stats
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Steps that the device may be ahead of the host: one computing while one is copied.
 STEPS_IN_FLIGHT = 2
@@ -233,11 +229,8 @@ def unpad(batch: Batch, captured: Captured, first: int) -> Iterator[CapturedSamp
             )
             for name, tap in taps.items()
         }
-        logprobs = None
-        if sample.with_answer:
-            logprobs = np.zeros(0, np.float32)
-            if captured.answer_logprobs_BA is not None:
-                logprobs = np.asarray(captured.answer_logprobs_BA)[row, : len(sample.answer_positions)]
+        answered = len(sample.answer_positions)
+        logprobs = np.asarray(captured.answer_logprobs_BA)[row, :answered] if answered else None
         yield CapturedSample(sample, of_row, logprobs)
 
 
@@ -269,42 +262,3 @@ def filled_shards(
             filled, raw_bytes = [], 0
     if filled:
         yield FilledShard(filled, reader.take_skipped(filled[-1].sample_idx))
-
-
-def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
-    """Yields `items` from a thread that runs at most `depth` items ahead; its errors are raised here."""
-    ahead: queue.Queue = queue.Queue(depth)
-    abandoned = threading.Event()
-    end = object()
-
-    def offer(item: object) -> bool:
-        while not abandoned.is_set():
-            try:
-                ahead.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not offer((item, None)):
-                    return
-            offer((end, None))
-        except BaseException as error:  # noqa: BLE001  (it is raised in the consumer's thread)
-            offer((end, error))
-
-    thread = threading.Thread(target=produce, name="read", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ahead.get()
-            if error is not None:
-                raise error
-            if item is end:
-                return
-            yield item
-    finally:
-        abandoned.set()
-        thread.join()

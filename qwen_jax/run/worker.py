@@ -15,12 +15,13 @@ from qwen_jax.data.selection import TokenSelection
 from qwen_jax.errors import TerminatedError, WriterConflictError
 from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
 from qwen_jax.model.weights import load_model
+from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
 from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
-from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples, filled_shards, prefetch
+from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples, filled_shards
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
@@ -88,7 +89,7 @@ def exclusive(settings: Settings) -> Iterator[None]:
     folders = [settings.output_dir, *([settings.checkpoint_dir] if settings.checkpointing else [])]
     files = []
     try:
-        for folder in folders:
+        for folder in dict.fromkeys(folder.resolve() for folder in folders):
             files.append(_lock(folder, settings.worker_id))
         yield
     finally:

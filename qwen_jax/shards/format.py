@@ -5,7 +5,7 @@ import itertools
 import os
 import pickle
 import struct
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -148,7 +148,10 @@ def write_shard(
 
 
 def load_shard(
-    path_or_file: str | os.PathLike | BinaryIO, *, max_bytes: int | None = None
+    path_or_file: str | os.PathLike | BinaryIO,
+    *,
+    layers: Collection[int | str] | None = None,
+    max_bytes: int | None = None,
 ) -> dict[int | str, list[dict]]:
     """Reads a shard without trusting it: no code from the file runs, and memory is bounded.
 
@@ -156,6 +159,8 @@ def load_shard(
 
     Args:
         path_or_file: the shard's path or an open binary file.
+        layers: the layers to keep in memory; what lies behind the last of them is not read, and so not
+            checked. None is all of them.
         max_bytes: bound on the memory that the content may take; by default it grows with the size of the
             file (`shards.compress.Budget`), enough for any hidden states.
 
@@ -165,25 +170,40 @@ def load_shard(
         one int32 [n_tokens] array for all records of a sample.
 
     Raises:
-        ShardError: not a whole, well-formed shard; the message names the file and what is wrong.
+        ShardError: not a whole, well-formed shard, or without one of `layers`; the message names the file and what
+            is wrong.
     """
     if not isinstance(path_or_file, str | os.PathLike):
-        return _load(path_or_file, str(getattr(path_or_file, "name", "the open file")), max_bytes)
+        return _load(path_or_file, str(getattr(path_or_file, "name", "the open file")), layers, max_bytes)
     try:
         with open(path_or_file, "rb") as file:
-            return _load(file, os.fspath(path_or_file), max_bytes)
+            return _load(file, os.fspath(path_or_file), layers, max_bytes)
     except OSError as error:
         raise ShardError(f"cannot read shard {path_or_file}: {error.strerror or error}") from error
 
 
-def _load(file: BinaryIO, name: str, max_bytes: int | None) -> dict[int, list[dict]]:
+def _load(
+    file: BinaryIO, name: str, layers: Collection[int | str] | None, max_bytes: int | None
+) -> dict[int | str, list[dict]]:
     budget = Budget(max_bytes)
     stream = io.BufferedReader(GzipReader(file, budget), _READ_BUFFER_BYTES)
     try:
-        data = Unpickler(stream, budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING)).load()
-        return _to_shard(data, budget)
+        data = Unpickler(stream, budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING), layers).load()
+        return _to_shard(_only(data, layers), budget)
     except MalformedError as error:
         raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error
+
+
+def _only(data: Any, layers: Collection[int | str] | None) -> Any:
+    """The wanted layers, in the shard's order; raises MalformedError for one that is not there."""
+    if layers is None or type(data) is not dict:
+        return data
+    absent = [layer for layer in layers if layer not in data]
+    if absent:
+        raise MalformedError(
+            f"has no layer {', '.join(map(str, absent))}, but {', '.join(map(str, data)) or 'none'}"
+        )
+    return {layer: records for layer, records in data.items() if layer in layers}
 
 
 def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> None:

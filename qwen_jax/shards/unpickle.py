@@ -149,12 +149,22 @@ class Unpickler:
         stream: where the pickle comes from; read to the end, which must follow the pickle at once.
         budget: charged per opcode and per decoded string.
         keys: the strings that a dict may have as keys; ints from 0 to 65535 are keys as well.
+        wanted: of the lists that a dict holds, those to keep, by key; others are emptied as they come, and
+            reading ends when all of these are there. None keeps all and reads to the end.
     """
 
-    def __init__(self, stream: io.BufferedReader, budget: Budget, keys: Collection[str]):
+    def __init__(
+        self,
+        stream: io.BufferedReader,
+        budget: Budget,
+        keys: Collection[str],
+        wanted: Collection[int | str] | None = None,
+    ):
         self._stream = stream
         self._budget = budget
         self._keys = keys
+        self._wanted = wanted
+        self._missing = set(wanted or ())
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -168,6 +178,8 @@ class Unpickler:
                 if info.name == "STOP":
                     return self._finish()
                 handler(self, argument)
+                if self._wanted is not None and not self._missing:
+                    return self._stack[0]
                 if len(self._stack) > _MAX_STACK or len(self._marks) > _MAX_MARKS:
                     raise MalformedError("nests or stacks more objects than a shard has")
         except MalformedError:
@@ -268,6 +280,10 @@ class Unpickler:
             if key in target:
                 raise MalformedError(f"has the key {key!r} twice in one dict")
             target[key] = value
+            if self._wanted is not None and type(value) is list:
+                self._missing.discard(key)
+                if key not in self._wanted:
+                    value.clear()
 
     def _check_key(self, key: Any) -> None:
         if type(key) is int and 0 <= key < 1 << 16:

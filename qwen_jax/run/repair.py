@@ -1,0 +1,83 @@
+"""Makes single shards of a run again, exactly as they were."""
+
+import logging
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.data.batching import BatchShapes, windows
+from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.run.job import Job
+from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples
+from qwen_jax.run.recorded import recorded_job
+from qwen_jax.run.worker import exclusive, load_capture, make_encoder, make_selection
+from qwen_jax.shards import write_shard
+from qwen_jax.storage.local import AtomicFile
+
+log = logging.getLogger(__name__)
+
+
+def repair(
+    folder: Path,
+    metadata: dict[str, Any],
+    shards: Sequence[str],
+    model_path: str | None = None,
+    dataset_path: str | None = None,
+) -> None:
+    """Extracts `shards` of the run in a worker's local `folder` again and puts them in their places.
+
+    Only their samples are computed, in the batches of the first time, so that on the same kind of machine the
+    bytes are the recorded ones; where they are not, the place is left as it is. The metadata is not changed.
+    model_path, dataset_path: where model and stream lie now, if not where the run had them.
+
+    Raises ConfigError where model, stream or tokenizer differ from those of the run, and where the bytes do;
+    WriterConflictError while a worker uses the folder; UsageError for a shard that the run does not have.
+    """
+    entries = {entry["filename"]: entry for entry in metadata["shards"]}
+    unknown = [name for name in shards if name not in entries]
+    if unknown:
+        raise UsageError(f"{folder}/metadata.json lists no {', '.join(unknown)}; nothing to repair there")
+    job = recorded_job(metadata, model_path, dataset_path, folder)
+    with exclusive(job.settings):
+        maker = _Extraction(job)
+        for name in shards:
+            maker.replace(folder / name, entries[name])
+
+
+class _Extraction:
+    """Computes chosen samples of a run."""
+
+    def __init__(self, job: Job):
+        from qwen_jax.data.prompts import load_tokenizer
+
+        self._job = job
+        tokenizer = load_tokenizer(str(job.source.folder))
+        self._encoder = make_encoder(job.settings, tokenizer)
+        self._selection = make_selection(job, tokenizer)
+        self._capture = load_capture(job)
+
+    def replace(self, path: Path, entry: dict[str, Any]) -> None:
+        log.info("extracting samples %d to %d again", entry["first_sample_idx"], entry["last_sample_idx"])
+        samples = [sample.for_shard() for sample in self._samples(entry)]
+        file = AtomicFile(path)
+        try:
+            write_shard(file, self._job.layers, samples)
+            if (file.size, file.crc32c) != (entry["bytes"], entry["crc32c"]):
+                raise ConfigError(
+                    f"{path}: this machine computes other bytes than the run did (its last places depend on the "
+                    "processor and on the versions of jax and isal); repair it on a machine like the run's, or "
+                    "restart the worker with --force_restart"
+                )
+        except BaseException:
+            file.discard()
+            raise
+        file.finish()
+
+    def _samples(self, entry: dict[str, Any]) -> list[CapturedSample]:
+        settings, first = self._job.settings, entry["first_sample_idx"]
+        shapes = BatchShapes(settings.max_seq_length, settings.batch_size, self._job.mesh.shape["data"])
+        reader = SampleReader(settings, self._encoder, self._selection, first, bad_before=0)
+        ahead = windows(reader, settings.lookahead * shapes.tokens_per_step)
+        samples = captured_samples(ahead, shapes, self._capture, first)
+        return list(takewhile(lambda sample: sample.sample_idx <= entry["last_sample_idx"], samples))
