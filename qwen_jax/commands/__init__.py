@@ -1,12 +1,14 @@
 """The fronts of `python -m qwen_jax COMMAND`: flags in, library calls, lines out.
 
 A command is a module with a docstring (its first line is its description), `add_flags(parser)` and `run(args)`,
-which returns the exit code. Modules are imported when their command is asked for.
+which returns the exit code; with `ENV_FOR_ALL = True` its flags have variables. Modules are imported when
+their command is asked for.
 """
 
 COMMANDS = {
     "inspect": "what is in a shard or a run, or in one sample, token by token",
     "verify": "whether everything is there, once, as recorded; --repair makes bad shards again",
+    "plan": "what a run would write and take, before it is started",
     "stats": "mean, variance and norms by layer, merged over shards and workers",
 }
 """Each command's module in this package, and what it is for."""

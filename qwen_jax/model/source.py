@@ -5,14 +5,8 @@ from pathlib import Path
 
 from qwen_jax.errors import ConfigError, StorageError
 
-_FILES = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-)
+_SMALL_FILES = ("config.json", "tokenizer*", "chat_template*", "vocab.json", "merges.txt")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -24,8 +18,10 @@ class ModelSource:
     folder: Path
 
 
-def fetch_model(model_path: str, revision: str | None = None) -> ModelSource:
+def fetch_model(model_path: str, revision: str | None = None, weights: bool = True) -> ModelSource:
     """Returns a local folder as it is, else downloads the hub's files (once, into the hub's own cache).
+
+    weights: False for the configuration and the tokenizer only.
 
     Raises ConfigError for a folder, id or revision that does not exist, StorageError when the hub cannot
     be reached and the files are not in its cache.
@@ -37,11 +33,11 @@ def fetch_model(model_path: str, revision: str | None = None) -> ModelSource:
         return ModelSource(model_path, "", folder)
     if model_path.startswith((".", "/", "~")):
         raise ConfigError(f"--model_path {model_path}: no such folder; give a checkpoint folder or a hub id")
-    snapshot = _download(model_path, revision)
+    snapshot = _download(model_path, revision, _SMALL_FILES + (_WEIGHTS if weights else ()))
     return ModelSource(model_path, snapshot.name, snapshot)
 
 
-def _download(model_id: str, revision: str | None) -> Path:
+def _download(model_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -52,7 +48,7 @@ def _download(model_id: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(patterns)))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ConfigError(
             f"--model_path {model_id}: neither a local folder nor a model on the Hugging Face Hub "

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from extract_activations import make_parser
+from qwen_jax.cli import FlagParser
+from qwen_jax.run.flags import add_worker_flags
 
 ROOT = Path(__file__).parents[2]
 # Each call gets a folder of its own with the arguments and the environment, separated by zero bytes.
@@ -59,7 +60,10 @@ class Fakes:
 
 def setting_variables() -> list[str]:
     """Every environment variable that a flag of the worker reads."""
-    return [variable for _, variable in make_parser()._env_flags]
+    parser = FlagParser(env_for_all=True)
+    add_worker_flags(parser)
+    parser.switch("verbose", "")
+    return [variable for _, variable in parser._env_flags]
 
 
 def write_script(path: Path, body: str) -> Path:
