@@ -46,7 +46,11 @@ def test_imports_run_downwards_only(file):
 
 
 def test_the_product_never_imports_torch():
-    for file in [*modules(), *ROOT.glob("*.py")]:
+    """But for the reference that certify uses where torch is there."""
+    files = [*modules(), *ROOT.glob("*.py")]
+    for file in files:
+        if file.name == "hugging_face.py":
+            continue
         assert not any(name.split(".")[0] == "torch" for name in imported_modules(file)), file
 
 

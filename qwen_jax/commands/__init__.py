@@ -9,6 +9,7 @@ COMMANDS = {
     "inspect": "what is in a shard or a run, or in one sample, token by token",
     "verify": "whether everything is there, once, as recorded; --repair makes bad shards again",
     "plan": "what a run would write and take, before it is started",
+    "certify": "how close stored samples are to a float32 run, recorded in metadata.json",
     "stats": "mean, variance and norms by layer, merged over shards and workers",
 }
 """Each command's module in this package, and what it is for."""

@@ -36,6 +36,10 @@ class Place(Protocol):
         """Size in bytes and crc32c (base64) of what is stored."""
         ...
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Puts a small file in the place of the one that is there."""
+        ...
+
 
 class Folder:
     """A Place on the local disk."""
@@ -59,6 +63,12 @@ class Folder:
         from qwen_jax.storage.checksum import file_crc32c
 
         return file_crc32c(self.path / name)
+
+    def replace(self, name: str, data: bytes) -> None:
+        from qwen_jax.storage.local import atomic_write
+
+        with atomic_write(self.path / name) as file:
+            file.write(data)
 
 
 class Bucket:
@@ -88,6 +98,10 @@ class Bucket:
         if info is None:
             raise BadDataError(f"{self.where}/{name} is not there")
         return info.size, info.crc32c
+
+    def replace(self, name: str, data: bytes) -> None:
+        present = self._store.stat(name)
+        self._store.put_bytes(name, data, if_generation=present.generation if present else 0)
 
 
 class Run:

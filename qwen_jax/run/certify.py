@@ -1,0 +1,161 @@
+"""How far stored activations are from a float32 run of the same prompts: the fidelity of a dataset."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
+from qwen_jax.data.streams import read_stream
+from qwen_jax.errors import BadDataError
+from qwen_jax.model.capture import ACTIVATION_DTYPES, Capture
+from qwen_jax.model.weights import load_model
+from qwen_jax.run.job import Job
+from qwen_jax.run.worker import make_encoder, make_selection
+
+log = logging.getLogger(__name__)
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Allowed relative error of a layer by compute dtype; the rounding of the stored dtype comes on top."""
+_LENGTH_STEP = 64
+
+# Tokens of a prompt -> {tap: [layers, tokens, hidden] float32}.
+Reference = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Stored rows against the reference's, over all samples looked at.
+
+    max_abs: largest difference of two values; relative: Euclidean norm of the differences by that of the
+    reference; min_cosine: of the row that points away most.
+    """
+
+    max_abs: float
+    relative: float
+    min_cosine: float
+
+
+def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
+    """The relative error that a layer may have."""
+    return TOLERANCES[compute_dtype] + float(jnp.finfo(ACTIVATION_DTYPES[activation_dtype]).eps)
+
+
+def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Recomputes `stored` samples (as reading.shard_samples gives them, with the activations of one kind for each
+    kind: `{"residual": {layer: array}}` under `kinds`) in float32 and compares them layer by layer.
+
+    Against our own model, and against Hugging Face's where torch is installed. Returns the fidelity record for
+    metadata.json. Raises BadDataError where a sample's tokens are not those of the stream's line.
+    """
+    prompts = _prompts(job, [sample["sample_idx"] for sample in stored])
+    references = {"qwen_jax float32": _own_reference(job)}
+    if importlib.util.find_spec("torch") is not None:
+        from qwen_jax.run.hugging_face import hugging_face_reference
+
+        references["Hugging Face float32"] = hugging_face_reference(job.source.folder)
+    tolerance = tolerance_of(job.dtype, job.activation_dtype)
+    closeness = {name: _compare(job, stored, prompts, run) for name, run in references.items()}
+    worst = max(
+        layer["relative"]
+        for kinds in closeness.values()
+        for layers in kinds.values()
+        for layer in layers.values()
+    )
+    return {
+        "samples": sorted(prompts),
+        "references": closeness,
+        "tolerance": tolerance,
+        "passed": bool(worst <= tolerance),
+    }
+
+
+def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample]:
+    """The samples once more, from the stream."""
+    wanted, prompts = set(indices), {}
+    tokenizer = load_tokenizer(str(job.source.folder))
+    encoder, selection = make_encoder(job.settings, tokenizer), make_selection(job, tokenizer)
+    for sample_idx, record in read_stream(job.settings.dataset_path):
+        if sample_idx in wanted:
+            prompts[sample_idx] = selection.apply(encoder.encode(sample_idx, record))
+        if len(prompts) == len(wanted):
+            break
+    return prompts
+
+
+def _own_reference(job: Job) -> Reference:
+    num_layers = job.layers[-1] + 1
+    model = load_model(job.checkpoint, job.config, num_layers, jnp.float32, job.mesh)
+    capture = Capture(model, job.layers, job.settings.taps, "float32", job.mesh)
+    rows = job.mesh.shape["data"]
+
+    def run(tokens: np.ndarray) -> dict[str, np.ndarray]:
+        padded = np.zeros((rows, -(-len(tokens) // _LENGTH_STEP) * _LENGTH_STEP), np.int32)
+        padded[:, : len(tokens)] = tokens
+        captured = capture(padded)
+        return {
+            name: np.asarray(tap.activations_CBRD)[:, 0, : len(tokens)] for name, tap in captured.taps.items()
+        }
+
+    return run
+
+
+def _compare(
+    job: Job, stored: Sequence[dict[str, Any]], prompts: dict[int, TokenizedSample], run: Reference
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{kind: {layer: Closeness}} over all samples."""
+    sums = {(kind, layer): _Sum() for kind, layer in _entries(job)}
+    for sample in stored:
+        prompt = prompts[sample["sample_idx"]]
+        if not np.array_equal(prompt.kept(prompt.token_ids), sample["token_ids"]):
+            raise BadDataError(
+                f"sample {sample['sample_idx']}: its tokens are not those of its line in "
+                f"{job.settings.dataset_path}; verify the shards, and give the stream that they were made from"
+            )
+        log.info("sample %d: %d tokens", prompt.sample_idx, len(prompt.token_ids))
+        reference = run(prompt.token_ids)
+        for kind, layer in sums:
+            expected = reference[kind]
+            place = 0 if kind == "embedding" else _place(job, layer, len(expected))
+            rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
+            sums[kind, layer].add(sample["kinds"][kind][layer], rows)
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for (kind, layer), total in sums.items():
+        result.setdefault(kind, {})[str(layer)] = asdict(total.closeness())
+    return result
+
+
+def _entries(job: Job) -> Iterator[tuple[str, int | str]]:
+    yield from ((kind, layer) for kind in job.settings.activation_types for layer in job.layers)
+    if job.settings.include_embedding:
+        yield "embedding", "embedding"
+
+
+def _place(job: Job, layer: int, available: int) -> int:
+    """Our reference holds the captured layers, Hugging Face's every layer."""
+    return layer if available > len(job.layers) else job.layers.index(layer)
+
+
+class _Sum:
+    """Collects what Closeness needs."""
+
+    def __init__(self) -> None:
+        self._max_abs = self._difference = self._size = 0.0
+        self._min_cosine = 1.0
+
+    def add(self, stored_RD: np.ndarray, expected_RD: np.ndarray) -> None:
+        ours, theirs = stored_RD.astype(np.float64), expected_RD.astype(np.float64)
+        self._max_abs = max(self._max_abs, float(np.abs(ours - theirs).max()))
+        self._difference += float(np.square(ours - theirs).sum())
+        self._size += float(np.square(theirs).sum())
+        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+        cosines = (ours * theirs).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+        self._min_cosine = min(self._min_cosine, float(cosines.min()))
+
+    def closeness(self) -> Closeness:
+        relative = (self._difference / max(self._size, np.finfo(np.float64).tiny)) ** 0.5
+        return Closeness(self._max_abs, relative, self._min_cosine)

@@ -1,0 +1,69 @@
+"""certify measures against independent float32 runs, and sees what is not the model's."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from qwen_jax.__main__ import main
+from qwen_jax.errors import BadDataError
+from tests.reading.conftest import extract
+
+
+def fidelity(folder) -> dict:
+    return json.loads((folder / "metadata.json").read_text())["fidelity"]
+
+
+def test_a_sound_run_passes_and_says_so_in_its_metadata(copy, capsys):
+    assert main(["certify", str(copy.folder), "--samples", "2"]) == 0
+    record = fidelity(copy.folder)
+    assert record["passed"] and len(record["samples"]) == 2
+    assert set(record["references"]) == {"qwen_jax float32", "Hugging Face float32"}
+    for kinds in record["references"].values():
+        assert list(kinds["residual"]) == ["1", "3"]
+        assert all(0 <= layer["relative"] < 1e-5 for layer in kinds["residual"].values())
+        assert all(layer["min_cosine"] > 1 - 1e-9 for layer in kinds["residual"].values())
+    assert "within the tolerance" in capsys.readouterr().out
+    assert main(["verify", str(copy.folder)]) == 0
+
+
+def test_other_numbers_fail_and_are_measured(copy, capsys):
+    def disturb(shard):
+        for record in shard[3]:
+            record["activation"] *= 1.01
+            record["activation"][0, 0] += 0.8
+
+    metadata = json.loads((copy.folder / "metadata.json").read_text())
+    for number in range(1, len(metadata["shards"]) + 1):
+        copy.shard(number, disturb)
+    assert main(["certify", str(copy.folder), "--samples", "2"]) == 1
+    record = fidelity(copy.folder)
+    assert not record["passed"] and "BEYOND THE TOLERANCE" in capsys.readouterr().out
+    for kinds in record["references"].values():
+        assert kinds["residual"]["3"]["relative"] == pytest.approx(0.01, rel=0.05)
+        assert kinds["residual"]["3"]["max_abs"] > 0.7
+        assert kinds["residual"]["1"]["relative"] < 1e-5
+
+
+def test_tokens_of_another_line_are_refused(copy):
+    def swap(shard):
+        tokens = shard[1][0]["token_ids"][::-1].copy()
+        for layer in shard.values():
+            layer[0]["token_ids"] = tokens
+
+    copy.shard(1, swap)
+    with pytest.raises(BadDataError, match=r"sample 0: its tokens are not those of its line"):
+        main(["certify", str(copy.folder), "--samples", "99"])
+
+
+def test_every_kind_and_kept_rows_alone(tmp_path, capsys):
+    flags = ("--activation_type", "mlp", "attn", "--include_embedding", "--keep_tokens", "every:7")
+    folder = extract(tmp_path / "kinds", *flags, "--activation_dtype", "float16", "--max_samples", "3")
+    assert main(["certify", str(folder), "--samples", "1"]) == 0
+    record = fidelity(folder)
+    assert record["tolerance"] == pytest.approx(1e-4 + 2**-10)
+    for kinds in record["references"].values():
+        assert list(kinds) == ["mlp", "attn", "embedding"]
+        assert all(layer["relative"] < 2**-10 for layers in kinds.values() for layer in layers.values())
+    assert np.isfinite([float(x) for x in re.findall(r"\d\.\d\de[+-]\d\d", capsys.readouterr().out)]).all()
