@@ -10,6 +10,8 @@ COMMANDS = {
     "verify": "whether everything is there, once, as recorded; --repair makes bad shards again",
     "plan": "what a run would write and take, before it is started",
     "certify": "how close stored samples are to a float32 run, recorded in metadata.json",
+    "export": "shards as safetensors, NumPy arrays or Hugging Face datasets",
+    "plot": "one picture of a run",
     "stats": "mean, variance and norms by layer, merged over shards and workers",
 }
 """Each command's module in this package, and what it is for."""

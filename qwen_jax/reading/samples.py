@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen_jax.errors import UsageError
 from qwen_jax.reading.runs import Run, open_runs
-from qwen_jax.shards import load_shard
+from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
 
 Layer = int | str
 """A layer's index, or `"embedding"`."""
@@ -38,14 +38,15 @@ def shard_samples(
 
 def _sample(records: Mapping[Layer, dict], worker_id: int | None, kind: str | None) -> dict[str, Any]:
     first = next(iter(records.values()))
-    if kind is not None and kind not in first:
-        stored = [key for key in ("residual", "attn", "mlp") if key in first] or [
-            "one kind, called activation"
-        ]
+    if kind is not None and kind not in first and list(records) != [EMBEDDING]:
+        stored = [key for key in KIND_KEYS if key in first] or ["one kind, called activation"]
         raise UsageError(f"kind {kind} is not stored; this shard has {', '.join(stored)}")
     about = {key: value for key, value in first.items() if key not in _OF_A_LAYER}
-    activations = {layer: record[kind or "activation"] for layer, record in records.items()}
+    activations = {
+        layer: record["activation" if layer == EMBEDDING else kind or "activation"]
+        for layer, record in records.items()
+    }
     return {"worker_id": worker_id, **about, "activations": activations}
 
 
-_OF_A_LAYER = {"activation", "shape", "residual", "attn", "mlp"}
+_OF_A_LAYER = {"activation", "shape", *KIND_KEYS}

@@ -1,0 +1,36 @@
+"""Writes shards in another tool's format, one layer at a time; started again after an interruption it goes on.
+
+safetensors: a folder a layer, a file a shard. npy: one memory-mappable array a layer. hf_dataset: a Hugging Face
+dataset a layer, which SAELens reads as its cached activations. A dataset card (README.md) comes with each.
+
+  python -m qwen_jax export activations --to hf_dataset --output sae_data --layers 11
+  python -m qwen_jax export gs://your-bucket/activations --to npy --output probe_data --layers 5 11
+"""
+
+from argparse import Namespace
+
+from qwen_jax.cli import FlagParser, non_negative_int, positive_int
+from qwen_jax.reading.export import FORMATS, export
+from qwen_jax.shards import EMBEDDING, KIND_KEYS
+
+
+def add_flags(parser: FlagParser) -> None:
+    parser.add_argument("path", help="shard, worker's folder, folder of these, or gs:// address")
+    parser.flag("to", "format", choices=tuple(FORMATS), required=True)
+    parser.flag("output", "folder to write", required=True)
+    parser.flag("layers", f"layers, or {EMBEDDING}; without it all", nargs="+", type=_layer)
+    parser.flag("kind", "which of several stored kinds; without it the main one", choices=KIND_KEYS)
+    parser.flag("context_size", "rows of an entry of hf_dataset", default=256, type=positive_int)
+
+
+def _layer(text: str) -> int | str:
+    return text if text == EMBEDDING else non_negative_int(text)
+
+
+def run(args: Namespace) -> int:
+    done = export(
+        args.path, args.to, args.output, layers=args.layers, kind=args.kind, context_size=args.context_size
+    )
+    kept = f", {done.parts_kept} of {done.parts} parts were there already" if done.parts_kept else ""
+    print(f"{done.output}: {len(done.layers)} layers of {done.rows:,} rows as {args.to}{kept}")
+    return 0

@@ -1,0 +1,80 @@
+"""The dataset card of an export: a README.md with the header that the Hugging Face Hub reads."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.reading.runs import Run
+
+_SNIPPETS = {
+    "safetensors": """from safetensors import safe_open
+import ml_dtypes  # for bfloat16
+
+with safe_open("{folder}/{part}.safetensors", framework="numpy") as file:
+    rows = file.get_tensor("activations")  # [rows, hidden]
+    token_ids = file.get_tensor("token_ids")  # [rows]
+""",
+    "npy": """import numpy as np
+
+rows = np.load("{folder}.npy", mmap_mode="r")  # [rows, hidden]
+token_ids = np.load("token_ids.npy", mmap_mode="r")  # [rows]
+""",
+    "hf_dataset": """from datasets import load_from_disk
+
+data = load_from_disk("{folder}").with_format("numpy")
+rows = data[0]["{hook}"]  # [{context_size}, hidden]
+""",
+}
+
+
+def write_card(
+    output: Path,
+    runs: Sequence[Run],
+    to: str,
+    layers: Sequence[int | str],
+    kind: str | None,
+    rows: int,
+    hook: str,
+    context_size: int,
+) -> None:
+    """Writes README.md: model, layers, what a row means, counts, how to load it."""
+    folder = layers[0] if isinstance(layers[0], str) else f"layer_{layers[0]:02d}"
+    part = (f"worker_{runs[0].metadata['worker_id']}-" if runs[0].metadata else "") + runs[0].shards[0].split(
+        "."
+    )[0]
+    snippet = _SNIPPETS[to].format(folder=folder, part=part, hook=hook, context_size=context_size)
+    kind = kind or runs[0].kinds[0]
+    lines = [*_header(runs), "", "# Hidden states", "", *_facts(runs, layers, kind, rows, hook)]
+    (output / "README.md").write_text("\n".join([*lines, "", "```python", snippet + "```", ""]))
+
+
+def _header(runs: Sequence[Run]) -> list[str]:
+    name = _model(runs)["name"]
+    base = [f"base_model: {name}"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
+    return ["---", *base, "tags:", "- activations", "- sparse-autoencoder", "- qwen2", "---"]
+
+
+def _model(runs: Sequence[Run]) -> dict[str, Any]:
+    return (runs[0].metadata or {}).get("model", {"name": "unknown", "revision": ""})
+
+
+def _facts(runs: Sequence[Run], layers: Sequence[int | str], kind: str, rows: int, hook: str) -> list[str]:
+    model = _model(runs)
+    facts = [
+        f"- model: {model['name']}{', revision ' + model['revision'] if model['revision'] else ''}",
+        f"- layers: {', '.join(map(str, layers))}",
+        f"- rows: {rows:,}, one a kept token",
+    ]
+    described = [run.metadata for run in runs if run.metadata]
+    if described:
+        first = described[0]
+        meaning = first["layer_meanings"].get(kind, "")
+        facts += [
+            f"- a row of layer i: {meaning}; layer {layers[0]} is `{hook}` in TransformerLens",
+            f"- samples: {sum(each['totals']['samples'] for each in described):,} from {len(described)} workers",
+            f"- kept tokens: {first['fingerprint']['keep_tokens']}; prompts of at most "
+            f"{first['fingerprint']['max_seq_length']} tokens",
+            f"- computed in {first['compute_dtype']}, stored in {first['activation_dtype']}",
+            f"- weights digest: {first['model']['weights_digest']}",
+        ]
+    return facts

@@ -1,0 +1,156 @@
+"""Every format holds exactly the stored rows, goes on after an interruption, and is read by its own tools."""
+
+import datasets
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from qwen_jax.__main__ import main
+from qwen_jax.errors import UsageError
+from qwen_jax.reading import export as export_module
+from qwen_jax.reading import iter_samples
+from qwen_jax.reading.export import FORMATS, SafetensorsWriter, export
+from tests.reading.conftest import all_rows, extract
+from tests.run_worker.conftest import tree
+
+
+def rows_of(clean, key: str) -> np.ndarray:
+    return np.concatenate([sample[key] for sample in iter_samples(clean, [1])])
+
+
+def test_safetensors_a_layer_without_the_others(clean, tmp_path, capsys):
+    assert (
+        main(["export", str(clean), "--to", "safetensors", "--output", str(tmp_path), "--layers", "3"]) == 0
+    )
+    assert not (tmp_path / "layer_01").exists()
+    files = sorted((tmp_path / "layer_03").iterdir())
+    assert [file.name for file in files][:1] == ["worker_0-shard_0001.safetensors"]
+    parts = [safe_open(file, framework="numpy") for file in files]
+    stored = {name: np.concatenate([part.get_tensor(name) for part in parts]) for name in parts[0].keys()}  # noqa: SIM118
+    np.testing.assert_array_equal(stored["activations"], all_rows(clean, 3))
+    for key in ("token_ids", "token_roles", "token_cells"):
+        np.testing.assert_array_equal(stored[key], rows_of(clean, key))
+    lengths = [len(sample["token_ids"]) for sample in iter_samples(clean, [1])]
+    np.testing.assert_array_equal(stored["sample_idx"], np.repeat(np.arange(36), lengths))
+
+
+def test_npy_is_one_array_a_layer(clean, tmp_path):
+    export(clean, "npy", tmp_path)
+    for layer in (1, 3):
+        rows = np.load(tmp_path / f"layer_{layer:02d}.npy", mmap_mode="r")
+        np.testing.assert_array_equal(rows, all_rows(clean, layer))
+    np.testing.assert_array_equal(np.load(tmp_path / "token_ids.npy"), rows_of(clean, "token_ids"))
+
+
+def test_hf_dataset_has_the_shape_that_sae_lens_checks(clean, tmp_path):
+    export(clean, "hf_dataset", tmp_path, layers=[3], context_size=100)
+    data = datasets.load_from_disk(str(tmp_path / "layer_03"))
+    hook = "blocks.3.hook_resid_post"
+    assert data.features[hook].shape == (100, 64) and set(data.column_names) == {hook, "token_ids"}
+    rows = np.concatenate(data.with_format("numpy")[:][hook])
+    tokens = np.concatenate(data.with_format("numpy")[:]["token_ids"])
+    kept = []
+    for path in sorted(clean.glob("shard_*")):
+        shard = np.concatenate([record["activation"] for record in export_module.load_shard(path)[3]])
+        kept.append(shard[: len(shard) // 100 * 100])
+    np.testing.assert_array_equal(rows, np.concatenate(kept))
+    assert tokens.shape == (len(rows),) and set(tokens) <= set(rows_of(clean, "token_ids"))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_interrupted_export_goes_on_and_ends_the_same(clean, tmp_path, monkeypatch, to):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    export(clean, to, whole)
+    write, written = FORMATS[to].write, []
+
+    def die_at_the_fourth(self, part):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(part)
+        write(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FORMATS[to], "write", die_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt):
+            export(clean, to, cut)
+    assert export(clean, to, cut).parts_kept == 3
+    assert tree(cut) == tree(whole)
+    again = export(clean, to, cut)
+    assert again.parts_kept == again.parts
+
+
+def test_layers_may_come_later(clean, tmp_path):
+    for to in FORMATS:
+        export(clean, to, tmp_path / to, layers=[3])
+        export(clean, to, tmp_path / to, layers=[1])
+        export(clean, to, tmp_path / to)
+    np.testing.assert_array_equal(np.load(tmp_path / "npy" / "layer_01.npy"), all_rows(clean, 1))
+
+
+def test_kinds_embedding_bfloat16_and_fewer_rows(tmp_path):
+    flags = ("--activation_type", "residual", "mlp", "--include_embedding", "--keep_tokens", "every:5")
+    folder = extract(tmp_path / "run", *flags, "--activation_dtype", "bfloat16", "--max_samples", "4")
+    done = export(folder, "safetensors", tmp_path / "st", layers=[2, "embedding"], kind="mlp")
+    assert done.rows == sum(len(sample["token_ids"]) for sample in iter_samples(folder))
+    part = safe_open(tmp_path / "st" / "layer_02" / "worker_0-shard_0001.safetensors", framework="numpy")
+    mlp = [
+        each["activations"][2]
+        for each in export_module.shard_samples(
+            export_module.open_runs(folder)[0], "shard_0001.pkl.gz", [2], "mlp"
+        )
+    ]
+    assert part.get_tensor("activations").dtype.name == "bfloat16"
+    np.testing.assert_array_equal(part.get_tensor("activations"), np.concatenate(mlp))
+    assert (np.diff(part.get_tensor("token_positions"))[:5] == 5).all()
+    export(folder, "npy", tmp_path / "npy", kind="mlp")
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "npy" / "layer_02.npy"), np.concatenate(mlp).astype(np.float32)
+    )
+    export(folder, "hf_dataset", tmp_path / "hf", layers=["embedding"], context_size=16)
+    assert "hook_embed" in datasets.load_from_disk(str(tmp_path / "hf" / "embedding")).column_names
+
+
+def test_the_card_says_what_a_row_is(clean, tmp_path):
+    export(clean, "hf_dataset", tmp_path, context_size=64)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n") and "residual stream after block i" in card
+    assert "blocks.1.hook_resid_post" in card and f"rows: {len(all_rows(clean, 1)):,}" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(code.replace('"layer_01"', repr(str(tmp_path / "layer_01"))), scope)
+    assert scope["rows"].shape == (64, 64)
+
+
+def test_what_is_not_there_is_refused(clean, tmp_path):
+    for options, message in (
+        ({"to": "parquet"}, "no format 'parquet'"),
+        ({"to": "npy", "layers": [2]}, r"layers \[2\] are not stored"),
+        ({"to": "npy", "kind": "mlp"}, "kind mlp is not stored"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export(clean, output=tmp_path, **options)
+
+
+def test_a_torn_part_is_not_there(clean, tmp_path, monkeypatch):
+    monkeypatch.setattr("safetensors.numpy.save", lambda tensors: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(clean, "safetensors", tmp_path)
+    assert not SafetensorsWriter(tmp_path, 0, "residual", 1).has(1, "worker_0-shard_0001")
+
+
+def test_plot_draws_a_picture(clean, tmp_path, capsys):
+    picture = tmp_path / "run.png"
+    assert main(["plot", str(clean), "-o", str(picture)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000
+    assert main(["plot", str(clean), "-o", str(tmp_path / "run.svg")]) == 0
+    text = (tmp_path / "run.svg").read_text()
+    assert all(
+        f"<!-- {words} -->" in text
+        for words in ("Norm of a row", "Euclidean norm", "kept tokens", "% of lines")
+    )
+
+
+def test_plot_without_matplotlib_says_what_to_install(clean, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(Exception, match="pip install matplotlib"):
+        main(["plot", str(clean), "-o", str(tmp_path / "x.png")])
