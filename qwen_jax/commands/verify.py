@@ -34,11 +34,11 @@ def run(args: Namespace) -> int:
     if faults and args.repair:
         faults = _repair(runs, faults, args)
     if faults:
-        print(f"{len(faults)} faults")
+        print("1 fault" if len(faults) == 1 else f"{len(faults)} faults")
         return FAULTS_FOUND
     samples = sum(run.metadata["totals"]["samples"] for run in runs if run.metadata)
     shards = sum(len(run.shards) for run in runs)
-    print(f"{shards} shards of {len(runs)} runs are whole; {samples:,} samples, each stored once")
+    print(f"all is whole; workers: {len(runs)}, shards: {shards}, samples: {samples:,}, each stored once")
     return 0
 
 

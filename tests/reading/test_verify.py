@@ -259,10 +259,10 @@ def test_workers_are_compared(copy, clean):
 
 def test_the_command_says_so(copy, capsys):
     assert main(["verify", str(copy.folder), "--streams", str(STREAMS)]) == 0
-    assert "are whole; 36 samples, each stored once" in capsys.readouterr().out
+    assert "workers: 1, shards: 4, samples: 36, each stored once" in capsys.readouterr().out
     flip(copy.folder / "shard_0001.pkl.gz")
     assert main(["verify", str(copy.folder)]) == 1
-    assert capsys.readouterr().out.endswith("1 faults\n")
+    assert capsys.readouterr().out.endswith("\n1 fault\n")
 
 
 def test_repair_makes_the_same_bytes(copy, clean, capsys):
