@@ -3,5 +3,6 @@ import os
 # Before jax, transformers or google-cloud-storage are imported: one CPU device, no hub, no real bucket.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PROGRESS_INTERVAL_S"] = "0"  # records come at their own time; tests/fleet turns them on
 for name in ("TPU_WORKER_ID", "WORKER_ID", "GCS_BUCKET", "UPLOAD_TO_GCS", "STORAGE_EMULATOR_HOST"):
     os.environ.pop(name, None)

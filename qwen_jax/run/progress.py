@@ -7,6 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from qwen_jax.fleet.records import RUNNING, ProgressRecord
+
 LINE_EVERY_S = 30.0
 
 
@@ -23,6 +25,8 @@ class Progress:
         self._tokens = self._raw_bytes = self._shards = 0
         self._backlog = backlog
         self._started = self._last_line = time.monotonic()
+        self._started_at = time.time()
+        self._last_shard_at: float | None = None
         self._bar = tqdm(total=total, initial=done, unit="sample") if sys.stderr.isatty() else None
 
     def sample(self, sample_idx: int, tokens: int, raw_bytes: int) -> None:
@@ -39,6 +43,22 @@ class Progress:
     def shard(self) -> None:
         """One more shard was handed over for writing."""
         self._shards += 1
+        self._last_shard_at = time.time()
+
+    def record(self, worker_id: int, shards_before: int) -> ProgressRecord:
+        """Where it is now, for those who watch."""
+        return ProgressRecord(
+            worker_id,
+            RUNNING,
+            self._done,
+            self._total,
+            shards_before + self._shards - self._backlog(),
+            self._tokens,
+            self._raw_bytes,
+            self._started_at,
+            time.time(),
+            self._last_shard_at,
+        )
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)

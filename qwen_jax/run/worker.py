@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, TextIO
@@ -25,6 +26,7 @@ from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
+from qwen_jax.run.progress_record import ProgressWriter, record_interval
 from qwen_jax.run.resume import discard, resume
 from qwen_jax.run.settings import Settings
 from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
@@ -127,6 +129,12 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     with (
         BackgroundCommitter(committer) as background,
         Progress(first, job.lines, lambda: background.backlog) as progress,
+        ProgressWriter(
+            partial(progress.record, settings.worker_id, len(committer.ledger.shards)),
+            settings.checkpoint_dir if settings.checkpointing else None,
+            settings.bucket_url,
+            record_interval(dict(os.environ)),
+        ),
     ):
         for shard in filled_shards(_watched(samples, progress, stop), settings.shard_bytes, reader):
             background.add(shard)

@@ -31,7 +31,8 @@ def check(tmp_path, fakes: Fakes):
             capture_output=True,
             text=True,
         )
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stderr == ""
+        run.code = done.returncode
         return done.stdout.splitlines()
 
     return run
@@ -115,14 +116,30 @@ def test_a_bad_number_of_workers(fakes, number):
     assert f"got '{number}'" in done.stderr
 
 
-def test_without_jq(fakes, tmp_path):
+def test_the_exit_code_says_how_it_goes(check):
+    check({0: checkpoint(status="completed"), 1: checkpoint(status="completed")}, "2")
+    assert check.code == 0
+
+
+def test_the_exit_code_of_a_fleet_that_runs(check):
+    check({0: checkpoint(status="completed"), 1: checkpoint()}, "2")
+    assert check.code == 1
+
+
+def test_the_exit_code_of_a_fleet_with_a_problem(check):
+    check({0: checkpoint(status="completed"), 1: "{"}, "2")
+    assert check.code == 2
+
+
+def test_without_python(fakes, tmp_path):
     folder = tmp_path / "empty"
     write_script(folder / "unused", "")
-    environment = fakes.environment() | {"PATH": str(folder)}
+    (folder / "dirname").symlink_to("/usr/bin/dirname")
+    environment = fakes.environment(VENV_DIR=str(tmp_path)) | {"PATH": str(folder)}
     script = str(ROOT / "check_all_workers.sh")
     done = subprocess.run(["/bin/bash", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "jq was not found" in done.stderr and "install" in done.stderr
+    assert "Python 3.11 or newer was not found" in done.stderr and "install" in done.stderr
 
 
 def test_help(fakes):

@@ -1,0 +1,74 @@
+"""The manifests are valid for recent versions of Kubernetes and say what docs and exit codes promise."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from qwen_jax.errors import BadDataError, ConfigError, TerminatedError, UsageError
+
+DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
+MANIFESTS = [path for path in sorted(DEPLOY.rglob("*.yaml")) if path.name != "kustomization.yaml"]
+VERSIONS = ("1.34", "1.36")
+
+
+def documents(text: str) -> list[dict]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_a_manifest_is_valid(path, version):
+    found = documents(path.read_text())
+    assert found
+    for document in found:
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_base_renders_and_is_valid(version):
+    rendered = subprocess.run(
+        ["kubectl", "kustomize", DEPLOY / "base"], capture_output=True, text=True, check=True
+    ).stdout
+    kinds = {}
+    for document in documents(rendered):
+        kubernetes_validate.validate(document, version, strict=True)
+        kinds[document["kind"]] = document
+    assert set(kinds) == {"ConfigMap", "Job", "PersistentVolumeClaim", "ServiceAccount"}
+    (worker,) = kinds["Job"]["spec"]["template"]["spec"]["containers"]
+    assert worker["envFrom"][0]["configMapRef"]["name"] == kinds["ConfigMap"]["metadata"]["name"]
+
+
+def job() -> dict:
+    return yaml.safe_load((DEPLOY / "base" / "job.yaml").read_text())["spec"]
+
+
+def test_an_index_is_a_worker_that_is_replaced_until_it_is_done():
+    spec, pod = job(), job()["template"]["spec"]
+    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
+    assert spec["podReplacementPolicy"] == "Failed" and pod["restartPolicy"] == "Never"
+    assert spec["backoffLimitPerIndex"] > 0 and "subdomain" not in pod
+    # SIGTERM takes the worker up to 10 s (docs/reliability.md); GKE gives spot pods 15.
+    assert 10 < pod["terminationGracePeriodSeconds"] <= 15
+
+
+def test_exit_codes_that_starting_again_does_not_help_fail_the_index():
+    fails, *ignored = job()["podFailurePolicy"]["rules"]
+    final = [UsageError.exit_code, BadDataError.exit_code, ConfigError.exit_code]
+    assert (fails["action"], fails["onExitCodes"]["values"]) == ("FailIndex", final)
+    assert {rule["action"] for rule in ignored} == {"Ignore"}
+    assert ignored[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert ignored[1]["onExitCodes"]["values"] == [TerminatedError.exit_code]
+
+
+def test_settings_are_variables_that_the_worker_reads():
+    from tests.scripts.conftest import setting_variables
+
+    lines = (DEPLOY / "base" / "settings.env").read_text().splitlines()
+    (worker,) = job()["template"]["spec"]["containers"]
+    names = {line.split("=")[0] for line in lines} | {each["name"] for each in worker["env"]}
+    assert names <= set(setting_variables())
