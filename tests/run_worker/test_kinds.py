@@ -139,6 +139,24 @@ def test_only_kept_rows_leave_the_device(workspace):
     assert {record["activation"].shape for record in records(workspace)[0]} == {(1, 64)}
 
 
+def test_eight_devices_store_the_same_kinds_rows_and_answers(workspace):
+    flags = ("--activation_type", "attn", "residual", "--include_embedding", "--include_answer", "--keep_tokens")
+    flags += ("every:9", "--max_samples", "3", "--max_seq_length", "1500")
+    one, eight = workspace.elsewhere("one"), workspace.elsewhere("eight")
+    one.run(*flags)
+    eight.having(XLA_FLAGS="--xla_force_host_platform_device_count=8").run(*flags, "--model_parallel", "2")
+    assert eight.metadata()["settings"]["devices"] == 8
+    for layer, stored in records(one).items():
+        for ours, theirs in zip(records(eight)[layer], stored, strict=True):
+            assert list(ours) == list(theirs)
+            for key in ("activation", "residual", "answer_logprobs"):
+                if key in theirs:
+                    np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=2e-4)
+    ours, theirs = (load_file(each.output / "stats.safetensors") for each in (eight, one))
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-4 * np.abs(theirs[name]).max())
+
+
 def test_random_rows_are_the_same_after_a_kill(workspace, finished):
     flags = ("--keep_tokens", "random:0.3", "--skip_first", "5", "--skip_special_tokens")
     flags += ("--max_samples", "9", "--shard_size_gb", "0.0003")
