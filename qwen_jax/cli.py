@@ -127,18 +127,20 @@ def positive_float(text: str) -> float:
 
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Runs a script's main and turns our errors into one clear line and their exit code."""
+    name = os.path.basename(sys.argv[0])
+    name = "python -m qwen_jax" if name == "__main__.py" else name
     try:
         code = main(None)
     except ToolkitError as error:
         kind = "" if isinstance(error, TerminatedError) else "error: "
-        print(f"{os.path.basename(sys.argv[0])}: {kind}{error}", file=sys.stderr, flush=True)
+        print(f"{name}: {kind}{error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "qwen_jax":
             raise
         advice = "run this with .venv/bin/python, or pip install -r requirements.txt"
         print(
-            f"{os.path.basename(sys.argv[0])}: error: the package {error.name} is missing; {advice}",
+            f"{name}: error: the package {error.name} is missing; {advice}",
             file=sys.stderr,
         )
         code = ConfigError.exit_code

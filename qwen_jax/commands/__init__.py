@@ -12,6 +12,7 @@ COMMANDS = {
     "certify": "how close stored samples are to a float32 run, recorded in metadata.json",
     "export": "shards as safetensors, NumPy arrays or Hugging Face datasets",
     "plot": "one picture of a run",
+    "launch": "start every worker: launch_all_workers.sh",
     "workers": "progress of every worker: check_all_workers.sh",
     "stats": "mean, variance and norms by layer, merged over shards and workers",
 }

@@ -20,7 +20,7 @@ class ProgressRecord:
     """One worker's progress. Times are seconds since 1970, of the worker's clock; counts are of the whole run, but
     tokens and raw_bytes, which are of this start.
 
-    history: [time, samples_done, tokens] points of this start.
+    exit_code: once it has ended. history: [time, samples_done, tokens] points of this start.
     """
 
     worker_id: int
@@ -34,6 +34,7 @@ class ProgressRecord:
     updated_at: float
     last_shard_at: float | None = None
     message: str = ""
+    exit_code: int | None = None
     history: list[list[float]] = field(default_factory=list)
 
     @property
@@ -72,7 +73,13 @@ class ProgressRecord:
         if not isinstance(values, dict) or set(values) != {each.name for each in fields(cls)}:
             raise ValueError("has other keys than a progress record")
         record = cls(**values)
-        counts = (record.worker_id, record.samples_done, record.samples_total, record.shards)
+        counts = (
+            record.worker_id,
+            record.samples_done,
+            record.samples_total,
+            record.shards,
+            record.exit_code or 0,
+        )
         times = (
             record.started_at,
             record.updated_at,

@@ -45,6 +45,12 @@ class Progress:
         self._shards += 1
         self._last_shard_at = time.time()
 
+    def finish(self) -> None:
+        """The stream is at its end: what followed the last sample was skipped."""
+        if self._bar is not None:
+            self._bar.update(self._total - self._done)
+        self._done = self._total
+
     def record(self, worker_id: int, shards_before: int) -> ProgressRecord:
         """Where it is now, for those who watch."""
         return ProgressRecord(

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qwen_jax.errors import TerminatedError, UsageError
+from qwen_jax.errors import TerminatedError, ToolkitError, UsageError
 from qwen_jax.fleet.records import ENDED, FAILED, RUNNING, TERMINATED, ProgressRecord, progress_name
 from qwen_jax.storage.local import atomic_write
 from qwen_jax.storage.opening import open_store
@@ -53,7 +53,7 @@ class ProgressWriter:
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._give_up = threading.Event()
-        self._ended_as = (ENDED, "")
+        self._ended_as: tuple[str, str, int | None] = (ENDED, "", 0)
         self._complained = False
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -67,7 +67,8 @@ class ProgressWriter:
     ) -> None:
         if error is not None:
             status = TERMINATED if isinstance(error, TerminatedError) else FAILED
-            self._ended_as = (status, str(error) or kind.__name__)
+            code = error.exit_code if isinstance(error, ToolkitError) else 1
+            self._ended_as = (status, str(error) or kind.__name__, code)
         self._stop.set()
         if self._interval_s:
             self._thread.join(_LAST_WRITE_S)
@@ -79,7 +80,8 @@ class ProgressWriter:
         while not ended:
             ended = self._stop.wait(self._interval_s)
             record = self._snapshot()
-            record.status, record.message = self._ended_as if ended else (RUNNING, "")
+            outcome = self._ended_as if ended else (RUNNING, "", None)
+            record.status, record.message, record.exit_code = outcome
             record.history = history
             record.add_point(time.time())
             history = record.history

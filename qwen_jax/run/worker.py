@@ -140,6 +140,7 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
             background.add(shard)
             progress.shard()
         background.wait()
+        progress.finish()
     committer.complete(job.lines, reader.take_skipped())
     if not committer.ledger.samples_written:
         log.warning(

@@ -15,7 +15,17 @@ def record(worker: int, **changes) -> ProgressRecord:
     done = 2000 + 60 * worker
     history = [[NOW - 7200 + 60 * n, done * n // 120, float(speed * 60 * n)] for n in range(121)][1:]
     made = ProgressRecord(
-        worker, RUNNING, done, TOTAL, 12, speed * 7200, 10**9, NOW - 7200, NOW - 20, NOW - 300, "", history
+        worker,
+        RUNNING,
+        done,
+        TOTAL,
+        12,
+        speed * 7200,
+        10**9,
+        NOW - 7200,
+        NOW - 20,
+        NOW - 300,
+        history=history,
     )
     for key, value in changes.items():
         setattr(made, key, value)

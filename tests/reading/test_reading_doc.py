@@ -48,7 +48,8 @@ def shape(line: str) -> str:
 def test_all_commands_are_shown():
     from qwen_jax.commands import COMMANDS
 
-    assert {command.split()[0] for command, _ in SHOWN} == set(COMMANDS) - {"plot"}
+    shown_in_fleet_md = {"launch", "workers", "doctor"}
+    assert {command.split()[0] for command, _ in SHOWN} == set(COMMANDS) - {"plot"} - shown_in_fleet_md
 
 
 @pytest.mark.parametrize("command, output", SHOWN, ids=[command[:40] for command, _ in SHOWN])

@@ -140,7 +140,14 @@ def test_only_kept_rows_leave_the_device(workspace):
 
 
 def test_eight_devices_store_the_same_kinds_rows_and_answers(workspace):
-    flags = ("--activation_type", "attn", "residual", "--include_embedding", "--include_answer", "--keep_tokens")
+    flags = (
+        "--activation_type",
+        "attn",
+        "residual",
+        "--include_embedding",
+        "--include_answer",
+        "--keep_tokens",
+    )
     flags += ("every:9", "--max_samples", "3", "--max_seq_length", "1500")
     one, eight = workspace.elsewhere("one"), workspace.elsewhere("eight")
     one.run(*flags)

@@ -52,7 +52,8 @@ class Fakes:
     def environment(self, **variables: str) -> dict[str, str]:
         """An environment without any setting of ours, with the fakes first on PATH."""
         ours = set(setting_variables()) | {"WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK"}
-        ours |= {"TPU_WORKER_ID", "NUM_WORKERS", "ZONE", "NAME_PATTERN", "REMOTE_DIR", "VENV_DIR"}
+        ours |= {"TPU_WORKER_ID", "NUM_WORKERS", "ZONE", "NAME_PATTERN", "REMOTE_DIR", "VENV_DIR", "CODE_URL"}
+        ours |= {"ACCELERATOR_TYPE", "RUNTIME_VERSION", "IMAGE", "PROGRESS_INTERVAL_S"}
         kept = {name: value for name, value in os.environ.items() if name not in ours}
         path = f"{self.folder}:{os.environ['PATH']}"
         return kept | {"PATH": path, "CALLS": str(self.calls_folder)} | variables

@@ -1,0 +1,231 @@
+"""Starts every worker. launch_all_workers.sh is this command.
+
+  gcloud      on TPU VMs over ssh; with --supervise it makes the VMs too, and again when they are pre-empted
+  kubernetes  as one Indexed Job: deploy/kubernetes
+  skypilot    as managed spot jobs: deploy/skypilot
+  local       on this machine, until all are done
+
+The worker's own variables (MODEL_PATH, BATCH_SIZE, ...) are passed on where they are set. Exit code 0 when every
+worker was started (with --supervise or locally: is complete), 1 when some were not, 2 for a wrong call, 75 when gcloud,
+kubectl or sky is of no use.
+
+  GCS_BUCKET=your-bucket ./launch_all_workers.sh --dry_run
+  GCS_BUCKET=your-bucket ./launch_all_workers.sh --workers 3,7-9
+  GCS_BUCKET=your-bucket ./launch_all_workers.sh --supervise --create queued --code_url gs://your-bucket/qwen.tar.gz
+  GCS_BUCKET=your-bucket ./launch_all_workers.sh --engine kubernetes --num_workers 64 --image your-registry/image:tag
+  ./launch_all_workers.sh --engine local --num_workers 2 --supervise
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+from argparse import ArgumentTypeError, Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qwen_jax.cli import FlagParser, positive_float, positive_int
+from qwen_jax.errors import TerminatedError, UsageError
+from qwen_jax.fleet import kubernetes, local, skypilot
+from qwen_jax.fleet.command import CommandError, call
+from qwen_jax.fleet.gcloud import QUEUED, VM, Vms
+from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
+from qwen_jax.fleet.workers import listed, number_of_workers, parse_workers
+
+_TOOLS = {
+    "gcloud": ("gcloud", "install the Google Cloud CLI"),
+    "kubernetes": ("kubectl", "install it, and connect it to the cluster"),
+    "skypilot": ("sky", "pip install skypilot, then run: sky check"),
+}
+
+
+def add_flags(parser: FlagParser) -> None:
+    flag = parser.flag
+    flag("engine", "who runs the workers", default="gcloud", choices=(*_TOOLS, "local"))
+    flag("num_workers", "workers 0 to N-1", env="NUM_WORKERS", default=32, type=number_of_workers)
+    flag("workers", "only these: 3,7-9", type=parse_workers)
+    parser.switch("supervise", "gcloud, local: stay, and start again what died, until all are complete")
+    parser.switch("dry_run", "print what would be done")
+    flag("parallel", "gcloud calls at once; local workers at once", type=positive_int)
+    flag("zone", "gcloud: zone of the VMs", env="ZONE", default="us-central2-b")
+    names = "gcloud: names of the VMs, {} for the id"
+    flag("name_pattern", names, env="NAME_PATTERN", default="tpu-worker-{}", type=_pattern)
+    flag("remote_dir", "gcloud: the checkout on a VM, from its home", env="REMOTE_DIR", default="qwen")
+    flag(
+        "code_url",
+        "gcloud: gs:// address of a .tar.gz to unpack where the checkout is missing",
+        env="CODE_URL",
+    )
+    flag("create", "gcloud, with --supervise: how VMs are made", default=VM, choices=(VM, QUEUED))
+    flag("accelerator_type", "gcloud: of a new VM", env="ACCELERATOR_TYPE", default="v4-8")
+    flag("runtime_version", "gcloud: of a new VM", env="RUNTIME_VERSION", default="tpu-ubuntu2204-base")
+    parser.switch("on_demand", "gcloud: new VMs are not spot VMs")
+    flag("poll_s", "gcloud, with --supervise: seconds between looks", default=60.0, type=positive_float)
+    flag(
+        "backoff_s",
+        "with --supervise: first wait before another try; doubles",
+        default=60.0,
+        type=positive_float,
+    )
+    flag("max_attempts", "with --supervise: tries without progress", default=20, type=positive_int)
+    flag("image", "kubernetes: the container image", env="IMAGE")
+
+
+def _pattern(text: str) -> str:
+    if "{}" not in text:
+        raise ArgumentTypeError(f"NAME_PATTERN must contain {{}} for the worker id, got {text!r}")
+    return text
+
+
+def run(args: Namespace) -> int:
+    if args.engine == "local":
+        return _run_local(args)
+    if not os.environ.get("GCS_BUCKET"):
+        raise UsageError("set GCS_BUCKET to the bucket that the workers upload to")
+    if args.supervise and args.engine != "gcloud":
+        raise UsageError(f"{args.engine} starts workers again by itself: leave --supervise out")
+    tool, advice = _TOOLS[args.engine]
+    if not args.dry_run and shutil.which(tool) is None:
+        raise UsageError(f"{tool} was not found; {advice}")
+    return {"gcloud": _run_gcloud, "kubernetes": _run_kubernetes, "skypilot": _run_skypilot}[args.engine](
+        args
+    )
+
+
+def _workers(args: Namespace) -> tuple[int, ...]:
+    return args.workers if args.workers is not None else tuple(range(args.num_workers))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _policy(args: Namespace) -> Policy:
+    return Policy(args.poll_s, args.backoff_s, args.max_attempts, args.parallel or Policy.parallel)
+
+
+def _run_gcloud(args: Namespace) -> int:
+    vms = Vms(
+        args.zone,
+        args.name_pattern,
+        args.remote_dir,
+        args.code_url,
+        args.accelerator_type,
+        args.runtime_version,
+        args.on_demand,
+        args.create,
+    )
+    if args.dry_run:
+        for worker in _workers(args):
+            commands = [vms.create_command(worker)] if args.supervise else []
+            for command in [*commands, vms.start_command(worker, os.environ)]:
+                print(shlex.join(command))
+        return 0
+    return _supervise(vms, args) if args.supervise else _start_all(vms, args)
+
+
+def _start_all(vms: Vms, args: Namespace) -> int:
+    workers = _workers(args)
+
+    def start(worker: int) -> str | None:
+        _say(f"starting worker {worker} on {vms.name(worker)}")
+        try:
+            call(vms.start_command(worker, os.environ))
+        except CommandError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(args.parallel or Policy.parallel) as pool:
+        errors = dict(zip(workers, pool.map(start, workers), strict=True))
+    failed = {worker: error for worker, error in errors.items() if error is not None}
+    for worker, error in failed.items():
+        print(f"worker {worker}: {error}", file=sys.stderr)
+    _say(f"{len(workers) - len(failed)} of {len(workers)} workers started")
+    if failed:
+        advice = "mend what gcloud reported above and run this again (running workers refuse a second start)"
+        print(f"not started: {listed(failed)}; {advice}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _supervise(vms: Vms, args: Namespace) -> int:
+    workers = _workers(args)
+    outcome = Supervisor(vms, workers, os.environ, _policy(args), Clock(), _say).run()
+    _say(f"{len(outcome.finished)} of {len(workers)} workers completed")
+    if outcome.given_up:
+        print(f"given up: {listed(outcome.given_up)}; the reasons are above", file=sys.stderr)
+    return 1 if outcome.given_up else 0
+
+
+def _run_kubernetes(args: Namespace) -> int:
+    if args.workers is not None:
+        raise UsageError(
+            "an Indexed Job runs workers 0 to N-1: use --num_workers, or another engine for a few"
+        )
+    if args.dry_run:
+        with TemporaryDirectory() as name:
+            folder = Path(name).resolve()
+            kubernetes.write_overlay(folder, args.num_workers, args.image, os.environ)
+            if shutil.which("kubectl") is None:
+                print((folder / "kustomization.yaml").read_text(), end="")
+            else:
+                print(call(["kubectl", "kustomize", str(folder)]), end="")
+        return 0
+    _say(kubernetes.apply(args.num_workers, args.image, os.environ).strip())
+    _say(f"{args.num_workers} workers handed to Kubernetes; watch them: kubectl get pods -l app=extraction")
+    return 0
+
+
+def _run_skypilot(args: Namespace) -> int:
+    commands = skypilot.commands(args.num_workers, args.workers, os.environ)
+    for command in commands:
+        if args.dry_run:
+            print(shlex.join(command))
+        else:
+            _say(call(command).strip())
+    if not args.dry_run:
+        _say(f"{len(_workers(args))} workers handed to SkyPilot; watch them: sky jobs queue")
+    return 0
+
+
+def _run_local(args: Namespace) -> int:
+    workers, environment = _workers(args), dict(os.environ)
+    gpus, chips = local.this_machines_gpus(environment), local.this_machines_tpu_chips()
+    cores = local.this_machines_cores()
+    slots = min(args.parallel or len(gpus) or chips or len(cores), len(workers))
+    portions = local.shares(slots, gpus, chips, cores)
+    if args.dry_run:
+        for slot, worker in enumerate(workers):
+            print(_local_line(worker, portions[slot % slots]))
+        return 0
+    spawn = local.spawner(environment, portions, Path("logs"))
+    fleet = local.LocalFleet(workers, slots, spawn, args.supervise, _policy(args), Clock(), _say)
+    ended = _until_signal(fleet)
+    _say(f"{len(ended.done)} of {len(workers)} workers completed")
+    if ended.stopped:
+        raise TerminatedError("stopped; run this again to go on")
+    if ended.failed:
+        print(f"not completed: {listed(ended.failed)}; see logs/worker_N.log", file=sys.stderr)
+    return 1 if ended.failed else 0
+
+
+def _local_line(worker: int, share: local.Share) -> str:
+    variables = {"WORKER_ID": str(worker), **share.variables}
+    if os.environ.get("GCS_BUCKET"):
+        variables["UPLOAD_TO_GCS"] = "true"
+    pinned = ["taskset", "-c", ",".join(map(str, sorted(share.cores)))] if share.cores else []
+    return shlex.join(
+        ["env", *(f"{name}={value}" for name, value in variables.items()), *pinned, "./launch_worker.sh"]
+    )
+
+
+def _until_signal(fleet: local.LocalFleet) -> local.Ended:
+    """SIGTERM and Ctrl-C end the workers as SIGTERM ends one."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(each, lambda *_: fleet.stop.set()) for each in signals]
+    try:
+        return fleet.run()
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)

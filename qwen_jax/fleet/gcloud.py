@@ -1,0 +1,163 @@
+"""TPU VMs over the gcloud command: what it is asked, and what its answers mean."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from qwen_jax.fleet.command import CommandError, call
+from qwen_jax.fleet.workers import settings_of
+
+VM, QUEUED = "vm", "queued"
+READY, WAITING, LOST, ABSENT = "ready", "waiting", "lost", "absent"
+_LOST = {"PREEMPTED", "TERMINATED", "FAILED", "SUSPENDED"}
+_NOTHING_THERE = "matched no objects"
+
+
+@dataclass(frozen=True)
+class Vms:
+    """Where the workers' VMs are and what they are like. name_pattern holds {} for the id."""
+
+    zone: str
+    name_pattern: str
+    remote_dir: str
+    code_url: str | None = None
+    accelerator_type: str = "v4-8"
+    runtime_version: str = "tpu-ubuntu2204-base"
+    on_demand: bool = False
+    kind: str = VM
+
+    def name(self, worker: int) -> str:
+        return self.name_pattern.replace("{}", str(worker))
+
+    def start_command(self, worker: int, environment: Mapping[str, str]) -> list[str]:
+        """ssh that leaves the worker running in the background, with the settings of `environment`."""
+        remote = self._remote_command(worker, environment)
+        return [*_TPU_VM, "ssh", self.name(worker), "--zone", self.zone, "--command", remote]
+
+    def create_command(self, worker: int) -> list[str]:
+        name, spot = self.name(worker), [] if self.on_demand else ["--spot"]
+        like = ["--zone", self.zone, "--accelerator-type", self.accelerator_type]
+        if self.kind == QUEUED:
+            version = ["--runtime-version", self.runtime_version]
+            return [*_QUEUED, "create", name, "--node-id", name, *like, *version, *spot, "--quiet"]
+        return [
+            *_TPU_VM,
+            "create",
+            name,
+            *like,
+            "--version",
+            self.runtime_version,
+            *spot,
+            "--async",
+            "--quiet",
+        ]
+
+    def delete_command(self, worker: int) -> list[str]:
+        name = self.name(worker)
+        if self.kind == QUEUED:
+            return [*_QUEUED, "delete", name, "--zone", self.zone, "--force", "--quiet"]
+        return [*_TPU_VM, "delete", name, "--zone", self.zone, "--quiet"]
+
+    def list_commands(self) -> list[list[str]]:
+        """Of VMs, and of queued resources where these are used."""
+        options = ["--zone", self.zone, "--format", "json"]
+        return [
+            [*_TPU_VM, "list", *options],
+            *([[*_QUEUED, "list", *options]] if self.kind == QUEUED else []),
+        ]
+
+    def _remote_command(self, worker: int, environment: Mapping[str, str]) -> str:
+        folder = shlex.quote(self.remote_dir)
+        steps = []
+        if self.code_url is not None:
+            unpack = f"gcloud storage cat {shlex.quote(self.code_url)} | tar -xz -C {folder}"
+            steps += [f"mkdir -p {folder}", f"{{ [ -e {folder}/launch_worker.sh ] || {unpack}; }}"]
+        variables = {"TPU_WORKER_ID": str(worker), "UPLOAD_TO_GCS": "true", **settings_of(environment)}
+        exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        # ls: says so where the script is missing; what runs in the background could not.
+        steps += [f"cd {folder}", "ls launch_worker.sh > /dev/null", "mkdir -p logs", f"export {exports}"]
+        # >>: a second start must not empty the log of a worker that runs.
+        start = f"nohup ./launch_worker.sh >> logs/worker_{worker}.log 2>&1 < /dev/null"
+        return " && ".join([*steps, f"{{ {start} & }}"])
+
+
+_TPU_VM = ("gcloud", "compute", "tpus", "tpu-vm")
+_QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+
+
+def machine_states(vms: Vms) -> dict[str, tuple[str, str]]:
+    """Name -> (one of our states, gcloud's word). What is not there is not in it. Raises CommandError."""
+    answers = [_parse_list(call(command)) for command in vms.list_commands()]
+    nodes = {_name(entry): str(entry.get("state")) for entry in answers[0]}
+    if vms.kind == VM:
+        return {name: (_state(word, "READY"), word) for name, word in nodes.items()}
+    found = {}
+    for entry in answers[1]:
+        state = entry.get("state")
+        word = str(state.get("state")) if isinstance(state, dict) else str(state)
+        name = _name(entry)
+        if word == "ACTIVE" and nodes.get(name) in (None, *_LOST):
+            found[name] = (LOST, f"ACTIVE without its VM ({nodes.get(name, 'vanished')})")
+        else:
+            found[name] = (_state(word, "ACTIVE"), word)
+    return found
+
+
+def _parse_list(text: str) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(text or "[]")
+    except ValueError as error:
+        raise CommandError(f"its list is not whole: {error}") from error
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and "name" in entry for entry in entries
+    ):
+        raise CommandError("its list is not one of machines with names")
+    return entries
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return str(entry["name"]).rpartition("/")[2]
+
+
+def _state(word: str, ready: str) -> str:
+    """Waiting is all that will change by itself, or that somebody wanted so."""
+    return READY if word == ready else LOST if word in _LOST else WAITING
+
+
+def read_documents(bucket: str, prefix: str, name: str) -> dict[int, dict[str, Any]]:
+    """worker_id -> content of each `tpu_*/name` in the bucket (a pattern), torn ones left out. Raises CommandError.
+
+    With gcloud alone, so that a control machine needs no packages; a file:// bucket is read from the disk.
+    """
+    parts = [bucket.rstrip("/"), *([prefix.strip("/")] if prefix.strip("/") else [])]
+    if bucket.startswith("file://"):
+        root = Path(unquote(urlsplit("/".join(parts)).path))
+        text = "\n".join(path.read_text(errors="replace") for path in sorted(root.glob(f"tpu_*/{name}")))
+    else:
+        url = "/".join([*parts, "tpu_*", name])
+        try:
+            text = call(["gcloud", "storage", "cat", url if "://" in url else f"gs://{url}"])
+        except CommandError as error:
+            if _NOTHING_THERE not in str(error):
+                raise
+            text = ""
+    return _documents(text)
+
+
+def _documents(text: str) -> dict[int, dict[str, Any]]:
+    """JSON objects one after another; each of ours begins with its worker_id."""
+    starts = [match.start() for match in re.finditer(r'\{\s*"worker_id"', text)]
+    found = {}
+    for start in starts:
+        try:
+            document, _ = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(document.get("worker_id"), int):
+            found[document["worker_id"]] = document
+    return found

@@ -1,0 +1,70 @@
+"""Workers as one Indexed Job: an overlay on deploy/kubernetes/base, handed to kubectl."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.fleet.command import call
+from qwen_jax.fleet.workers import settings_of
+
+BASE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base"
+_IMAGE = "your-registry/qwen-extraction"
+
+
+def overlay(
+    num_workers: int, image: str | None, environment: Mapping[str, str], folder: Path
+) -> dict[str, Any]:
+    """The content of kustomization.yaml in `folder`: the base with these workers, this image, these settings."""
+    settings = settings_of(environment, with_places=False)
+    bucket = environment["GCS_BUCKET"].removeprefix("gs://").rstrip("/")
+    streams = {"name": "streams", "csi": {"volumeAttributes": {"bucketName": bucket}}}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "extraction"},
+        "spec": {
+            "completions": num_workers,
+            "parallelism": num_workers,
+            "maxFailedIndexes": num_workers,
+            "template": {"spec": {"volumes": [streams]}},
+        },
+    }
+    values = [{"op": "add", "path": f"/data/{name}", "value": value} for name, value in settings.items()]
+    content = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(BASE, folder)],
+        "patches": [
+            {"patch": json.dumps(job)},
+            {"target": {"kind": "ConfigMap", "name": "extraction-settings"}, "patch": json.dumps(values)},
+        ],
+    }
+    return content | ({"images": [_image(image)]} if image else {})
+
+
+def _image(image: str) -> dict[str, str]:
+    """registry:5000/name:tag, or registry/name@digest, in kustomize's words."""
+    name, at, digest = image.partition("@")
+    if at:
+        return {"name": _IMAGE, "newName": name, "digest": digest}
+    path, colon, tag = name.rpartition(":")
+    if colon and "/" not in tag:
+        return {"name": _IMAGE, "newName": path, "newTag": tag}
+    return {"name": _IMAGE, "newName": name, "newTag": "latest"}
+
+
+def apply(num_workers: int, image: str | None, environment: Mapping[str, str]) -> str:
+    """Creates the Job, or changes what may change; returns kubectl's words. Raises CommandError with them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        write_overlay(folder, num_workers, image, environment)
+        return call(["kubectl", "apply", "-k", str(folder)])
+
+
+def write_overlay(folder: Path, num_workers: int, image: str | None, environment: Mapping[str, str]) -> None:
+    """JSON is YAML too."""
+    text = json.dumps(overlay(num_workers, image, environment, folder), indent=2)
+    (folder / "kustomization.yaml").write_text(text + "\n")

@@ -1,0 +1,207 @@
+"""Many workers on one machine, each with its own devices or its share of the cores."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+from qwen_jax.errors import BadDataError, ConfigError, UsageError, WriterConflictError
+from qwen_jax.fleet.command import CommandError, call
+from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
+
+CHECKOUT = Path(__file__).parents[2]
+_FINAL = {kind.exit_code for kind in (UsageError, BadDataError, WriterConflictError, ConfigError)}
+_LOOK_EVERY_S = 0.1
+
+
+class Process(Protocol):
+    """A running worker."""
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        ...
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        ...
+
+
+Spawn = Callable[[int, int], Process]
+"""Worker id and slot -> the running worker."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the worker in one slot gets. cores: None leaves it all of them."""
+
+    variables: Mapping[str, str]
+    cores: frozenset[int] | None = None
+
+
+def shares(slots: int, gpus: Sequence[str], tpu_chips: int, cores: Sequence[int]) -> list[Share]:
+    """One share a slot: a GPU or a TPU chip where there are any, else cores; with more slots than these, they share.
+
+    gpus: as CUDA_VISIBLE_DEVICES names them.
+    """
+    if gpus:
+        each = -(-slots // len(gpus))
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / each:.2f}"} if each > 1 else {}
+        return [Share({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)], **memory}) for slot in range(slots)]
+    if tpu_chips:
+        one = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
+        return [Share({"TPU_VISIBLE_CHIPS": str(slot % tpu_chips), **one}) for slot in range(slots)]
+    if slots >= len(cores):
+        return [Share({}, frozenset([cores[slot % len(cores)]])) for slot in range(slots)]
+    return [Share({}, frozenset(cores[slot::slots])) for slot in range(slots)]
+
+
+def this_machines_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that a worker may use."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return [each for each in environment["CUDA_VISIBLE_DEVICES"].split(",") if each]
+    try:
+        return [str(i) for i, _ in enumerate(call(["nvidia-smi", "-L"]).splitlines())]
+    except CommandError:
+        return []
+
+
+def this_machines_tpu_chips() -> int:
+    found = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return len(found)
+
+
+def this_machines_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):  # absent on macOS
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Path) -> Spawn:
+    """Starts ./launch_worker.sh; what it prints is added to `logs`/worker_N.log."""
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def spawn(worker: int, slot: int) -> subprocess.Popen:
+        share = portions[slot]
+        own = {"WORKER_ID": str(worker), **share.variables}
+        if environment.get("GCS_BUCKET"):
+            own["UPLOAD_TO_GCS"] = "true"
+        with (logs / f"worker_{worker}.log").open("ab") as log, _on(share.cores):
+            return subprocess.Popen(
+                [CHECKOUT / "launch_worker.sh"],
+                env={**environment, **own},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches it through us, as SIGTERM
+            )
+
+    return spawn
+
+
+@contextmanager
+def _on(cores: frozenset[int] | None) -> Iterator[None]:
+    """Starts processes on these cores only: a child has its parent's."""
+    if cores is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """done: workers that completed. failed: id -> last exit code. stopped: whether somebody asked for the end."""
+
+    done: frozenset[int]
+    failed: Mapping[int, int]
+    stopped: bool = False
+
+
+@dataclass
+class LocalFleet:
+    """`run` keeps `slots` workers going until all have ended.
+
+    is_supervised: a worker that was killed or met trouble that may pass is started again, as `policy` allows.
+    """
+
+    workers: Iterable[int]
+    slots: int
+    spawn: Spawn
+    is_supervised: bool
+    policy: Policy
+    clock: Clock
+    say: Callable[[str], None]
+    stop: Event = field(default_factory=Event)
+    _waiting: list[int] = field(default_factory=list)
+    _not_before: dict[int, float] = field(default_factory=dict)
+    _attempts: dict[int, int] = field(default_factory=dict)
+    _running: dict[int, tuple[int, Process]] = field(default_factory=dict)
+    _done: set[int] = field(default_factory=set)
+    _failed: dict[int, int] = field(default_factory=dict)
+
+    def run(self) -> Ended:
+        self._waiting = list(self.workers)
+        while self._waiting or self._running:
+            self._reap()
+            if self.stop.is_set():
+                return self._end()
+            self._fill_slots()
+            self.clock.sleep(_LOOK_EVERY_S)
+        return Ended(frozenset(self._done), dict(self._failed))
+
+    def _fill_slots(self) -> None:
+        now = self.clock.time()
+        for slot in range(self.slots):
+            ready = [each for each in self._waiting if self._not_before.get(each, 0.0) <= now]
+            if slot in self._running or not ready:
+                continue
+            self._waiting.remove(ready[0])
+            self._running[slot] = (ready[0], self.spawn(ready[0], slot))
+            self.say(f"worker {ready[0]}: started")
+
+    def _reap(self) -> None:
+        for slot, (worker, process) in list(self._running.items()):
+            code = process.poll()
+            if code is not None:
+                del self._running[slot]
+                self._ended(worker, code)
+
+    def _ended(self, worker: int, code: int) -> None:
+        attempts = self._attempts.get(worker, 0)
+        if code == 0:
+            self._done.add(worker)
+            self.say(f"worker {worker}: completed")
+        elif self.is_supervised and code not in _FINAL and attempts < self.policy.max_attempts:
+            wait = min(self.policy.backoff_s * 2**attempts, LONGEST_WAIT_S)
+            self._attempts[worker], self._not_before[worker] = attempts + 1, self.clock.time() + wait
+            self._waiting.append(worker)
+            self.say(f"worker {worker}: {ending(code)}; starting it again in {wait:.0f} s")
+        else:
+            self._failed[worker] = code
+            self.say(f"worker {worker}: {ending(code)}")
+
+    def _end(self) -> Ended:
+        """Lets every worker come to a consistent end."""
+        for _, process in self._running.values():
+            process.terminate()
+        while self._running:
+            for slot, (worker, process) in list(self._running.items()):
+                if (code := process.poll()) is not None:
+                    del self._running[slot]
+                    if code == 0:
+                        self._done.add(worker)
+            self.clock.sleep(_LOOK_EVERY_S)
+        return Ended(frozenset(self._done), dict(self._failed), stopped=True)
+
+
+def ending(code: int) -> str:
+    """`exit 75`, or `killed by signal 9`."""
+    return f"killed by signal {-code}" if code < 0 else f"exit {code}"

@@ -1,0 +1,35 @@
+"""Workers as SkyPilot's managed jobs: what the sky command is asked."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qwen_jax.fleet.workers import settings_of
+
+TASK = Path("deploy") / "skypilot" / "worker.yaml"
+
+
+def commands(
+    num_workers: int, workers: tuple[int, ...] | None, environment: Mapping[str, str]
+) -> list[list[str]]:
+    """One command for workers 0 to N-1, whose rank is their id; one each for chosen workers."""
+    settings = settings_of(environment, with_places=False)
+    settings["GCS_BUCKET"] = settings["GCS_BUCKET"].removeprefix("gs://").rstrip("/")
+    values = [part for name, value in settings.items() for part in ("--env", f"{name}={value}")]
+
+    def launch(name: str, *options: str) -> list[str]:
+        return [
+            "sky",
+            "jobs",
+            "launch",
+            "--name",
+            name,
+            "--yes",
+            "--detach-run",
+            *options,
+            *values,
+            str(TASK),
+        ]
+
+    if workers is None:
+        return [launch("extraction", "--num-jobs", str(num_workers))]
+    return [launch(f"extraction-{worker}", "--env", f"WORKER_ID={worker}") for worker in workers]

@@ -1,0 +1,47 @@
+"""Which workers are meant, and the settings that each is given."""
+
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
+
+PLACES = ("DATASET_DIR", "OUTPUT_DIR", "CHECKPOINT_DIR", "COMPILATION_CACHE_DIR")
+"""Folders of this machine: for workers whose file system looks like it, not for containers."""
+PASSED_ON = (
+    *("GCS_BUCKET", "GCS_PREFIX", "MODEL_PATH", "MODEL_REVISION", *PLACES, "BATCH_SIZE", "SHARD_SIZE_GB"),
+    *("MAX_SEQ_LENGTH", "MAX_SAMPLES", "MAX_BAD_RECORDS", "LAYERS_TO_EXTRACT", "ACTIVATION_TYPE"),
+    *("INCLUDE_EMBEDDING", "INCLUDE_ANSWER", "KEEP_TOKENS", "SKIP_FIRST", "SKIP_SPECIAL_TOKENS", "DTYPE"),
+    *("ACTIVATION_DTYPE", "ATTENTION", "MODEL_PARALLEL", "LOOKAHEAD", "PROMPT_FORMAT", "CHAT_TEMPLATE"),
+    *("OVERLONG", "DELETE_LOCAL_AFTER_UPLOAD", "GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S", "VERBOSE"),
+)
+"""Every variable of the worker's, but for its id and UPLOAD_TO_GCS."""
+_MOST = 100_000
+
+
+def number_of_workers(text: str) -> int:
+    """An argparse type: 1, 2, ...; nothing that a shell would read otherwise."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII):
+        raise ArgumentTypeError(f"the number of workers must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def parse_workers(text: str) -> tuple[int, ...]:
+    """An argparse type: `3,7-9` is 3, 7, 8, 9; each once, in ascending order."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < _MOST:
+            raise ArgumentTypeError(f"workers are listed like 3,7-9, got {text!r}")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def settings_of(environment: Mapping[str, str], *, with_places: bool = True) -> dict[str, str]:
+    """The worker's variables that are set here, in a fixed order."""
+    names = [name for name in PASSED_ON if with_places or name not in PLACES]
+    return {name: environment[name] for name in names if environment.get(name)}
+
+
+def listed(workers: Mapping[int, object] | tuple[int, ...] | list[int]) -> str:
+    """`1 3 8`, for messages."""
+    return " ".join(map(str, sorted(workers)))

@@ -1,0 +1,3 @@
+from tests.scripts.conftest import fakes
+
+__all__ = ["fakes"]

@@ -1,0 +1,202 @@
+"""The local engine: who gets what, who is started again, and a whole fleet with kills."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from qwen_jax.fleet.local import Ended, LocalFleet, Share, shares, spawner
+from qwen_jax.fleet.monitor import BucketSource, exit_code, look
+from qwen_jax.fleet.supervise import Clock, Policy
+from tests.fake_gcs import FakeGcs
+from tests.run_worker.conftest import CloudWorkspace, inputs
+from tests.run_worker.starts import Start
+
+__all__ = ["inputs"]
+WORKERS = TASKS = 8
+
+
+def test_cores_are_shared_out():
+    assert shares(2, [], 0, [0, 1, 2, 3, 4]) == [
+        Share({}, frozenset({0, 2, 4})),
+        Share({}, frozenset({1, 3})),
+    ]
+    assert [share.cores for share in shares(3, [], 0, [4, 5])] == [{4}, {5}, {4}]
+
+
+def test_devices_come_before_cores():
+    found = shares(3, ["0", "GPU-b"], 4, [0, 1])
+    assert [share.variables["CUDA_VISIBLE_DEVICES"] for share in found] == ["0", "GPU-b", "0"]
+    assert {share.variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in found} == {"0.45"}
+    assert all(share.cores is None for share in found)
+    chips = [share.variables["TPU_VISIBLE_CHIPS"] for share in shares(4, [], 4, [0, 1])]
+    assert chips == ["0", "1", "2", "3"]
+
+
+@dataclass
+class Scripted:
+    """A process that ends with `code` at its first look, or runs until it is terminated (None)."""
+
+    code: int | None
+    terminated: bool = False
+
+    def poll(self) -> int | None:
+        return 143 if self.terminated else self.code
+
+    def terminate(self) -> None:
+        self.terminated = True
+
+
+@dataclass
+class Fast(Clock):
+    """Time passes only by sleeping."""
+
+    now: float = 0.0
+    started: list[tuple[float, int]] = field(default_factory=list)
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def run_scripted(codes: dict[int, list[int]], *, supervised: bool, slots: int = 2, attempts: int = 20):
+    """codes: how each worker's starts end. Returns the result, and when each start was."""
+    clock = Fast()
+
+    def spawn(worker: int, slot: int) -> Scripted:
+        clock.started.append((round(clock.now), worker))
+        return Scripted(codes[worker].pop(0))
+
+    policy = Policy(backoff_s=10.0, max_attempts=attempts)
+    fleet = LocalFleet(list(codes), slots, spawn, supervised, policy, clock, lambda text: None)
+    return fleet.run(), clock.started
+
+
+def test_without_supervision_each_is_started_once():
+    ended, started = run_scripted({0: [0], 1: [75], 2: [-9]}, supervised=False)
+    assert ended == Ended(frozenset({0}), {1: 75, 2: -9})
+    assert [worker for _, worker in started] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("code", [75, 143, -9, 1])
+def test_what_may_pass_is_started_again_later_and_later(code):
+    ended, started = run_scripted({0: [code, code, 0]}, supervised=True)
+    assert ended.done == {0}
+    assert [when for when, _ in started] == [0, 10, 30]
+
+
+@pytest.mark.parametrize("code", [2, 65, 76, 78])
+def test_what_does_not_pass_is_not(code):
+    ended, started = run_scripted({0: [code]}, supervised=True)
+    assert ended == Ended(frozenset(), {0: code}) and len(started) == 1
+
+
+def test_the_tries_are_capped():
+    ended, started = run_scripted({0: [-9] * 4}, supervised=True, attempts=3)
+    assert ended.failed == {0: -9} and len(started) == 4
+
+
+def test_no_more_at_once_than_slots():
+    running: list[Scripted] = []
+
+    def spawn(worker: int, slot: int) -> Scripted:
+        running[:] = [each for each in running if each.code is None]
+        assert slot in (0, 1) and len(running) < 2
+        running.append(Scripted(None))
+        return running[-1]
+
+    clock = Fast()
+    clock.sleep = lambda seconds: [setattr(each, "code", 0) for each in running]  # type: ignore[method-assign]
+    fleet = LocalFleet(range(7), 2, spawn, False, Policy(), clock, lambda text: None)
+    assert fleet.run().done == set(range(7))
+
+
+def test_a_stop_ends_every_worker_and_starts_none():
+    processes = []
+    clock = Fast()
+    fleet = LocalFleet(range(4), 2, lambda *_: processes.append(Scripted(None)) or processes[-1], True, Policy(),
+                       clock, lambda text: None)  # fmt: skip
+    clock.sleep = lambda seconds: fleet.stop.set()  # type: ignore[method-assign]
+    assert fleet.run() == Ended(frozenset(), {}, stopped=True)
+    assert [each.terminated for each in processes] == [True, True]
+
+
+def test_a_real_process_gets_its_id_its_cores_and_its_log(tmp_path, monkeypatch):
+    script = tmp_path / "launch_worker.sh"
+    script.write_text(
+        '#!/bin/bash\necho "$WORKER_ID $UPLOAD_TO_GCS $X"; grep Cpus_allowed_list /proc/self/status\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr("qwen_jax.fleet.local.CHECKOUT", tmp_path)
+    core = min(os.sched_getaffinity(0))
+    spawn = spawner(
+        {**os.environ, "GCS_BUCKET": "b"}, [Share({"X": "a b"}, frozenset({core}))], tmp_path / "logs"
+    )
+    assert spawn(7, 0).wait(10) == 0
+    name, cores = (tmp_path / "logs" / "worker_7.log").read_text().splitlines()
+    assert (name, cores.split()) == ("7 true a b", ["Cpus_allowed_list:", str(core)])
+
+
+class Forked:
+    """A worker forked from a process that has done its imports."""
+
+    def __init__(self, start: Start):
+        self._start = start
+
+    def poll(self) -> int | None:
+        return self._start.code
+
+    def terminate(self) -> None:
+        os.kill(self._start._process.pid, signal.SIGTERM)
+
+
+def local_fleet(
+    inputs: tuple[Path, Path, Path], root: Path, bucket: str, server: FakeGcs, kills: dict[int, list[str]]
+) -> int:
+    """Runs all to their end, two at once; returns how often one was killed. kills: the failpoints still to come."""
+    workspace = CloudWorkspace(*inputs, root / bucket, server=server)
+    log = root / f"{bucket}.log"
+
+    def spawn(worker: int, slot: int) -> Forked:
+        dies = kills.get(worker)
+        own = workspace.having(QWEN_JAX_FAILPOINT=dies.pop(0) if dies else "")
+        stream = root / f"stream_{worker:03d}.jsonl"
+        command = own.command("--worker_id", str(worker), "--gcs_bucket", bucket, stream=stream)
+        return Forked(Start(command, own.environment(), log))
+
+    said: list[str] = []
+    fleet = LocalFleet(range(WORKERS), 2, spawn, True, Policy(backoff_s=0.01), Clock(), said.append)
+    assert fleet.run().done == set(range(WORKERS)), log.read_text()[-3000:]
+    return sum("killed by signal 9" in line for line in said)
+
+
+def test_a_fleet_of_eight_with_kills(inputs, tmp_path, monkeypatch):
+    """Each worker but the last is killed once, the first one twice; the bucket holds what undisturbed runs leave."""
+    write_streams(inputs[1], tmp_path)
+    kills = {worker: ["checkpoint_stored:2"] for worker in range(WORKERS - 1)}
+    kills[0] = ["shard_uploaded:2", "metadata_stored:2"]
+    with FakeGcs(["bucket", "calm"]) as server:
+        assert local_fleet(inputs, tmp_path, "bucket", server, kills) == WORKERS
+        assert kills == {worker: [] for worker in kills}
+        assert local_fleet(inputs, tmp_path, "calm", server, {}) == 0
+        assert server.tree("bucket") == server.tree("calm")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        states = [look(BucketSource("gs://bucket/activations"), worker, 0.0) for worker in range(WORKERS)]
+        assert exit_code(states) == 0 and {state.durable for state in states} == {TASKS}
+        documents = [data for name, data in server.tree().items() if name.endswith("/metadata.json")]
+    totals = [json.loads(data)["totals"] for data in documents]
+    assert [each["samples"] + each["skipped"] for each in totals] == [TASKS] * WORKERS
+    assert min(each["shards"] for each in totals) >= 2
+
+
+def write_streams(source: Path, folder: Path) -> None:
+    """A stream for each worker: the same tasks, begun at another one."""
+    lines = source.read_text().splitlines()[:TASKS]
+    for worker in range(WORKERS):
+        turned = lines[worker:] + lines[:worker]
+        (folder / f"stream_{worker:03d}.jsonl").write_text("\n".join(turned) + "\n")
