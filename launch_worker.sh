@@ -4,6 +4,7 @@
 #   ./launch_worker.sh 5              worker 5; or set TPU_WORKER_ID
 #   ./launch_worker.sh 5 --verbose    further flags go to extract_activations.py
 #   ./launch_worker.sh --demo         a bundled tiny model and stream, a local folder as the bucket
+#   ./launch_worker.sh --setup        sets up the environment and ends: for images
 #
 # Settings come from environment variables: ./launch_worker.sh --help lists them.
 set -euo pipefail
@@ -77,8 +78,8 @@ run_demo() {
     "$VENV_DIR/bin/python" examples/demo/show.py "$out"
 }
 
-if [ "${1:-}" = --demo ]; then
-    [ $# -eq 1 ] || fail 2 "--demo takes no further arguments"
+if [[ "${1:-}" =~ ^--(demo|setup)$ ]]; then
+    [ $# -eq 1 ] || fail 2 "$1 takes no further arguments"
 elif [[ "${1:-}" =~ ^[0-9]+$ ]]; then
     set -- --worker_id "$@"
 elif [ $# -gt 0 ] && [[ "$1" != -* ]]; then
@@ -86,9 +87,16 @@ elif [ $# -gt 0 ] && [[ "$1" != -* ]]; then
 fi
 set_up_environment
 exec 9>&- # the worker must not hold the lock
-if [ "${1:-}" = --demo ]; then
+case "${1:-}" in
+--setup) exit ;;
+--demo)
     run_demo
     exit
+    ;;
+esac
+# What can be seen at once is said at once, with the exit code that the worker would end with.
+if [[ " $* " != *" -h "* && " $* " != *" --help "* ]]; then
+    "$VENV_DIR/bin/python" -m qwen_jax doctor --quick "$@"
 fi
 # exec: SIGTERM must reach the worker itself.
 exec "$VENV_DIR/bin/python" extract_activations.py "$@"

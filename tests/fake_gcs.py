@@ -125,6 +125,7 @@ class FakeGcs:
         self.body_bytes = 0
         self.uploads: list[str] = []
         self.page_size = page_size
+        self.location = "US-CENTRAL2"
         self.lock = threading.RLock()
         self.stopping = threading.Event()
         self.sessions: dict[str, Session] = {}
@@ -255,6 +256,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind, bucket, name = match[1], unquote(match[2]), unquote(match[3] or "")
         if kind == "/upload":
             return self._session(bucket) if "upload_id" in self.query else self._upload(bucket)
+        if not path.rpartition("/b/")[2].partition("/")[1]:
+            self.fake.objects(bucket)
+            return 200, {}, json.dumps({"name": bucket, "location": self.fake.location}).encode()
         if not name:
             return 200, {}, self._list(bucket)
         if self.command == "DELETE":

@@ -6,6 +6,7 @@ their command is asked for.
 """
 
 COMMANDS = {
+    "doctor": "whether a worker would run on this machine",
     "inspect": "what is in a shard or a run, or in one sample, token by token",
     "verify": "whether everything is there, once, as recorded; --repair makes bad shards again",
     "plan": "what a run would write and take, before it is started",

@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 
 from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import TerminatedError, UsageError
-from qwen_jax.fleet import kubernetes, local, skypilot
+from qwen_jax.fleet import hardware, kubernetes, local, skypilot
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.gcloud import QUEUED, VM, Vms
 from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
@@ -57,6 +57,11 @@ def add_flags(parser: FlagParser) -> None:
         "code_url",
         "gcloud: gs:// address of a .tar.gz to unpack where the checkout is missing",
         env="CODE_URL",
+    )
+    flag(
+        "streams_url",
+        "gcloud: gs:// folder of the streams; a VM fetches its own where it is missing",
+        env="STREAMS_URL",
     )
     flag("create", "gcloud, with --supervise: how VMs are made", default=VM, choices=(VM, QUEUED))
     flag("accelerator_type", "gcloud: of a new VM", env="ACCELERATOR_TYPE", default="v4-8")
@@ -116,6 +121,7 @@ def _run_gcloud(args: Namespace) -> int:
         args.runtime_version,
         args.on_demand,
         args.create,
+        args.streams_url,
     )
     if args.dry_run:
         for worker in _workers(args):
@@ -183,7 +189,7 @@ def _run_skypilot(args: Namespace) -> int:
         if args.dry_run:
             print(shlex.join(command))
         else:
-            _say(call(command).strip())
+            _say(call(command, local.CHECKOUT).strip())
     if not args.dry_run:
         _say(f"{len(_workers(args))} workers handed to SkyPilot; watch them: sky jobs queue")
     return 0
@@ -191,8 +197,8 @@ def _run_skypilot(args: Namespace) -> int:
 
 def _run_local(args: Namespace) -> int:
     workers, environment = _workers(args), dict(os.environ)
-    gpus, chips = local.this_machines_gpus(environment), local.this_machines_tpu_chips()
-    cores = local.this_machines_cores()
+    gpus, chips = hardware.this_machines_gpus(environment), hardware.this_machines_tpu_chips()
+    cores = hardware.this_machines_cores()
     slots = min(args.parallel or len(gpus) or chips or len(cores), len(workers))
     portions = local.shares(slots, gpus, chips, cores)
     if args.dry_run:

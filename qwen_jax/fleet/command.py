@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from qwen_jax.errors import StorageError
 
@@ -12,10 +13,12 @@ class CommandError(StorageError):
     """A tool could not do it; str is what it said."""
 
 
-def call(command: Sequence[str]) -> str:
-    """Runs a command without input and returns what it printed; raises CommandError."""
+def call(command: Sequence[str], folder: Path | None = None) -> str:
+    """Runs a command without input, in `folder` or here, and returns what it printed; raises CommandError."""
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CALL_LIMIT_S)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CALL_LIMIT_S, cwd=folder
+        )
     except subprocess.TimeoutExpired as error:
         raise CommandError(f"{command[0]} gave no answer in {CALL_LIMIT_S:.0f} s") from error
     except OSError as error:

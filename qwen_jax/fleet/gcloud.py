@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from qwen_jax.data.streams import stream_name
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.workers import settings_of
 
@@ -20,7 +21,11 @@ _NOTHING_THERE = "matched no objects"
 
 @dataclass(frozen=True)
 class Vms:
-    """Where the workers' VMs are and what they are like. name_pattern holds {} for the id."""
+    """Where the workers' VMs are and what they are like. name_pattern holds {} for the id.
+
+    code_url, streams_url: gs:// addresses of a .tar.gz of the checkout and of the streams' folder; a VM fetches what
+    it lacks.
+    """
 
     zone: str
     name_pattern: str
@@ -30,6 +35,7 @@ class Vms:
     runtime_version: str = "tpu-ubuntu2204-base"
     on_demand: bool = False
     kind: str = VM
+    streams_url: str | None = None
 
     def name(self, worker: int) -> str:
         return self.name_pattern.replace("{}", str(worker))
@@ -79,8 +85,15 @@ class Vms:
             steps += [f"mkdir -p {folder}", f"{{ [ -e {folder}/launch_worker.sh ] || {unpack}; }}"]
         variables = {"TPU_WORKER_ID": str(worker), "UPLOAD_TO_GCS": "true", **settings_of(environment)}
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        steps.append(f"cd {folder}")
+        if self.streams_url is not None:
+            stream = Path(environment.get("DATASET_DIR") or "data/streams") / stream_name(worker)
+            url = shlex.quote(f"{self.streams_url.rstrip('/')}/{stream.name}")
+            there, parent = shlex.quote(str(stream)), shlex.quote(str(stream.parent))
+            copy = f"gcloud storage cp {url} {there}"
+            steps += [f"mkdir -p {parent}", f"{{ [ -e {there} ] || {copy}; }}"]
         # ls: says so where the script is missing; what runs in the background could not.
-        steps += [f"cd {folder}", "ls launch_worker.sh > /dev/null", "mkdir -p logs", f"export {exports}"]
+        steps += ["ls launch_worker.sh > /dev/null", "mkdir -p logs", f"export {exports}"]
         # >>: a second start must not empty the log of a worker that runs.
         start = f"nohup ./launch_worker.sh >> logs/worker_{worker}.log 2>&1 < /dev/null"
         return " && ".join([*steps, f"{{ {start} & }}"])

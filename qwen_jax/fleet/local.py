@@ -10,7 +10,6 @@ from threading import Event
 from typing import Protocol
 
 from qwen_jax.errors import BadDataError, ConfigError, UsageError, WriterConflictError
-from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
 
 CHECKOUT = Path(__file__).parents[2]
@@ -57,27 +56,6 @@ def shares(slots: int, gpus: Sequence[str], tpu_chips: int, cores: Sequence[int]
     if slots >= len(cores):
         return [Share({}, frozenset([cores[slot % len(cores)]])) for slot in range(slots)]
     return [Share({}, frozenset(cores[slot::slots])) for slot in range(slots)]
-
-
-def this_machines_gpus(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs that a worker may use."""
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        return [each for each in environment["CUDA_VISIBLE_DEVICES"].split(",") if each]
-    try:
-        return [str(i) for i, _ in enumerate(call(["nvidia-smi", "-L"]).splitlines())]
-    except CommandError:
-        return []
-
-
-def this_machines_tpu_chips() -> int:
-    found = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return len(found)
-
-
-def this_machines_cores() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):  # absent on macOS
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Path) -> Spawn:

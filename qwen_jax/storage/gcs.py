@@ -170,6 +170,15 @@ class GcsStore:
 
         self._retry("delete", name, attempt)
 
+    def location(self) -> str:
+        """Where the bucket is, in lower case: `us-central2`, or `us` for all of it. Raises StorageError."""
+
+        def attempt() -> str:
+            self._bucket.reload(retry=None, timeout=self._timeout_s)
+            return str(self._bucket.location).lower()
+
+        return self._retry("look at the bucket of", "", attempt)
+
     def _put(self, wanted: ObjectInfo, file: BinaryIO, if_generation: int | None, kept: str) -> ObjectInfo:
         condition = if_generation
         upload: ResumableUpload | None = None
@@ -342,7 +351,7 @@ def _code(error: Exception) -> int | None:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")
 
 
 def _budget_from_environment() -> float:

@@ -116,6 +116,37 @@ def test_unset_variables_stay_unset(remote):
         assert not set(call.environment) & (set(PASSED_ON) - {"GCS_BUCKET"})
 
 
+# gcloud on a VM: an archive of the checkout and the streams are in the folder $BUCKET.
+GCLOUD_ON_A_VM = """
+case "$1 $2" in
+"storage cat") cat "$BUCKET/${3#gs://}" ;;
+"storage cp") cp "$BUCKET/${3#gs://}" "$4" ;;
+esac
+"""
+
+
+def test_a_bare_vm_fetches_the_checkout_and_its_own_stream(fakes, gcloud, tmp_path):
+    bucket, checkout, home = tmp_path / "bucket", tmp_path / "checkout", tmp_path / "home"
+    write_script(checkout / "launch_worker.sh", RECORD)
+    for folder in (bucket, bucket / "streams", home):
+        folder.mkdir()
+    subprocess.run(["tar", "-czf", bucket / "code 1.tar.gz", "-C", checkout, "."], check=True)
+    for worker in range(3):
+        (bucket / "streams" / f"stream_{worker:03d}.jsonl").write_text(f"lines of {worker}")
+    flags = ("--workers", "2", "--code_url", "gs://code 1.tar.gz", "--streams_url", "gs://streams/")
+    launch(gcloud, *flags, DATASET_DIR="my streams", REMOTE_DIR="q d")
+    (call,) = gcloud.calls("gcloud")
+    fakes.add("gcloud", GCLOUD_ON_A_VM)
+    for start in (1, 2):
+        command = ["bash", "-c", given(call)[2]]
+        subprocess.run(command, env=fakes.environment(BUCKET=str(bucket)), cwd=home, check=True)
+        assert len(wait_for_calls(fakes, "launch_worker.sh", start)) == start
+    assert [path.name for path in (home / "q d" / "my streams").iterdir()] == ["stream_002.jsonl"]
+    assert (home / "q d" / "my streams" / "stream_002.jsonl").read_text() == "lines of 2"
+    # The launcher's own call, then one of each kind: the second start finds everything.
+    assert [each.arguments[1] for each in fakes.calls("gcloud")[1:]] == ["cat", "cp"]
+
+
 def test_each_worker_has_its_log_and_a_second_start_keeps_it(remote, tmp_path):
     log = tmp_path / "home" / "qwen" / "logs" / "worker_9.log"
     write_script(log, "")

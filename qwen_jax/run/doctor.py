@@ -1,0 +1,274 @@
+"""Looks whether a worker would run here, before it is started: each check gives one line, and what to do."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from qwen_jax.data.arc import BadRecord
+from qwen_jax.data.streams import read_stream, stream_summary
+from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError
+from qwen_jax.fleet.hardware import this_machines_gpus, this_machines_tpu_chips
+from qwen_jax.run.plan_flags import Assumptions
+from qwen_jax.run.settings import Settings
+from qwen_jax.storage.local import storage_errors
+from qwen_jax.storage.opening import open_store
+from qwen_jax.storage.store import PreconditionFailedError
+
+PASS, NOTE, FAIL = "pass", "note", "fail"
+PACKAGES = (
+    *(
+        "jax",
+        "flax",
+        "transformers",
+        "datasets",
+        "google.cloud.storage",
+        "numpy",
+        "tqdm",
+        "isal",
+        "safetensors",
+    ),
+    *("ml_dtypes", "huggingface_hub", "google_crc32c"),
+)
+_PLANNED_LINES = 200
+_SHARDS_IN_FLIGHT = 3
+_SKEW_NOTE_S, _SKEW_FAIL_S = 30.0, 300.0
+_ANSWER_S = 5.0
+
+
+class Doubt(Exception):
+    """Nothing that stops a run, but something to know."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check saw. exit_code: what a worker would end with for it; 0 unless `outcome` is FAIL."""
+
+    check: str
+    outcome: str
+    text: str
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.outcome}  {self.check:<11} {self.text}"
+
+
+Check = Callable[[Settings], str]
+"""Returns what is well; raises ToolkitError for what is not, Doubt for a note."""
+
+
+def examine(settings: Settings, *, quick: bool = False) -> Iterator[Finding]:
+    """Every check in order, or those that need neither jax nor the network. A check that fails stops no other; what
+    several fail by is said once."""
+    failures: dict[str, str] = {}
+    for name, check in (QUICK if quick else QUICK | THOROUGH).items():
+        try:
+            yield Finding(name, PASS, check(settings))
+        except Doubt as doubt:
+            yield Finding(name, NOTE, str(doubt))
+        except ToolkitError as error:
+            if str(error) in failures:
+                yield Finding(name, NOTE, f"not checked, for what is wrong with {failures[str(error)]}")
+                continue
+            failures[str(error)] = name
+            yield Finding(name, FAIL, str(error), error.exit_code)
+
+
+def _python(settings: Settings) -> str:
+    missing = [name for name in PACKAGES if not _is_installed(name)]
+    if missing:
+        raise ConfigError(f"missing packages: {', '.join(missing)}; pip install -r requirements.txt")
+    return f"{sys.version.split()[0]} with all packages"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _stream_begins(settings: Settings) -> str:
+    first = next(read_stream(settings.dataset_path), None)
+    if first is None:
+        raise BadDataError(f"{settings.dataset_path} is empty; make it with create_dataset_streams.py")
+    if isinstance(first[1], BadRecord):
+        raise Doubt(f"{settings.dataset_path}: line 0 is bad: {first[1]}")
+    return f"{settings.dataset_path} can be read"
+
+
+def _folders(settings: Settings) -> str:
+    folders = {settings.output_dir, settings.compilation_cache_dir}
+    if settings.checkpointing:
+        folders.add(settings.checkpoint_dir)
+    for folder in sorted(folders):
+        with storage_errors("write in", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".doctor-{uuid.uuid4().hex}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+    return f"can write in {', '.join(map(str, sorted(folders)))}"
+
+
+def _model_folder(settings: Settings) -> str:
+    folder = Path(settings.model_path).expanduser()
+    if not folder.is_dir():
+        return f"{settings.model_path} comes from the Hugging Face Hub"
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"{folder} lacks {' and '.join(missing)}; give a complete checkpoint")
+    return f"{folder} is a model's folder"
+
+
+def _devices(settings: Settings) -> str:
+    import jax
+
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"jax finds no devices: {str(error).splitlines()[0]}; is another process using them?"
+        ) from error
+    found = f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}"
+    for kind, present in (
+        ("tpu", this_machines_tpu_chips()),
+        ("cuda13", this_machines_gpus(dict(os.environ))),
+    ):
+        if present and devices[0].platform == "cpu":
+            raise Doubt(
+                f"{found}, but this machine has an accelerator; pip install 'jax[{kind}]', or unset JAX_PLATFORMS"
+            )
+    return found
+
+
+def _stream(settings: Settings) -> str:
+    return f"{settings.dataset_path}: {stream_summary(settings.dataset_path).lines:,} lines"
+
+
+def _model(settings: Settings) -> str:
+    from qwen_jax.data.prompts import load_tokenizer
+    from qwen_jax.run.job import prepare
+
+    job = prepare(settings)
+    load_tokenizer(str(job.source.folder))
+    return (
+        f"{settings.model_path}: {job.config.num_layers} layers, width {job.config.hidden_size}, {job.dtype}"
+    )
+
+
+def _disk(settings: Settings) -> str:
+    from qwen_jax.run.plan import make_plan
+
+    plan = make_plan(settings, Assumptions(plan_samples=_PLANNED_LINES))
+    needed, what = plan.compressed_bytes, "what is left of the run"
+    if settings.bucket_url and settings.delete_local_after_upload:
+        needed, what = _SHARDS_IN_FLIGHT * settings.shard_bytes, "the shards on their way to the bucket"
+    else:
+        needed = max(needed - sum(path.stat().st_size for path in settings.output_dir.glob("shard_*")), 0)
+    there = next(
+        folder for folder in (settings.output_dir, *settings.output_dir.absolute().parents) if folder.exists()
+    )
+    free = shutil.disk_usage(there).free
+    text = f"{free / 1e9:,.1f} GB free, {what} needs about {needed / 1e9:,.1f} GB"
+    if free < needed:
+        raise StorageError(
+            f"{text} in {settings.output_dir}; free some space, or upload with --delete_local_after_upload"
+        )
+    return text
+
+
+def _bucket(settings: Settings) -> str:
+    if settings.bucket_url is None:
+        raise Doubt("none: shards stay on this machine (--upload_to_gcs)")
+    store, name = open_store(settings.bucket_url), f"doctor-{uuid.uuid4().hex}"
+    store.put_bytes(name, b"x", if_generation=0)
+    try:
+        store.put_bytes(name, b"y", if_generation=0)
+    except PreconditionFailedError:
+        refused = True
+    else:
+        refused = False
+    store.delete(name)
+    if not refused:
+        raise ConfigError(
+            f"{settings.bucket_url} overwrote an object that it was told not to; use another bucket"
+        )
+    return f"{settings.bucket_url}: writes, refuses to overwrite, deletes"
+
+
+def _region(settings: Settings) -> str:
+    if not (settings.bucket_url or "").startswith("gs://"):
+        raise Doubt("no Cloud Storage bucket to compare with")
+    from qwen_jax.storage.gcs import GcsStore
+
+    store = open_store(settings.bucket_url)
+    assert isinstance(store, GcsStore)
+    try:
+        place = store.location()
+    except StorageError as error:
+        raise Doubt(f"the bucket does not say where it is (needs storage.buckets.get): {error}") from error
+    zone = _this_machines_zone()
+    if zone is None:
+        raise Doubt(f"the bucket is in {place}; this is no Google Cloud VM")
+    if zone.rpartition("-")[0] != place and not zone.startswith(f"{place}-"):
+        raise Doubt(f"the bucket is in {place}, this VM in {zone}: uploads are slower and cost egress")
+    return f"bucket in {place}, VM in {zone}"
+
+
+def _this_machines_zone() -> str | None:
+    """From Google's metadata server; None elsewhere."""
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    url = f"http://{host}/computeMetadata/v1/instance/zone"
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=_ANSWER_S
+        ) as answer:
+            return answer.read().decode().rpartition("/")[2]
+    except OSError:
+        return None
+
+
+def _clock(settings: Settings) -> str:
+    if not (settings.bucket_url or "").startswith("gs://"):
+        raise Doubt("no Cloud Storage to compare with")
+    url = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
+    try:
+        with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
+            date = answer.headers["Date"]
+    except urllib.error.HTTPError as error:  # any answer has the time
+        date = error.headers["Date"]
+    except OSError as error:
+        raise StorageError(f"{url} does not answer: {error}; check the network") from error
+    skew = time.time() - parsedate_to_datetime(date).timestamp()
+    text = f"this clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
+    if abs(skew) > _SKEW_FAIL_S:
+        raise ConfigError(f"{text}: logins will be refused; set the clock (timedatectl set-ntp true)")
+    if abs(skew) > _SKEW_NOTE_S:
+        raise Doubt(f"{text}; set it (timedatectl set-ntp true)")
+    return text
+
+
+QUICK: dict[str, Check] = {
+    "python": _python,
+    "stream": _stream_begins,
+    "folders": _folders,
+    "model": _model_folder,
+}
+THOROUGH: dict[str, Check] = {
+    "devices": _devices,
+    "stream": _stream,
+    "model": _model,
+    "disk": _disk,
+    "bucket": _bucket,
+    "region": _region,
+    "clock": _clock,
+}
+"""Replaces the quick checks of the same name."""

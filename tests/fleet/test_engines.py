@@ -1,0 +1,140 @@
+"""launch_all_workers.sh with the engines that place and restart workers themselves, and on this machine."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from qwen_jax.fleet.workers import PASSED_ON, PLACES
+from tests.scripts.conftest import ROOT, Fakes, write_script
+from tests.scripts.test_launch_all import HARD, launch
+
+SETTINGS = [name for name in PASSED_ON if name not in PLACES and name != "GCS_BUCKET"]
+# What kubectl is given is gone when it returns.
+KEEP_THE_OVERLAY = 'cp "$3/kustomization.yaml" "$CALLS/../kustomization.yaml"; echo job.batch/extraction created\n'
+
+
+def test_sky_gets_one_call_for_all(fakes):
+    fakes.add("sky", "")
+    done = launch(fakes, "--engine", "skypilot", "--num_workers", "5", bucket="gs://bucket/", BATCH_SIZE="8")
+    assert done.returncode == 0, done.stderr
+    (call,) = fakes.calls("sky")
+    assert call.arguments[:2] == ["jobs", "launch"] and call.arguments[-1] == "deploy/skypilot/worker.yaml"
+    assert call.arguments[call.arguments.index("--num-jobs") + 1] == "5"
+    values = [value for flag, value in zip(call.arguments, call.arguments[1:], strict=False) if flag == "--env"]
+    assert sorted(values) == ["BATCH_SIZE=8", "GCS_BUCKET=bucket"]
+    # workdir and task file are relative to the checkout.
+    assert call.environment["PWD"] == str(ROOT)
+
+
+def test_sky_gets_one_call_for_each_chosen_worker(fakes):
+    fakes.add("sky", "")
+    settings = dict.fromkeys(SETTINGS, HARD)
+    assert launch(fakes, "--engine", "skypilot", "--workers", "3,7-8", **settings).returncode == 0
+    calls = [call.arguments for call in fakes.calls("sky")]
+    assert [arguments[arguments.index("--name") + 1] for arguments in calls] == [
+        *("extraction-3", "extraction-7", "extraction-8")
+    ]
+    assert all("--num-jobs" not in arguments for arguments in calls)
+    assert "WORKER_ID=7" in calls[1] and {f"{name}={HARD}" for name in SETTINGS} <= set(calls[1])
+
+
+def test_kubectl_gets_the_base_with_these_workers(fakes):
+    fakes.add("kubectl", KEEP_THE_OVERLAY)
+    done = launch(fakes, "--engine", "kubernetes", "--num_workers", "64", IMAGE="registry:5000/name")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "job.batch/extraction created"
+    (call,) = fakes.calls("kubectl")
+    assert call.arguments[:2] == ["apply", "-k"]
+    overlay = json.loads((fakes.folder.parent / "kustomization.yaml").read_text())
+    assert json.loads(overlay["patches"][0]["patch"])["spec"]["completions"] == 64
+    assert overlay["images"][0]["newName"] == "registry:5000/name"
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
+def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
+    settings = dict.fromkeys(SETTINGS, HARD)
+    image = "registry/name@sha256:0123"
+    done = launch(fakes, "--engine", "kubernetes", "--num_workers", "7", "--dry_run", IMAGE=image, **settings)
+    assert done.returncode == 0, done.stderr
+    documents = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
+    for document in documents.values():
+        kubernetes_validate.validate(document, "1.36", strict=True)
+    assert dict.fromkeys(SETTINGS, HARD).items() <= documents["ConfigMap"]["data"].items()
+    spec = documents["Job"]["spec"]
+    assert spec["completions"] == spec["parallelism"] == spec["maxFailedIndexes"] == 7
+    pod = spec["template"]["spec"]
+    assert pod["containers"][0]["image"] == image
+    (streams,) = [volume for volume in pod["volumes"] if volume["name"] == "streams"]
+    assert streams["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert "only-dir=streams" in streams["csi"]["volumeAttributes"]["mountOptions"]
+
+
+@pytest.mark.parametrize("engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky")])
+def test_what_the_tool_says_is_passed_on(fakes, engine, tool):
+    fakes.add(tool, "echo 'it broke' >&2; exit 3")
+    done = launch(fakes, "--engine", engine)
+    assert done.returncode == 75 and "it broke" in done.stderr
+
+
+def local(fakes: Fakes, *flags: str, script: str) -> subprocess.Popen:
+    """The local engine in a checkout whose launch_worker.sh is `script`."""
+    checkout = fakes.folder.parent / "checkout"
+    shutil.copytree(ROOT / "qwen_jax", checkout / "qwen_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch_all_workers.sh", checkout)
+    write_script(checkout / "launch_worker.sh", script)
+    return subprocess.Popen(
+        [checkout / "launch_all_workers.sh", "--engine", "local", *flags],
+        env=fakes.environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_local_workers_run_to_their_end_and_say_how(fakes):
+    script = '[ "$WORKER_ID" != 4 ] || exit 65; echo "I am $WORKER_ID"'
+    running = local(fakes, "--workers", "3-5", "--parallel", "2", script=script)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert out.splitlines()[-1] == "2 of 3 workers completed"
+    assert "worker 4: exit 65" in out and "not completed: 4; see logs/worker_N.log" in err
+    assert (fakes.folder.parent / "checkout" / "logs" / "worker_5.log").read_text() == "I am 5\n"
+
+
+def test_supervised_local_workers_are_started_again(fakes):
+    script = '[ -e "again$WORKER_ID" ] || { touch "again$WORKER_ID"; kill -9 $$; }'
+    flags = ("--num_workers", "2", "--supervise", "--backoff_s", "0.01")
+    running = local(fakes, *flags, script=f'cd "$(dirname "$0")"; {script}')
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 0 and out.count("killed by signal 9") == 2
+
+
+def test_sigterm_ends_the_local_workers_gently(fakes):
+    script = 'cd "$(dirname "$0")"; trap "touch ended$WORKER_ID; exit 143" TERM; touch up$WORKER_ID; sleep 60 & wait $!'
+    running = local(fakes, "--num_workers", "2", "--parallel", "2", "--supervise", script=script)
+    checkout = fakes.folder.parent / "checkout"
+    deadline = time.monotonic() + 30
+    while len(list(checkout.glob("up*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGTERM)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 143 and "run this again to go on" in err
+    assert len(list(checkout.glob("ended*"))) == 2
+
+
+def test_the_local_dry_run_can_be_run_by_hand(fakes):
+    running = local(fakes, "--num_workers", "3", "--dry_run", script='echo "$WORKER_ID" >>ran')
+    out, _ = running.communicate(timeout=60)
+    checkout = fakes.folder.parent / "checkout"
+    for line in out.splitlines():
+        subprocess.run(shlex.split(line), cwd=checkout, check=True)
+    assert (checkout / "ran").read_text().split() == ["0", "1", "2"]

@@ -1,0 +1,211 @@
+"""The doctor sees what is wrong before a worker does, and says so with the worker's exit code."""
+
+import os
+import shutil
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from qwen_jax.__main__ import main
+from qwen_jax.run import doctor
+from qwen_jax.storage.folder import FolderStore
+from tests.fake_gcs import FakeGcs, Fault
+from tests.scripts.conftest import ROOT, setting_variables
+
+DEMO = ROOT / "examples" / "demo"
+STREAM = DEMO / "streams" / "stream_000.jsonl"
+
+
+class Patient:
+    """A machine to examine; flags and variables can be changed."""
+
+    def __init__(self, root, monkeypatch, capsys):
+        self.root, self.monkeypatch, self.capsys = root, monkeypatch, capsys
+        for name in (*setting_variables(), "STORAGE_EMULATOR_HOST"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
+        monkeypatch.setenv("GCS_RETRY_BUDGET_S", "0")
+
+    def examine(self, *flags: str) -> tuple[int, dict[str, tuple[str, str]]]:
+        """The exit code, and check -> (outcome, text)."""
+        given = ["--worker_id", "0", "--dataset_path", str(STREAM), "--model_path", str(DEMO / "model")]
+        given += ["--output_dir", str(self.root / "out"), "--checkpoint_dir", str(self.root / "checkpoints")]
+        given += ["--compilation_cache_dir", str(self.root / "cache"), "--max_seq_length", "1024"]
+        code = main(["doctor", *given, *flags])
+        lines = [line.split(maxsplit=2) for line in self.capsys.readouterr().out.splitlines()]
+        return code, {check: (outcome, text) for outcome, check, text in lines}
+
+    def failures(self, *flags: str) -> tuple[int, dict[str, str]]:
+        code, found = self.examine(*flags)
+        return code, {check: text for check, (outcome, text) in found.items() if outcome == "fail"}
+
+
+@pytest.fixture
+def patient(tmp_path, monkeypatch, capsys) -> Patient:
+    return Patient(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def bucket(patient):
+    with FakeGcs() as server:
+        patient.monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        patient.monkeypatch.setenv("GCS_BUCKET", "bucket")
+        patient.monkeypatch.setenv("UPLOAD_TO_GCS", "true")
+        yield server
+
+
+def answering(body: str, **headers: str) -> str:
+    """The address of a server that answers every request so; its thread ends with the process."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"127.0.0.1:{server.server_address[1]}"
+
+
+def test_a_healthy_machine(patient, bucket):
+    zone = answering(body="projects/1/zones/us-central2-b")
+    patient.monkeypatch.setenv("GCE_METADATA_HOST", zone)
+    code, found = patient.examine()
+    assert code == 0
+    assert {check: outcome for check, (outcome, _) in found.items()} == dict.fromkeys(
+        doctor.QUICK | doctor.THOROUGH, "pass"
+    )
+    assert found["stream"][1].endswith("36 lines") and "4 layers, width 64" in found["model"][1]
+    assert found["region"][1] == "bucket in us-central2, VM in us-central2-b"
+    assert bucket.tree() == {} and not list((patient.root / "out").rglob("*doctor*"))
+
+
+@pytest.mark.parametrize(
+    "flags, check, code, words",
+    [
+        (("--dataset_path", "/nowhere/s.jsonl"), "stream", 78, "create_dataset_streams.py"),
+        (("--model_path", "/nowhere"), "model", 78, "no such folder"),
+        (("--layers_to_extract", "9"), "model", 2, "layers 0 to 3"),
+        (("--output_dir", f"{STREAM}/x"), "folders", 75, "a part of the path is a file"),
+    ],
+)
+def test_what_a_worker_would_end_with(patient, flags, check, code, words):
+    ends_with, failures = patient.failures(*flags)
+    assert (ends_with, set(failures)) == (code, {check})
+    assert words in failures[check]
+
+
+def test_an_empty_stream(patient):
+    (patient.root / "empty.jsonl").touch()
+    assert patient.failures("--quick", "--dataset_path", str(patient.root / "empty.jsonl")) == (
+        65,
+        {"stream": f"{patient.root}/empty.jsonl is empty; make it with create_dataset_streams.py"},
+    )
+
+
+def test_quick_is_silent_where_all_is_well(patient):
+    assert patient.examine("--quick", "--verbose", "--dry_run", "--plan_samples", "3") == (0, {})
+
+
+def test_missing_packages_are_named(patient):
+    patient.monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no_such_package", "google.no_such.storage"))
+    code, failures = patient.failures("--quick")
+    assert code == 78 and "no_such_package, google.no_such.storage;" in failures["python"]
+
+
+def test_a_folder_that_lacks_a_tokenizer(patient):
+    folder = patient.root / "model"
+    folder.mkdir()
+    shutil.copy(DEMO / "model" / "config.json", folder)
+    code, failures = patient.failures("--quick", "--model_path", str(folder))
+    assert code == 78 and "lacks tokenizer_config.json" in failures["model"]
+
+
+def test_a_full_disk(patient):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    patient.monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code, failures = patient.failures()
+    assert (
+        code == 75 and "0.0 GB free" in failures["disk"] and "--delete_local_after_upload" in failures["disk"]
+    )
+
+
+def test_what_is_stored_needs_no_room_again(patient):
+    usage = shutil.disk_usage("/")._replace(free=10**6)
+    patient.monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    folder = patient.root / "out" / "worker_0"
+    folder.mkdir(parents=True)
+    (folder / "shard_0001.pkl.gz").touch()
+    os.truncate(folder / "shard_0001.pkl.gz", 10**9)
+    assert patient.failures() == (0, {})
+
+
+@pytest.mark.parametrize(
+    "status, words", [(403, "Storage Object User"), (404, "gsutil mb"), (503, "Check the")]
+)
+def test_a_bucket_that_refuses(patient, bucket, status, words):
+    bucket.faults.append(Fault("status", method="POST", status=status, times=99))
+    code, failures = patient.failures()
+    assert code == 75 and set(failures) == {"bucket"} and words in failures["bucket"]
+
+
+def test_a_bucket_that_overwrites(patient):
+    put = FolderStore.put_bytes
+    patient.monkeypatch.setattr(
+        FolderStore, "put_bytes", lambda self, name, data, if_generation: put(self, name, data)
+    )
+    code, failures = patient.failures("--upload_to_gcs", "--gcs_bucket", (patient.root / "bucket").as_uri())
+    assert code == 78 and "overwrote an object" in failures["bucket"]
+
+
+@pytest.mark.parametrize(
+    "location, outcome, words",
+    [
+        ("US", "pass", "bucket in us, VM in us-central2-b"),
+        ("US-CENTRAL2", "pass", "bucket in us-central2"),
+        ("EUROPE-WEST4", "note", "uploads are slower and cost egress"),
+        ("US-CENTRAL1", "note", "this VM in us-central2-b"),
+    ],
+)
+def test_where_bucket_and_machine_are(patient, bucket, location, outcome, words):
+    bucket.location = location
+    patient.monkeypatch.setenv("GCE_METADATA_HOST", answering(body="projects/1/zones/us-central2-b"))
+    code, found = patient.examine()
+    assert code == 0 and found["region"][0] == outcome and words in found["region"][1]
+
+
+def test_elsewhere_than_on_google_cloud(patient, bucket):
+    assert patient.examine()[1]["region"] == (
+        "note",
+        "the bucket is in us-central2; this is no Google Cloud VM",
+    )
+
+
+@pytest.mark.parametrize("behind, outcome", [(0, "pass"), (100, "note"), (1000, "fail"), (-1000, "fail")])
+def test_a_clock_that_is_wrong(patient, behind, outcome):
+    date = formatdate(time.time() + behind, usegmt=True)
+    address = answering(body='{"location": "US"}', Date=date, **{"Content-Type": "application/json"})
+    patient.monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{address}")
+    _, found = patient.examine("--upload_to_gcs", "--gcs_bucket", "bucket")
+    assert found["clock"][0] == outcome
+    assert ("behind" in found["clock"][1]) == (behind > 0)
+
+
+def test_no_network(patient):
+    patient.monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    code, failures = patient.failures("--upload_to_gcs", "--gcs_bucket", "bucket")
+    assert code == 75 and "does not answer" in failures["clock"]
+
+
+def test_an_accelerator_that_jax_does_not_see(patient):
+    patient.monkeypatch.setattr(doctor, "this_machines_tpu_chips", lambda: 4)
+    assert "pip install 'jax[tpu]'" in patient.examine()[1]["devices"][1]
