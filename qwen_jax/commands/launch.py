@@ -48,7 +48,11 @@ def add_flags(parser: FlagParser) -> None:
     flag("workers", "only these: 3,7-9", type=parse_workers)
     parser.switch("supervise", "gcloud, local: stay, and start again what died, until all are complete")
     parser.switch("dry_run", "print what would be done")
-    flag("parallel", "gcloud calls at once; local workers at once", type=positive_int)
+    flag(
+        "parallel",
+        "gcloud calls at once, else 8; local workers at once, else one a device or core",
+        type=positive_int,
+    )
     flag("zone", "gcloud: zone of the VMs", env="ZONE", default="us-central2-b")
     names = "gcloud: names of the VMs, {} for the id"
     flag("name_pattern", names, env="NAME_PATTERN", default="tpu-worker-{}", type=_pattern)

@@ -18,7 +18,9 @@ from tests.scripts.test_launch_all import HARD, launch
 
 SETTINGS = [name for name in PASSED_ON if name not in PLACES and name != "GCS_BUCKET"]
 # What kubectl is given is gone when it returns.
-KEEP_THE_OVERLAY = 'cp "$3/kustomization.yaml" "$CALLS/../kustomization.yaml"; echo job.batch/extraction created\n'
+KEEP_THE_OVERLAY = (
+    'cp "$3/kustomization.yaml" "$CALLS/../kustomization.yaml"; echo job.batch/extraction created\n'
+)
 
 
 def test_sky_gets_one_call_for_all(fakes):
@@ -28,7 +30,9 @@ def test_sky_gets_one_call_for_all(fakes):
     (call,) = fakes.calls("sky")
     assert call.arguments[:2] == ["jobs", "launch"] and call.arguments[-1] == "deploy/skypilot/worker.yaml"
     assert call.arguments[call.arguments.index("--num-jobs") + 1] == "5"
-    values = [value for flag, value in zip(call.arguments, call.arguments[1:], strict=False) if flag == "--env"]
+    values = [
+        value for flag, value in zip(call.arguments, call.arguments[1:], strict=False) if flag == "--env"
+    ]
     assert sorted(values) == ["BATCH_SIZE=8", "GCS_BUCKET=bucket"]
     # workdir and task file are relative to the checkout.
     assert call.environment["PWD"] == str(ROOT)

@@ -288,3 +288,32 @@ def test_it_runs_from_any_folder(machine):
     write_script(machine.venv_python, RECORD + '[ "$1" = -m ] || pwd')
     done = machine.run("5")
     assert done.stdout.strip() == os.path.realpath(machine.checkout)
+
+
+def test_setup_installs_and_ends(machine):
+    done = machine.run("--setup")
+    assert done.returncode == 0 and len(machine.installed()) == 1
+    assert [call.arguments[:2] for call in machine.fakes.calls("python")] == [["-m", "pip"]]
+    assert machine.run("--setup", "5").returncode == 2
+
+
+def test_the_quick_checks_come_first_and_get_the_same_flags(machine):
+    machine.run("5", "--batch_size", "a b", OUTPUT_DIR="here")
+    checks, worker = machine.fakes.calls("python")[1:]
+    assert checks.arguments[:4] == ["-m", "qwen_jax", "doctor", "--quick"]
+    assert checks.arguments[4:] == worker.arguments[1:] == ["--worker_id", "5", "--batch_size", "a b"]
+    assert checks.environment["OUTPUT_DIR"] == "here"
+
+
+def test_what_the_quick_checks_end_with_is_the_exit_code_and_no_worker_starts(machine):
+    write_script(machine.venv_python, RECORD + '[ "$3" != doctor ] || { echo "fail  stream"; exit 78; }')
+    done = machine.run("5")
+    assert (done.returncode, done.stdout) == (78, "fail  stream\n")
+    assert [call.arguments[1] for call in machine.fakes.calls("python")] == ["pip", "qwen_jax"]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_the_workers(machine, flag):
+    machine.run(flag)
+    assert machine.worker_arguments() == [flag]
+    assert not any("doctor" in call.arguments for call in machine.fakes.calls("python"))

@@ -1,0 +1,57 @@
+"""deploy/skypilot/worker.yaml, read by SkyPilot itself, which lives in an environment of its own."""
+
+import json
+import os
+import subprocess
+
+import pytest
+
+from qwen_jax.errors import StorageError
+from qwen_jax.run.settings import WORKER_ID_VARIABLES
+from tests.scripts.conftest import ROOT, setting_variables
+
+TASK = ROOT / "deploy" / "skypilot" / "worker.yaml"
+# What SkyPilot makes of the task, with the variables that a user passes on.
+PARSE = """
+import json, sys, yaml, sky
+task = sky.Task.from_yaml_config(yaml.safe_load(open(sys.argv[1])), env_overrides=[("GCS_BUCKET", "my-bucket")])
+(resources,) = task.resources
+mounts = {path: [storage.source, storage.mode.value] for path, storage in task.storage_mounts.items()}
+found = {"resources": resources.to_yaml_config(), "envs": dict(task.envs), "run": task.run, "mounts": mounts}
+print(json.dumps(found | {"workdir": task.workdir}))
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> dict:
+    python = os.environ.get("SKY_PYTHON")
+    if python is None:
+        pytest.skip("SKY_PYTHON names no Python that has SkyPilot; tests/run makes one")
+    home = tmp_path_factory.mktemp("home")
+    environment = os.environ | {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    environment.pop("GCS_BUCKET", None)
+    command = [python, "-c", PARSE, TASK]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_spot_job_that_is_recovered(task):
+    resources = task["resources"]
+    assert resources["use_spot"] and resources["infra"] == "gcp"
+    assert resources["job_recovery"]["recover_on_exit_codes"] == [StorageError.exit_code]
+    assert resources["job_recovery"]["strategy"] == "EAGER_NEXT_REGION"
+
+
+def test_it_runs_the_worker_with_variables_that_it_reads(task):
+    assert task["run"].strip() == "exec ./launch_worker.sh" and task["workdir"] == "."
+    assert {name for name in task["envs"] if not name.startswith("SKYPILOT_")} <= set(setting_variables())
+    assert "SKYPILOT_JOB_RANK" in WORKER_ID_VARIABLES
+
+
+def test_streams_and_compiled_programs_are_in_the_bucket(task):
+    assert task["mounts"] == {
+        "/streams": ["gs://my-bucket/streams", "MOUNT"],
+        "/compile-cache": ["gs://my-bucket/compile-cache", "MOUNT_CACHED"],
+    }
+    assert (task["envs"]["DATASET_DIR"], task["envs"]["COMPILATION_CACHE_DIR"]) == tuple(task["mounts"])
