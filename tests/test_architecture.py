@@ -12,7 +12,7 @@ PACKAGES = {"model", "data", "shards", "storage", "run", "reading", "fleet"}
 ALLOWED = {package: {package} for package in PACKAGES} | {
     "run": PACKAGES - {"reading"},
     "reading": PACKAGES - {"run", "fleet"},
-    "fleet": {"fleet", "storage"},
+    "fleet": {"fleet", "storage", "data"},
 }
 WITHOUT_JAX = ("data", "shards", "storage", "fleet")
 

@@ -15,7 +15,7 @@ from qwen_jax.errors import BadDataError
 from qwen_jax.model.capture import ACTIVATION_DTYPES, Capture
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.job import Job
-from qwen_jax.run.worker import make_encoder, make_selection
+from qwen_jax.run.prompts import PromptMaker
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +78,10 @@ def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample]:
     """The samples once more, from the stream."""
     wanted, prompts = set(indices), {}
     tokenizer = load_tokenizer(str(job.source.folder))
-    encoder, selection = make_encoder(job.settings, tokenizer), make_selection(job, tokenizer)
+    make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
     for sample_idx, record in read_stream(job.settings.dataset_path):
         if sample_idx in wanted:
-            prompts[sample_idx] = selection.apply(encoder.encode(sample_idx, record))
+            prompts[sample_idx] = make_prompt(sample_idx, record)
         if len(prompts) == len(wanted):
             break
     return prompts

@@ -1,4 +1,4 @@
-"""From stream lines to finished shards: generators that each do one step, joined in worker.py."""
+"""From prompts to filled shards: generators that each do one step, joined in worker.py."""
 
 import logging
 from collections import deque
@@ -8,14 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen_jax.data.arc import BadRecord, Task, Text
-from qwen_jax.data.batching import Batch, BatchShapes, plan_batches, window_start
-from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
-from qwen_jax.data.selection import TokenSelection
-from qwen_jax.data.streams import read_stream
-from qwen_jax.errors import BadDataError, ConfigError
+from qwen_jax.data.batching import Batch, BatchShapes, plan_batches
+from qwen_jax.data.prompts import SkippedSample, TokenizedSample
+from qwen_jax.errors import ConfigError
 from qwen_jax.model.capture import Captured, Tap
-from qwen_jax.run.settings import Settings
+from qwen_jax.run.prompts import SampleReader
 from qwen_jax.shards import EMBEDDING, Sample
 from qwen_jax.shards.statistics import KindStats, Stats
 
@@ -116,64 +113,6 @@ class FilledShard:
             )
 
         return {name: of(name) for name in self.samples[0].taps}
-
-
-class SampleReader:
-    """Tokenises the stream for a run that writes from sample `first` on; keeps what it skips.
-
-    It starts at the window that holds `first`, so that the windows are those of an uninterrupted run.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        encoder: PromptEncoder,
-        selection: TokenSelection,
-        first: int,
-        bad_before: int,
-    ):
-        """bad_before: the bad records before `first`, which count towards --max_bad_records too."""
-        self._settings = settings
-        self._encoder = encoder
-        self._selection = selection
-        self._first = first
-        self._bad = bad_before
-        self._skipped: deque[SkippedSample] = deque()
-
-    def __iter__(self) -> Iterator[TokenizedSample]:
-        """Yields samples in order; raises BadDataError past --max_bad_records."""
-        for sample_idx, record in read_stream(self._settings.dataset_path, window_start(self._first)):
-            if self._settings.max_samples is not None and sample_idx >= self._settings.max_samples:
-                return
-            result = self._encode(sample_idx, record)
-            if isinstance(result, TokenizedSample):
-                yield result
-            elif sample_idx >= self._first:
-                self._skip(result)
-
-    def take_skipped(self, last: int | None = None) -> list[SkippedSample]:
-        """Hands over, once, the skipped samples up to sample `last` (all where None)."""
-        taken = []
-        while self._skipped and (last is None or self._skipped[0].sample_idx <= last):
-            taken.append(self._skipped.popleft())
-        return taken
-
-    def _encode(self, sample_idx: int, record: Task | Text | BadRecord) -> TokenizedSample | SkippedSample:
-        if isinstance(record, BadRecord):
-            return SkippedSample(sample_idx, "", str(record), 0, bad_record=True)
-        encoded = self._encoder.encode(sample_idx, record)
-        return self._selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
-
-    def _skip(self, sample: SkippedSample) -> None:
-        where = f"{self._settings.dataset_path}, line {sample.sample_idx + 1}"
-        log.warning("%s: skipped: %s", where, sample.reason)
-        self._skipped.append(sample)
-        self._bad += sample.bad_record
-        if self._bad > self._settings.max_bad_records:
-            raise BadDataError(
-                f"{where}: {sample.reason}; that is bad record number {self._bad}, more than "
-                f"--max_bad_records {self._settings.max_bad_records}; mend the stream or raise the limit"
-            )
 
 
 def captured_samples(

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.batching import BatchShapes, plan_batches, windows
-from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample, load_tokenizer
-from qwen_jax.data.selection import TokenSelection
+from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
 from qwen_jax.data.streams import read_stream, stream_summary
 from qwen_jax.model.capture import ACTIVATION_DTYPES, resolve_dtype
 from qwen_jax.model.config import read_config
@@ -17,8 +15,8 @@ from qwen_jax.model.source import fetch_model
 from qwen_jax.run.job import choose_layers
 from qwen_jax.run.memory import activation_bytes_bound
 from qwen_jax.run.plan_flags import Assumptions
+from qwen_jax.run.prompts import PromptMaker
 from qwen_jax.run.settings import Settings
-from qwen_jax.run.worker import make_encoder
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
 """Compressed bytes of a raw byte, measured on a trained model's residual stream (docs/reading.md)."""
@@ -107,11 +105,12 @@ class Plan:
     def _costs(self) -> Iterator[str]:
         assumed = self.assumptions
         if self.hours is not None:
-            yield f"  time        {self.hours:,.2f} h at {assumed.tokens_per_second:,.0f} tokens/s"
+            yield f"  time        {_time(self.hours)} at {assumed.tokens_per_second:,.0f} tokens/s"
             if assumed.price_per_hour is not None:
-                yield f"  machine     {self.hours * assumed.price_per_hour:,.2f}"
+                yield f"  machine     {_amount(self.hours * assumed.price_per_hour)}"
         if assumed.price_per_gb_month is not None:
-            yield f"  storage     {self.compressed_bytes / 1e9 * assumed.price_per_gb_month:,.2f} a month"
+            monthly = self.compressed_bytes / 1e9 * assumed.price_per_gb_month
+            yield f"  storage     {_amount(monthly)} a month"
 
 
 def _bytes(count: float) -> str:
@@ -121,21 +120,27 @@ def _bytes(count: float) -> str:
     return f"{count / 1e3:,.2f} kB"
 
 
+def _time(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.2f} h"
+    return f"{hours * 60:.2f} min" if hours * 60 >= 1 else f"{hours * 3600:.2f} s"
+
+
+def _amount(money: float) -> str:
+    return f"{money:,.2f}" if money >= 1 else f"{money:.2g}"
+
+
 def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
     """Tokenises the stream, or a seeded sample of its lines; loads no weights. Raises what a run would raise."""
     stream = stream_summary(settings.dataset_path)
     source = fetch_model(settings.model_path, settings.revision, weights=False)
     config = read_config(source.folder)
     tokenizer = load_tokenizer(str(source.folder))
-    selection = TokenSelection(
-        settings.keep_tokens,
-        skip_first=settings.skip_first,
-        special_ids=tokenizer.all_special_ids if settings.skip_special_tokens else (),
-        stream_sha256=stream.sha256,
-    )
+    make_prompt = PromptMaker(settings, tokenizer, stream.sha256)
     lines = stream.lines if settings.max_samples is None else min(stream.lines, settings.max_samples)
     chosen = _choose(lines, assumptions.plan_samples)
-    results = list(_encoded(settings, make_encoder(settings, tokenizer), selection, chosen))
+    records = read_stream(settings.dataset_path)
+    results = [make_prompt(sample_idx, record) for sample_idx, record in records if sample_idx in chosen]
     samples = [result for result in results if isinstance(result, TokenizedSample)]
     scale = lines / max(len(chosen), 1)
     devices = jax.local_device_count() // settings.model_parallel
@@ -167,19 +172,6 @@ def _choose(lines: int, count: int | None) -> frozenset[int]:
     if count is None or count >= lines:
         return frozenset(range(lines))
     return frozenset(np.random.default_rng(_SEED).choice(lines, count, replace=False).tolist())
-
-
-def _encoded(
-    settings: Settings, encoder: PromptEncoder, selection: TokenSelection, chosen: frozenset[int]
-) -> Iterator[TokenizedSample | SkippedSample]:
-    for sample_idx, record in read_stream(settings.dataset_path):
-        if sample_idx not in chosen:
-            continue
-        if isinstance(record, BadRecord):
-            yield SkippedSample(sample_idx, "", str(record), 0, bad_record=True)
-            continue
-        encoded = encoder.encode(sample_idx, record)
-        yield selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
 
 
 def _real_share(settings: Settings, samples: list[TokenizedSample], devices: int) -> float:

@@ -9,9 +9,10 @@ from typing import Any
 from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.run.job import Job
-from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples
+from qwen_jax.run.pipeline import CapturedSample, captured_samples
+from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.recorded import recorded_job
-from qwen_jax.run.worker import exclusive, load_capture, make_encoder, make_selection
+from qwen_jax.run.worker import exclusive, load_capture
 from qwen_jax.shards import write_shard
 from qwen_jax.storage.local import AtomicFile
 
@@ -53,8 +54,7 @@ class _Extraction:
 
         self._job = job
         tokenizer = load_tokenizer(str(job.source.folder))
-        self._encoder = make_encoder(job.settings, tokenizer)
-        self._selection = make_selection(job, tokenizer)
+        self._make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
         self._capture = load_capture(job)
 
     def replace(self, path: Path, entry: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class _Extraction:
     def _samples(self, entry: dict[str, Any]) -> list[CapturedSample]:
         settings, first = self._job.settings, entry["first_sample_idx"]
         shapes = BatchShapes(settings.max_seq_length, settings.batch_size, self._job.mesh.shape["data"])
-        reader = SampleReader(settings, self._encoder, self._selection, first, bad_before=0)
+        reader = SampleReader(settings, self._make_prompt, first, bad_before=0)
         ahead = windows(reader, settings.lookahead * shapes.tokens_per_step)
         samples = captured_samples(ahead, shapes, self._capture, first)
         return list(takewhile(lambda sample: sample.sample_idx <= entry["last_sample_idx"], samples))

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, TextIO
+from typing import TextIO
 
 from qwen_jax.data.batching import BatchShapes, windows
-from qwen_jax.data.prompts import PromptEncoder, load_tokenizer
-from qwen_jax.data.selection import TokenSelection
+from qwen_jax.data.prompts import load_tokenizer
 from qwen_jax.errors import TerminatedError, WriterConflictError
 from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
 from qwen_jax.model.weights import load_model
@@ -22,11 +21,12 @@ from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
 from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
-from qwen_jax.run.pipeline import CapturedSample, SampleReader, captured_samples, filled_shards
+from qwen_jax.run.pipeline import CapturedSample, captured_samples, filled_shards
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
 from qwen_jax.run.progress_record import ProgressWriter, record_interval
+from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import discard, resume
 from qwen_jax.run.settings import Settings
 from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
@@ -120,8 +120,8 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     first = committer.ledger.next_sample_idx
     shapes = BatchShapes(settings.max_seq_length, settings.batch_size, job.mesh.shape["data"])
     tokenizer = load_tokenizer(str(job.source.folder))
-    encoder, selection = make_encoder(settings, tokenizer), make_selection(job, tokenizer)
-    reader = SampleReader(settings, encoder, selection, first, committer.ledger.bad_records)
+    make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
+    reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records)
     _report_memory(job, shapes)
     ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
     capture = load_capture(job)
@@ -155,27 +155,6 @@ def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event)
             raise TerminatedError("SIGTERM: stopped; the next start resumes from the last checkpoint")
         progress.sample(sample.sample_idx, len(sample.tokenized.token_ids), sample.nbytes)
         yield sample
-
-
-def make_encoder(settings: Settings, tokenizer: Any) -> PromptEncoder:
-    return PromptEncoder(
-        tokenizer,
-        prompt_format=settings.prompt_format,
-        chat_template=settings.chat_template,
-        max_seq_length=settings.max_seq_length,
-        overlong=settings.overlong,
-        include_answer=settings.include_answer,
-    )
-
-
-def make_selection(job: Job, tokenizer: Any) -> TokenSelection:
-    settings = job.settings
-    return TokenSelection(
-        settings.keep_tokens,
-        skip_first=settings.skip_first,
-        special_ids=tokenizer.all_special_ids if settings.skip_special_tokens else (),
-        stream_sha256=job.stream.sha256,
-    )
 
 
 def load_capture(job: Job) -> Capture:

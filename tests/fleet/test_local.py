@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,19 +141,6 @@ def test_a_real_process_gets_its_id_its_cores_and_its_log(tmp_path, monkeypatch)
     assert (name, cores.split()) == ("7 true a b", ["Cpus_allowed_list:", str(core)])
 
 
-class Forked:
-    """A worker forked from a process that has done its imports."""
-
-    def __init__(self, start: Start):
-        self._start = start
-
-    def poll(self) -> int | None:
-        return self._start.code
-
-    def terminate(self) -> None:
-        os.kill(self._start._process.pid, signal.SIGTERM)
-
-
 def local_fleet(
     inputs: tuple[Path, Path, Path], root: Path, bucket: str, server: FakeGcs, kills: dict[int, list[str]]
 ) -> int:
@@ -162,12 +148,12 @@ def local_fleet(
     workspace = CloudWorkspace(*inputs, root / bucket, server=server)
     log = root / f"{bucket}.log"
 
-    def spawn(worker: int, slot: int) -> Forked:
+    def spawn(worker: int, slot: int) -> Start:
         dies = kills.get(worker)
         own = workspace.having(QWEN_JAX_FAILPOINT=dies.pop(0) if dies else "")
         stream = root / f"stream_{worker:03d}.jsonl"
         command = own.command("--worker_id", str(worker), "--gcs_bucket", bucket, stream=stream)
-        return Forked(Start(command, own.environment(), log))
+        return Start(command, own.environment(), log)
 
     said: list[str] = []
     fleet = LocalFleet(range(WORKERS), 2, spawn, True, Policy(backoff_s=0.01), Clock(), said.append)

@@ -41,7 +41,7 @@ def test_blocked(length):
     np.testing.assert_allclose(jax.jit(blocked_attention)(*qkv), plain(*qkv), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("length", [1, 40, 100, 130, 333])
+@pytest.mark.parametrize("length", [1, 40, 130, 333])
 def test_blocked_in_long_groups(length, monkeypatch):
     """The same code as at 32,768 tokens, with small limits."""
     monkeypatch.setattr(attention, "_GROUP", 16)

@@ -31,8 +31,7 @@ TASKS = 24
 class Workspace:
     """model and stream are shared by all tests; root is the test's own.
 
-    `run` forks the worker unless told otherwise, which saves seconds of imports; `start` is the real
-    command line.
+    A worker is forked unless told otherwise, which saves seconds of imports.
     """
 
     model: Path
@@ -69,17 +68,15 @@ class Workspace:
 
     def run(self, *flags: str, stream: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess:
         """Runs the worker to its end; fails unless it exits with `expect`."""
-        command, log = self.command(*flags, stream=stream), Path(tempfile.mkstemp()[1])
-        code = Start(command, self.environment(), log, forked=self.forked).wait()
-        output = log.read_text()
-        log.unlink()
+        process = self.start(*flags, stream=stream)
+        code, output = process.wait(), process.output()
         assert code == expect, output
-        return subprocess.CompletedProcess(command, code, output, output)
+        return subprocess.CompletedProcess(process.command, code, output, output)
 
-    def start(self, *flags: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            self.command(*flags), cwd=ROOT, env=self.environment(), stderr=subprocess.PIPE, text=True
-        )
+    def start(self, *flags: str, stream: Path | None = None) -> Start:
+        self.root.mkdir(parents=True, exist_ok=True)
+        log = Path(tempfile.mkstemp(dir=self.root, prefix=".log_")[1])
+        return Start(self.command(*flags, stream=stream), self.environment(), log, forked=self.forked)
 
     def elsewhere(self, name: str) -> Self:
         """The same inputs with a folder of their own for the outputs."""

@@ -3,8 +3,10 @@
 Of the five seconds of a start on a small model, four are imports (jax, flax, transformers, Google's storage).
 """
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -37,7 +39,8 @@ class Start:
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path, *, forked: bool = True):
         """command: as for subprocess, python and the script first."""
-        self._forked = forked
+        self.command = command
+        self._forked, self._log = forked, log
         if forked:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(PRELOAD)
@@ -47,15 +50,26 @@ class Start:
             with log.open("a") as file:
                 self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
-    @property
-    def code(self) -> int | None:
+    def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.exitcode if self._forked else self._process.poll()
 
-    def kill(self) -> None:
-        self._process.kill()
+    def send_signal(self, number: int) -> None:
+        """Does nothing once it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
-    def wait(self) -> int:
-        """Waits for the end; returns the exit code."""
-        self._process.join() if self._forked else self._process.wait()
-        return self.code
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Waits for the end; returns the exit code. One that is forked may be late: None."""
+        self._process.join(seconds) if self._forked else self._process.wait(seconds)
+        return self.poll()
+
+    def output(self) -> str:
+        return self._log.read_text()

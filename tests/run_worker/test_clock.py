@@ -18,12 +18,9 @@ time.time_ns = lambda: int(time.time() * 1e9)
 def test_a_clock_that_steps_back_an_hour_at_every_look(cloud, undisturbed, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BACKWARDS)
     wrong = replace(cloud.having(PYTHONPATH=str(tmp_path)), forked=False)
-    stamps = [line[:8] for line in wrong.run("--max_samples", "6").stderr.splitlines() if " INFO " in line]
-    assert stamps != sorted(stamps), "the clock did not step back"
-    cloud.server.objects("bucket").clear()
-    cloud.lose_disk()
     wrong.killed_at("shard_uploaded:2")
-    wrong.run()
+    stamps = [line[:8] for line in wrong.run().stderr.splitlines() if " INFO " in line]
+    assert stamps != sorted(stamps), "the clock did not step back"
     assert cloud.stored() == undisturbed
 
 

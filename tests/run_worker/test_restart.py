@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 only with it)
 import numpy as np
@@ -12,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from qwen_jax.shards import load_shard
 from tests.run_worker.conftest import TASKS, tree
+from tests.run_worker.starts import Start
 
 
-def wait_until(condition, process, seconds: float = 120) -> None:
+def wait_until(condition, process: Start, seconds: float = 120) -> None:
     """Waits for a condition while the process lives; never for an amount of time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "the worker ended before the condition came true"
+        assert process.poll() is None, f"the worker ended before the condition came true: {process.output()}"
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.01)
 
@@ -34,8 +36,7 @@ def interrupt(workspace, signal_number, *flags: str) -> int:
     process = workspace.start(*flags)
     wait_until(lambda: committed_shards(workspace) > 0, process)
     process.send_signal(signal_number)
-    process.communicate()
-    return process.returncode
+    return process.wait()
 
 
 def test_killed_between_shards_and_restarted(workspace, finished):
@@ -48,7 +49,8 @@ def test_killed_between_shards_and_restarted(workspace, finished):
 
 
 def test_sigterm_exits_143_and_resumes(workspace, finished):
-    assert interrupt(workspace, signal.SIGTERM) == 143
+    """With the real command line."""
+    assert interrupt(replace(workspace, forked=False), signal.SIGTERM) == 143
     workspace.run()
     assert tree(workspace.output) == tree(finished.output)
 

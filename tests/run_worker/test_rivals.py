@@ -39,8 +39,8 @@ def test_a_paused_worker_finds_its_successor_and_gives_way(cloud, undisturbed):
     cloud.elsewhere("successor").run()
     generations = cloud.generations()
     paused.send_signal(signal.SIGCONT)
-    _, errors = paused.communicate()
-    assert paused.returncode == 76, errors
+    assert paused.wait() == 76, paused.output()
+    errors = paused.output()
     assert "another writer with worker id 5" in errors and "Traceback" not in errors
     assert cloud.stored() == undisturbed
     assert cloud.generations() == generations
@@ -49,8 +49,8 @@ def test_a_paused_worker_finds_its_successor_and_gives_way(cloud, undisturbed):
 def test_two_at_once(cloud, undisturbed):
     """Both may lose (each fenced out by the other's marker), never both win with different results."""
     rivals = [cloud.elsewhere(name).start() for name in ("left", "right")]
-    errors = [rival.communicate()[1] for rival in rivals]
-    codes = sorted(rival.returncode for rival in rivals)
+    codes = sorted(rival.wait() for rival in rivals)
+    errors = [rival.output() for rival in rivals]
     assert codes in ([0, 76], [76, 76], [0, 0]), errors
     if codes == [0, 0]:  # one was so late that it found the work done, or took over where the other ended
         assert any("has completed its stream already" in text for text in errors), errors
@@ -66,8 +66,7 @@ def test_two_on_one_machine(cloud, undisturbed):
     done = cloud.run(expect=76)
     assert "another process on this machine runs worker 5" in done.stderr
     first.send_signal(signal.SIGCONT)
-    first.communicate()
-    assert first.returncode == 0
+    assert first.wait() == 0
     assert cloud.stored() == undisturbed
 
 

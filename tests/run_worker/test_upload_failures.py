@@ -1,14 +1,13 @@
 """A bucket that fails or stalls, and SIGTERM at bad moments: the right exit code, and nothing lost."""
 
-import signal
-import subprocess
+import os
 import sys
 import time
 from dataclasses import replace
 
 from qwen_jax.storage.checksum import file_crc32c
 from tests.fake_gcs import Fault
-from tests.run_worker.conftest import ROOT
+from tests.run_worker.starts import Start
 from tests.run_worker.test_restart import wait_until
 
 # A new run uploads two markers, then per shard the shard and two markers: the sixth is shard 2.
@@ -16,12 +15,12 @@ SECOND_SHARD = 8
 SECOND = ["stats_0002.safetensors", "shard_0002.pkl.gz"]
 
 
-def terminate(process: subprocess.Popen) -> str:
+def terminate(process: Start) -> str:
     """Sends SIGTERM, fails unless the worker exits with 143 within 10 s, returns what it said."""
     started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    process.terminate()
+    code, errors = process.wait(60), process.output()
+    assert code == 143, errors
     assert time.monotonic() - started < 10
     assert "Traceback" not in errors
     return errors
@@ -70,15 +69,14 @@ def test_sigterm_between_retries(cloud, undisturbed):
 def test_sigterm_during_compilation(cloud, undisturbed):
     cold = replace(cloud, cache=cloud.root / "cold_cache")
     process = cold.start()
-    line = next(line for line in process.stderr if "compiling" in line)
-    assert "compiling 2 x" in line
+    wait_until(lambda: "compiling 2 x" in process.output(), process)
     terminate(process)
     assert not any(name.startswith("shard_") for name in cloud.stored())
     cloud.run()
     assert cloud.stored() == undisturbed
 
 
-def test_sigterm_while_foreign_code_runs_for_long():
+def test_sigterm_while_foreign_code_runs_for_long(tmp_path):
     """As a long compilation does: foreign code that returns after a minute and knows no signals."""
     program = (
         "import ctypes, sys\n"
@@ -89,6 +87,6 @@ def test_sigterm_while_foreign_code_runs_for_long():
         "    ctypes.CDLL(None).poll(None, 0, 60_000)\n"
         "run_script(lambda _: run_until_sigterm(work))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr.readline() == "busy\n"
+    process = Start([sys.executable, "-c", program], dict(os.environ), tmp_path / "log", forked=False)
+    wait_until(lambda: "busy" in process.output(), process)
     assert "cut off" in terminate(process)

@@ -165,14 +165,14 @@ class Torture:
         began, arrived = time.monotonic(), len(worker.server.requests)
         forked = self.result.starts % EXEC_EVERY != 0
         process = Start(worker.command(*flags), worker.environment(), self._log, forked=forked)
-        while process.code is None:
+        while process.poll() is None:
             waited = time.monotonic() - began
             late = kill.seconds and waited >= kill.seconds
             if late or (kill.request and len(worker.server.requests) - arrived >= kill.request):
                 process.kill()
             assert waited < ONE_START_S, f"the worker hangs: {self._last_words()}"
             time.sleep(0.002)
-        return process.code
+        return process.poll()
 
     def _lose_disk(self, worker: CloudWorkspace) -> None:
         """In a third of the rounds: another machine, or one without one of the folders."""
