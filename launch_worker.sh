@@ -30,7 +30,18 @@ find_python() {
             return
         fi
     done
-    fail 78 "Python 3.11 or newer is needed and was not found; install it (for example: apt-get install python3.11 python3.11-venv)"
+    [ "${INSTALL_PYTHON:-}" = true ] ||
+        fail 78 "Python 3.11 or newer is needed and was not found; install it (for example: apt-get install python3.11 python3.11-venv), or set INSTALL_PYTHON=true"
+    install_python
+}
+
+install_python() { # for the user alone, with uv
+    echo "installing uv and Python 3.12 with it" >&2
+    {
+        python3 -m pip install --quiet --user --disable-pip-version-check uv &&
+            python3 -m uv python install --quiet --no-bin 3.12
+    } >&2 || fail 75 "uv could not install Python 3.12; check the network and start again"
+    python3 -m uv python find --managed-python 3.12
 }
 
 jax_package() {

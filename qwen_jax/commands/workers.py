@@ -12,7 +12,8 @@ or unreadable.
 import json
 import sys
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,13 +31,17 @@ from qwen_jax.fleet.monitor import (
     totals_line,
 )
 from qwen_jax.fleet.page import make_page
+from qwen_jax.fleet.workers import number_of_workers
 
 ENV_FOR_ALL = True
+_LOOKS_AT_ONCE = 8
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("number", nargs="?", type=_workers, help="number of workers, as --num_workers")
-    parser.flag("num_workers", "number of workers", default=32, type=_workers)
+    parser.add_argument(
+        "number", nargs="?", type=number_of_workers, help="number of workers, as --num_workers"
+    )
+    parser.flag("num_workers", "number of workers", default=32, type=number_of_workers)
     parser.flag("checkpoint_dir", "folder of checkpoint and progress files", default="./checkpoints")
     parser.flag("output_dir", "folder of shards, for sizes and norms", default="./activations")
     parser.flag("bucket", "read the bucket instead: gs://BUCKET/PREFIX, above tpu_0, tpu_1, ...", env="")
@@ -53,12 +58,6 @@ def add_flags(parser: FlagParser) -> None:
     parser.switch("json", "print all that is known as JSON", env="")
 
 
-def _workers(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and text[0] != "0" and len(text) < 7):
-        raise ArgumentTypeError(f"the number of workers must be a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def run(args: Namespace) -> int:
     source: Source = LocalSource(Path(args.checkpoint_dir), Path(args.output_dir))
     if args.bucket:
@@ -66,7 +65,9 @@ def run(args: Namespace) -> int:
     count = args.number or args.num_workers
     while True:
         now = time.time()
-        states = [look(source, worker, now, args.stalled_after) for worker in range(count)]
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            looks = [pool.submit(look, source, worker, now, args.stalled_after) for worker in range(count)]
+        states = [each.result() for each in looks]
         _print(states, args.json)
         if args.html:
             _write_page(Path(args.html), make_page(states, now, args.watch))

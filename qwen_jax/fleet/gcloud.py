@@ -83,7 +83,9 @@ class Vms:
         if self.code_url is not None:
             unpack = f"gcloud storage cat {shlex.quote(self.code_url)} | tar -xz -C {folder}"
             steps += [f"mkdir -p {folder}", f"{{ [ -e {folder}/launch_worker.sh ] || {unpack}; }}"]
-        variables = {"TPU_WORKER_ID": str(worker), "UPLOAD_TO_GCS": "true", **settings_of(environment)}
+        # INSTALL_PYTHON: the Python of TPU images is older than ours.
+        own = {"TPU_WORKER_ID": str(worker), "UPLOAD_TO_GCS": "true", "INSTALL_PYTHON": "true"}
+        variables = own | settings_of(environment)
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
         steps.append(f"cd {folder}")
         if self.streams_url is not None:

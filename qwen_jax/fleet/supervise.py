@@ -119,7 +119,7 @@ class Supervisor:
         care = self._care[worker]
         self._note_progress(care, record)
         state, word = machines.get(self.vms.name(worker), (ABSENT, "absent"))
-        if record.get("status") == "failed" and record.get("exit_code") in FINAL_EXITS:
+        if _failed_since(care.started_at, record) and record.get("exit_code") in FINAL_EXITS:
             self._give_up(worker, f"it failed with exit {record['exit_code']}: {record.get('message')}")
             return None
         if now < care.not_before or not self._needs_action(state, care, record, now):
@@ -141,8 +141,7 @@ class Supervisor:
         if care.started_at is None:
             return True
         heard = max(_number(record, "updated_at"), care.started_at)
-        failed_since = record.get("status") == "failed" and _number(record, "updated_at") > care.started_at
-        return failed_since or now - heard > SILENCE_S
+        return _failed_since(care.started_at, record) or now - heard > SILENCE_S
 
     def _note_progress(self, care: _Care, record: Mapping[str, Any]) -> None:
         """A worker that runs has its tries back."""
@@ -175,6 +174,12 @@ class Supervisor:
     def _give_up(self, worker: int, why: str) -> None:
         self._given_up[worker] = why
         self.say(f"worker {worker}: given up: {why}")
+
+
+def _failed_since(started_at: float | None, record: Mapping[str, Any]) -> bool:
+    """An older failure is what somebody may have mended before this supervisor was started."""
+    failed = record.get("status") == "failed"
+    return failed and started_at is not None and _number(record, "updated_at") > started_at
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:

@@ -101,7 +101,7 @@ def _stream_begins(settings: Settings) -> str:
     if first is None:
         raise BadDataError(f"{settings.dataset_path} is empty; make it with create_dataset_streams.py")
     if isinstance(first[1], BadRecord):
-        raise Doubt(f"{settings.dataset_path}: line 0 is bad: {first[1]}")
+        raise Doubt(f"{settings.dataset_path}: line 1 is bad: {first[1]}")
     return f"{settings.dataset_path} can be read"
 
 
@@ -247,7 +247,10 @@ def _clock(settings: Settings) -> str:
         date = error.headers["Date"]
     except OSError as error:
         raise StorageError(f"{url} does not answer: {error}; check the network") from error
-    skew = time.time() - parsedate_to_datetime(date).timestamp()
+    try:
+        skew = time.time() - parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError) as error:
+        raise Doubt(f"{url} does not say what time it is") from error
     text = f"this clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
     if abs(skew) > _SKEW_FAIL_S:
         raise ConfigError(f"{text}: logins will be refused; set the clock (timedatectl set-ntp true)")

@@ -253,6 +253,14 @@ def test_a_worker_that_failed_for_now_is_started_again_and_one_that_failed_for_g
     assert outcome.given_up == {3: "it failed with exit 78: words"}
 
 
+def test_a_failure_before_this_supervisor_says_nothing_about_the_next_start(cloud):
+    (cloud.folder / "fail-records").unlink()
+    cloud.record(3, "failed", exit_code=78, message="a folder that is there by now")
+    cloud.vms(w3="READY")
+    outcome, _ = supervise(cloud, [done(cloud, 3)])
+    assert cloud.asked() == ["ssh tpu-worker-3"] and outcome.finished == {3}
+
+
 def test_only_the_chosen_workers(cloud):
     supervise(cloud, [done(cloud, 3, 8)], workers=(3, 8))
     assert sorted(cloud.asked()) == ["create tpu-worker-3", "create tpu-worker-8"]

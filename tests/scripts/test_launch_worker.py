@@ -130,6 +130,34 @@ def test_without_a_new_enough_python(machine):
     assert not (machine.checkout / ".venv").exists()
 
 
+UV = """
+case "$*" in
+"-m uv python find --managed-python 3.12") echo "$(dirname "$0")/managed python" ;;
+-m*) [ "${REFUSES:-}" != "$2" ] ;;
+*) exit 1 ;;
+esac
+"""
+
+
+def test_an_old_image_gets_a_newer_python_where_that_is_wanted(machine):
+    machine.fakes.add("python3", UV)
+    machine.fakes.add("managed python", GOOD_PYTHON, record=False)
+    assert machine.run("5", INSTALL_PYTHON="true").returncode == 0
+    modules = [call.arguments[1] for call in machine.fakes.calls("python3") if call.arguments[0] == "-m"]
+    assert modules == ["pip", "uv", "uv"]
+    assert machine.worker_arguments() == ["--worker_id", "5"]
+    machine.run("5", INSTALL_PYTHON="true")
+    assert len(machine.installed()) == 1
+
+
+@pytest.mark.parametrize("module", ["pip", "uv"])
+def test_a_python_that_cannot_be_installed(machine, module):
+    machine.fakes.add("python3", UV)
+    done = machine.run("5", INSTALL_PYTHON="true", REFUSES=module)
+    assert done.returncode == 75 and "check the network" in done.stderr
+    assert not (machine.checkout / ".venv" / "bin").exists()
+
+
 def test_a_newer_python_beside_an_old_python3(machine):
     machine.fakes.add("python3", "exit 1", record=False)
     machine.fakes.add("python3.12", GOOD_PYTHON, record=False)
