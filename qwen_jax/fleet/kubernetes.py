@@ -12,6 +12,8 @@ from qwen_jax.fleet.workers import settings_of
 
 BASE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base"
 _IMAGE = "your-registry/qwen-extraction"
+_VOLUMES = ("streams", "compile-cache")
+"""Volumes that are folders of the bucket."""
 
 
 def overlay(
@@ -20,7 +22,7 @@ def overlay(
     """The content of kustomization.yaml in `folder`: the base with these workers, this image, these settings."""
     settings = settings_of(environment, with_places=False)
     bucket = environment["GCS_BUCKET"].removeprefix("gs://").rstrip("/")
-    streams = {"name": "streams", "csi": {"volumeAttributes": {"bucketName": bucket}}}
+    csi = {"volumeAttributes": {"bucketName": bucket}}
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -29,7 +31,7 @@ def overlay(
             "completions": num_workers,
             "parallelism": num_workers,
             "maxFailedIndexes": num_workers,
-            "template": {"spec": {"volumes": [streams]}},
+            "template": {"spec": {"volumes": [{"name": name, "csi": csi} for name in _VOLUMES]}},
         },
     }
     values = [{"op": "add", "path": f"/data/{name}", "value": value} for name, value in settings.items()]

@@ -38,7 +38,7 @@ def test_the_base_renders_and_is_valid(version):
     for document in documents(rendered):
         kubernetes_validate.validate(document, version, strict=True)
         kinds[document["kind"]] = document
-    assert set(kinds) == {"ConfigMap", "Job", "PersistentVolumeClaim", "ServiceAccount"}
+    assert set(kinds) == {"ConfigMap", "Job", "ServiceAccount"}
     (worker,) = kinds["Job"]["spec"]["template"]["spec"]["containers"]
     assert worker["envFrom"][0]["configMapRef"]["name"] == kinds["ConfigMap"]["metadata"]["name"]
 
@@ -54,6 +54,17 @@ def test_an_index_is_a_worker_that_is_replaced_until_it_is_done():
     assert spec["backoffLimitPerIndex"] > 0 and "subdomain" not in pod
     # SIGTERM takes the worker up to 10 s (docs/reliability.md); GKE gives spot pods 15.
     assert 10 < pod["terminationGracePeriodSeconds"] <= 15
+
+
+def test_volumes_in_the_bucket_belong_to_the_images_user():
+    pod = job()["template"]["spec"]
+    volumes = {volume["name"]: volume["csi"] for volume in pod["volumes"] if "csi" in volume}
+    user = pod["securityContext"]["runAsUser"]
+    assert set(volumes) == {"streams", "compile-cache"}
+    for name, csi in volumes.items():
+        options = csi["volumeAttributes"]["mountOptions"].split(",")
+        assert {f"only-dir={name}", f"uid={user}", f"gid={user}"} <= set(options)
+    assert volumes["streams"]["readOnly"] and "readOnly" not in volumes["compile-cache"]
 
 
 def test_exit_codes_that_starting_again_does_not_help_fail_the_index():

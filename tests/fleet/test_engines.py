@@ -76,9 +76,10 @@ def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
     assert spec["completions"] == spec["parallelism"] == spec["maxFailedIndexes"] == 7
     pod = spec["template"]["spec"]
     assert pod["containers"][0]["image"] == image
-    (streams,) = [volume for volume in pod["volumes"] if volume["name"] == "streams"]
-    assert streams["csi"]["volumeAttributes"]["bucketName"] == "bucket"
-    assert "only-dir=streams" in streams["csi"]["volumeAttributes"]["mountOptions"]
+    for name in ("streams", "compile-cache"):
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == name]
+        assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+        assert f"only-dir={name}" in volume["csi"]["volumeAttributes"]["mountOptions"]
 
 
 @pytest.mark.parametrize("engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky")])
