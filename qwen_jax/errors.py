@@ -25,6 +25,12 @@ class StorageError(ToolkitError):
     exit_code = 75
 
 
+class DeviceError(ToolkitError):
+    """A device is missing, busy or has failed; a later start may succeed."""
+
+    exit_code = 75
+
+
 class WriterConflictError(ToolkitError):
     """Another writer holds this worker id."""
 

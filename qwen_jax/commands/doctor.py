@@ -1,5 +1,5 @@
 """Whether a worker would run on this machine: one line a check, `pass`, `note` or `fail` with what to do. Takes the
-worker's flags and variables. launch_worker.sh runs `doctor --quick` first.
+worker's flags and variables. launch_worker.sh runs `doctor --quick` first, which leaves a progress record of a failure.
 
 Exit code 0 when nothing fails, else that of the first failure, as a worker would end.
 
@@ -28,17 +28,22 @@ def add_flags(parser: FlagParser) -> None:
 
 def run(args: Namespace) -> int:
     values = vars(args)
-    quick = values.pop("quick")
-    for name in ("dry_run", "verbose"):
-        values.pop(name)
+    quick, is_dry = values.pop("quick"), values.pop("dry_run")
+    values.pop("verbose")
     take_assumptions(values)
     settings = to_settings(values)
     os.environ.setdefault("GCS_RETRY_BUDGET_S", _RETRY_S)  # a worker waits longer
-    from qwen_jax.run.doctor import FAIL, examine
+    from qwen_jax.run.doctor import FAIL, Finding, examine
+    from qwen_jax.run.progress_record import leave_failure
 
-    failed = 0
+    failed: Finding | None = None
     for finding in examine(settings, quick=quick):
         if not quick or finding.outcome == FAIL:
             print(finding, flush=True)
-        failed = failed or finding.exit_code
-    return failed
+        if finding.outcome == FAIL:
+            failed = failed or finding
+    if failed is None:
+        return 0
+    if quick and not is_dry:
+        leave_failure(settings, failed.text, failed.exit_code)
+    return failed.exit_code

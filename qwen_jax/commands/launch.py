@@ -37,7 +37,7 @@ from qwen_jax.fleet.workers import listed, number_of_workers, parse_workers
 _TOOLS = {
     "gcloud": ("gcloud", "install the Google Cloud CLI"),
     "kubernetes": ("kubectl", "install it, and connect it to the cluster"),
-    "skypilot": ("sky", "pip install skypilot, then run: sky check"),
+    "skypilot": ("sky", "pip install 'skypilot[gcp]', then run: sky check gcp"),
 }
 
 
@@ -173,6 +173,8 @@ def _run_kubernetes(args: Namespace) -> int:
         raise UsageError(
             "an Indexed Job runs workers 0 to N-1: use --num_workers, or another engine for a few"
         )
+    if not args.image:
+        raise UsageError("set --image or IMAGE to the worker's image, built from deploy/Dockerfile")
     if args.dry_run:
         with TemporaryDirectory() as name:
             folder = Path(name).resolve()

@@ -81,8 +81,11 @@ class Vms:
         folder = shlex.quote(self.remote_dir)
         steps = []
         if self.code_url is not None:
-            unpack = f"gcloud storage cat {shlex.quote(self.code_url)} | tar -xz -C {folder}"
-            steps += [f"mkdir -p {folder}", f"{{ [ -e {folder}/launch_worker.sh ] || {unpack}; }}"]
+            # Into a folder beside it first: what is cut off must not look like a checkout.
+            new = shlex.quote(f"{self.remote_dir}.new")
+            fetch = f"gcloud storage cat {shlex.quote(self.code_url)} | tar -xz -C {new}"
+            unpack = f"{{ rm -rf {new} && mkdir -p {new} && {fetch} && mv -T {new} {folder}; }}"
+            steps.append(f"{{ [ -e {folder}/launch_worker.sh ] || {unpack}; }}")
         # INSTALL_PYTHON: the Python of TPU images is older than ours.
         own = {"TPU_WORKER_ID": str(worker), "UPLOAD_TO_GCS": "true", "INSTALL_PYTHON": "true"}
         variables = own | settings_of(environment)

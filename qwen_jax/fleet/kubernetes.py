@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.fleet.command import call
-from qwen_jax.fleet.workers import settings_of
+from qwen_jax.fleet.workers import bucket_name, settings_of
 
 BASE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base"
 _IMAGE = "your-registry/qwen-extraction"
@@ -16,13 +16,10 @@ _VOLUMES = ("streams", "compile-cache")
 """Volumes that are folders of the bucket."""
 
 
-def overlay(
-    num_workers: int, image: str | None, environment: Mapping[str, str], folder: Path
-) -> dict[str, Any]:
+def overlay(num_workers: int, image: str, environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """The content of kustomization.yaml in `folder`: the base with these workers, this image, these settings."""
     settings = settings_of(environment, with_places=False)
-    bucket = environment["GCS_BUCKET"].removeprefix("gs://").rstrip("/")
-    csi = {"volumeAttributes": {"bucketName": bucket}}
+    csi = {"volumeAttributes": {"bucketName": bucket_name(environment)}}
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -35,7 +32,7 @@ def overlay(
         },
     }
     values = [{"op": "add", "path": f"/data/{name}", "value": value} for name, value in settings.items()]
-    content = {
+    return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [os.path.relpath(BASE, folder)],
@@ -43,8 +40,8 @@ def overlay(
             {"patch": json.dumps(job)},
             {"target": {"kind": "ConfigMap", "name": "extraction-settings"}, "patch": json.dumps(values)},
         ],
+        "images": [_image(image)],
     }
-    return content | ({"images": [_image(image)]} if image else {})
 
 
 def _image(image: str) -> dict[str, str]:
@@ -58,7 +55,7 @@ def _image(image: str) -> dict[str, str]:
     return {"name": _IMAGE, "newName": name, "newTag": "latest"}
 
 
-def apply(num_workers: int, image: str | None, environment: Mapping[str, str]) -> str:
+def apply(num_workers: int, image: str, environment: Mapping[str, str]) -> str:
     """Creates the Job, or changes what may change; returns kubectl's words. Raises CommandError with them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
@@ -66,7 +63,7 @@ def apply(num_workers: int, image: str | None, environment: Mapping[str, str]) -
         return call(["kubectl", "apply", "-k", str(folder)])
 
 
-def write_overlay(folder: Path, num_workers: int, image: str | None, environment: Mapping[str, str]) -> None:
+def write_overlay(folder: Path, num_workers: int, image: str, environment: Mapping[str, str]) -> None:
     """JSON is YAML too."""
     text = json.dumps(overlay(num_workers, image, environment, folder), indent=2)
     (folder / "kustomization.yaml").write_text(text + "\n")

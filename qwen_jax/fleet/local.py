@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import Protocol
 
-from qwen_jax.errors import BadDataError, ConfigError, UsageError, WriterConflictError
+from qwen_jax.errors import BadDataError, ConfigError, StorageError, UsageError, WriterConflictError
 from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
 
 CHECKOUT = Path(__file__).parents[2]
@@ -44,15 +44,19 @@ class Share:
 def shares(slots: int, gpus: Sequence[str], tpu_chips: int, cores: Sequence[int]) -> list[Share]:
     """One share a slot: a GPU or a TPU chip where there are any, else cores; with more slots than these, they share.
 
-    gpus: as CUDA_VISIBLE_DEVICES names them.
+    gpus: as CUDA_VISIBLE_DEVICES names them. Raises UsageError for more slots than TPU chips: these cannot be shared.
     """
     if gpus:
         each = -(-slots // len(gpus))
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / each:.2f}"} if each > 1 else {}
         return [Share({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)], **memory}) for slot in range(slots)]
     if tpu_chips:
+        if slots > tpu_chips:
+            raise UsageError(
+                f"--parallel {slots}: this machine has {tpu_chips} TPU chips, and none can be shared"
+            )
         one = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
-        return [Share({"TPU_VISIBLE_CHIPS": str(slot % tpu_chips), **one}) for slot in range(slots)]
+        return [Share({"TPU_VISIBLE_CHIPS": str(slot), **one}) for slot in range(slots)]
     if slots >= len(cores):
         return [Share({}, frozenset([cores[slot % len(cores)]])) for slot in range(slots)]
     return [Share({}, frozenset(cores[slot::slots])) for slot in range(slots)]
@@ -60,14 +64,16 @@ def shares(slots: int, gpus: Sequence[str], tpu_chips: int, cores: Sequence[int]
 
 def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Path) -> Spawn:
     """Starts ./launch_worker.sh; what it prints is added to `logs`/worker_N.log."""
-    logs.mkdir(parents=True, exist_ok=True)
+    with _writing(logs):
+        logs.mkdir(parents=True, exist_ok=True)
 
     def spawn(worker: int, slot: int) -> subprocess.Popen:
         share = portions[slot]
         own = {"WORKER_ID": str(worker), **share.variables}
         if environment.get("GCS_BUCKET"):
             own["UPLOAD_TO_GCS"] = "true"
-        with (logs / f"worker_{worker}.log").open("ab") as log, _on(share.cores):
+        path = logs / f"worker_{worker}.log"
+        with _writing(path), path.open("ab") as log, _on(share.cores):
             return subprocess.Popen(
                 [CHECKOUT / "launch_worker.sh"],
                 env={**environment, **own},
@@ -78,6 +84,17 @@ def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Pat
             )
 
     return spawn
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What storage.local.storage_errors does, without the packages that this needs."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; start this where it can be"
+        ) from error
 
 
 @contextmanager
@@ -121,19 +138,21 @@ class LocalFleet:
     _waiting: list[int] = field(default_factory=list)
     _not_before: dict[int, float] = field(default_factory=dict)
     _attempts: dict[int, int] = field(default_factory=dict)
+    _started_at: dict[int, float] = field(default_factory=dict)
     _running: dict[int, tuple[int, Process]] = field(default_factory=dict)
     _done: set[int] = field(default_factory=set)
     _failed: dict[int, int] = field(default_factory=dict)
 
     def run(self) -> Ended:
         self._waiting = list(self.workers)
-        while self._waiting or self._running:
-            self._reap()
-            if self.stop.is_set():
-                return self._end()
-            self._fill_slots()
-            self.clock.sleep(_LOOK_EVERY_S)
-        return Ended(frozenset(self._done), dict(self._failed))
+        try:
+            while (self._waiting or self._running) and not self.stop.is_set():
+                self._reap()
+                self._fill_slots()
+                self.clock.sleep(_LOOK_EVERY_S)
+        finally:
+            self._end()
+        return Ended(frozenset(self._done), dict(self._failed), self.stop.is_set())
 
     def _fill_slots(self) -> None:
         now = self.clock.time()
@@ -143,6 +162,7 @@ class LocalFleet:
                 continue
             self._waiting.remove(ready[0])
             self._running[slot] = (ready[0], self.spawn(ready[0], slot))
+            self._started_at[ready[0]] = now
             self.say(f"worker {ready[0]}: started")
 
     def _reap(self) -> None:
@@ -153,7 +173,8 @@ class LocalFleet:
                 self._ended(worker, code)
 
     def _ended(self, worker: int, code: int) -> None:
-        attempts = self._attempts.get(worker, 0)
+        lived = self.clock.time() - self._started_at[worker]
+        attempts = 0 if lived > LONGEST_WAIT_S else self._attempts.get(worker, 0)
         if code == 0:
             self._done.add(worker)
             self.say(f"worker {worker}: completed")
@@ -166,8 +187,8 @@ class LocalFleet:
             self._failed[worker] = code
             self.say(f"worker {worker}: {ending(code)}")
 
-    def _end(self) -> Ended:
-        """Lets every worker come to a consistent end."""
+    def _end(self) -> None:
+        """Lets every worker that runs come to a consistent end."""
         for _, process in self._running.values():
             process.terminate()
         while self._running:
@@ -177,7 +198,6 @@ class LocalFleet:
                     if code == 0:
                         self._done.add(worker)
             self.clock.sleep(_LOOK_EVERY_S)
-        return Ended(frozenset(self._done), dict(self._failed), stopped=True)
 
 
 def ending(code: int) -> str:

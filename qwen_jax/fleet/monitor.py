@@ -73,8 +73,10 @@ class BucketSource:
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError:  # there, but of no use
+        return b""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def look(source: Source, worker: int, now: float, stalled_after_s: float = STALL
     if data is not None:
         try:
             samples, shards, shown = _checkpoint(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return WorkerState(worker, UNREADABLE, message=source.checkpoint_place(worker))
     if record is None:
         state = shown if shown == COMPLETED else IN_PROGRESS if shown else NOT_STARTED
@@ -141,7 +143,7 @@ def look(source: Source, worker: int, now: float, stalled_after_s: float = STALL
         samples,
         max(samples, record.samples_done) if state != COMPLETED else samples,
         shards,
-        record.samples_total,
+        record.samples_total or None,
         size,
         record.tokens_per_second if lively else None,
         record.eta_s if lively else None,
@@ -201,7 +203,7 @@ def _metadata(data: bytes | None) -> tuple[int | None, dict[str, float]]:
         fields: Any = json.loads(data) if data is not None else {}
         norms = {str(layer): float(norm["mean"]) for layer, norm in fields["layer_norms"].items()}
         return int(fields["totals"]["bytes"]), norms
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None, {}
 
 
@@ -227,7 +229,7 @@ _ROW = "{:>6} {:<12} {:>15} {:>6} {:>6} {:>8} {:>9} {:>8} {}"
 def details(states: list[WorkerState]) -> Iterator[str]:
     """A table of what is known beyond the guide's lines; nothing where no worker has left a record."""
     known = [state for state in problems_first(states) if state.total is not None or state.state in PROBLEMS]
-    if all(state.total is None for state in known):
+    if all(state.total is None and state.state != FAILED for state in known):
         return
     yield ""
     yield _ROW.format("worker", "state", "samples", "%", "shards", "GB", "tokens/s", "ETA", "last shard")

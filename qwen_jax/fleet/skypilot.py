@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.fleet.workers import settings_of
+from qwen_jax.fleet.workers import bucket_name, settings_of
 
 TASK = Path("deploy") / "skypilot" / "worker.yaml"
 
@@ -13,7 +13,7 @@ def commands(
 ) -> list[list[str]]:
     """One command for workers 0 to N-1, whose rank is their id; one each for chosen workers."""
     settings = settings_of(environment, with_places=False)
-    settings["GCS_BUCKET"] = settings["GCS_BUCKET"].removeprefix("gs://").rstrip("/")
+    settings["GCS_BUCKET"] = bucket_name(environment)
     values = [part for name, value in settings.items() for part in ("--env", f"{name}={value}")]
 
     def launch(name: str, *options: str) -> list[str]:

@@ -42,11 +42,14 @@ class Policy:
 
 @dataclass
 class _Care:
-    """What the supervisor remembers of a worker. started_at: its last start on the machine that is there now."""
+    """What the supervisor remembers of a worker. started_at: its last start on the machine that is there now.
+    samples: what its checkpoint covered when it last grew, at grew_at."""
 
     attempts: int = 0
     not_before: float = 0.0
     started_at: float | None = None
+    samples: float = 0.0
+    grew_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Supervisor:
         records = read_documents(bucket, prefix, "progress.json")
         machines = machine_states(self.vms)
         now = self.clock.time()
+        for worker in self._open():
+            self._note_progress(self._care[worker], checkpoints.get(worker, {}), records.get(worker, {}), now)
         actions = [
             action
             for worker in self._open()
@@ -117,7 +122,6 @@ class Supervisor:
     ) -> Callable[[], None] | None:
         """What to do for an unfinished worker now."""
         care = self._care[worker]
-        self._note_progress(care, record)
         state, word = machines.get(self.vms.name(worker), (ABSENT, "absent"))
         if _failed_since(care.started_at, record) and record.get("exit_code") in FINAL_EXITS:
             self._give_up(worker, f"it failed with exit {record['exit_code']}: {record.get('message')}")
@@ -140,13 +144,19 @@ class Supervisor:
             return False
         if care.started_at is None:
             return True
-        heard = max(_number(record, "updated_at"), care.started_at)
+        heard = max(_number(record, "updated_at"), care.started_at, care.grew_at)
         return _failed_since(care.started_at, record) or now - heard > SILENCE_S
 
-    def _note_progress(self, care: _Care, record: Mapping[str, Any]) -> None:
-        """A worker that runs has its tries back."""
-        runs = record.get("status") == "running" and care.started_at is not None
-        if runs and _number(record, "updated_at") > care.started_at:
+    def _note_progress(
+        self, care: _Care, checkpoint: Mapping[str, Any], record: Mapping[str, Any], now: float
+    ) -> None:
+        """A worker that gets on has its tries back."""
+        samples = _number(checkpoint, "total_samples_processed")
+        if samples > care.samples:
+            care.samples, care.grew_at = samples, now
+        runs = record.get("status") == "running"
+        heard = max(care.grew_at, _number(record, "updated_at") if runs else 0.0)
+        if care.started_at is not None and heard > care.started_at:
             care.attempts = 0
 
     def _start(self, worker: int, care: _Care, now: float) -> None:

@@ -4,6 +4,8 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 
+from qwen_jax.errors import UsageError
+
 PLACES = ("DATASET_DIR", "OUTPUT_DIR", "CHECKPOINT_DIR", "COMPILATION_CACHE_DIR")
 """Folders of this machine: for workers whose file system looks like it, not for containers."""
 PASSED_ON = (
@@ -40,6 +42,16 @@ def settings_of(environment: Mapping[str, str], *, with_places: bool = True) -> 
     """The worker's variables that are set here, in a fixed order."""
     names = [name for name in PASSED_ON if with_places or name not in PLACES]
     return {name: environment[name] for name in names if environment.get(name)}
+
+
+def bucket_name(environment: Mapping[str, str]) -> str:
+    """GCS_BUCKET without gs://, where it must be a bucket and nothing else; raises UsageError."""
+    name = environment["GCS_BUCKET"].removeprefix("gs://").rstrip("/")
+    if not name or "/" in name:
+        raise UsageError(
+            f"GCS_BUCKET must be the name of a Cloud Storage bucket here, got {environment['GCS_BUCKET']!r}"
+        )
+    return name
 
 
 def listed(workers: Mapping[int, object] | tuple[int, ...] | list[int]) -> str:

@@ -19,6 +19,8 @@ from qwen_jax.errors import ConfigError
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _FUSED = {"tpu": "splash", "gpu": "cudnn"}
+_CUDNN_FROM = 8.0
+"""The compute capability (Ampere) from which cuDNN has fused attention."""
 
 # The blocked form: queries in groups, each against the keys up to its own end, so that little of what the
 # mask hides is computed. A long group goes through in blocks, so that one block's scores stay small.
@@ -30,21 +32,31 @@ _LANES = 128
 _SPLASH_BLOCKS = (512, 256, _LANES)
 
 
-def resolve_attention(name: str, dtype: str, backend: str) -> str:
-    """The form that `--attention NAME` means for this compute dtype and jax backend.
+def resolve_attention(name: str, dtype: str, device: jax.Device) -> str:
+    """The form that `--attention NAME` means for this compute dtype on such devices.
 
-    auto: the vendor's fused kernel in bfloat16 on TPU and GPU, else `blocked`. float32 is asked for to be
-    exact, and the fused kernels are not. Raises ConfigError for a kernel that cannot run here.
+    auto: the vendor's fused kernel in bfloat16 on TPU and on GPU from Ampere on, else `blocked`. float32 is asked for
+    to be exact, and the fused kernels are not. Raises ConfigError for a kernel that cannot run here.
     """
+    fused = _FUSED.get(device.platform) if dtype == "bfloat16" else None
+    if fused == "cudnn" and not _has_fused_cudnn(device):
+        fused = None
     if name == "auto":
-        return _FUSED.get(backend, "blocked") if dtype == "bfloat16" else "blocked"
-    if name != "blocked" and (_FUSED.get(backend) != name or dtype != "bfloat16"):
-        needs = next(kind for kind, kernel in _FUSED.items() if kernel == name).upper()
+        return fused or "blocked"
+    if name not in ("blocked", fused):
+        needs = {"splash": "a TPU", "cudnn": "an NVIDIA GPU of the Ampere generation or later"}[name]
         raise ConfigError(
-            f"--attention {name} needs a {needs} and bfloat16, here is a {backend.upper()} and {dtype}; "
+            f"--attention {name} needs {needs} and bfloat16, here is {device.device_kind} and {dtype}; "
             "use --attention auto"
         )
     return name
+
+
+def _has_fused_cudnn(device: jax.Device) -> bool:
+    try:
+        return float(device.compute_capability) >= _CUDNN_FROM
+    except ValueError:  # not NVIDIA's
+        return False
 
 
 def make_attend(name: str, mesh: Mesh) -> Attend:

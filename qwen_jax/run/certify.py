@@ -14,6 +14,7 @@ from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError
 from qwen_jax.model.capture import ACTIVATION_DTYPES, Capture
 from qwen_jax.model.weights import load_model
+from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
 from qwen_jax.run.prompts import PromptMaker
 
@@ -45,6 +46,7 @@ def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
     return TOLERANCES[compute_dtype] + float(jnp.finfo(ACTIVATION_DTYPES[activation_dtype]).eps)
 
 
+@device_errors()
 def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Recomputes `stored` samples (as reading.shard_samples gives them, with the activations of one kind for each
     kind: `{"residual": {layer: array}}` under `kinds`) in float32 and compares them layer by layer.

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.streams import read_stream, stream_summary
-from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError
-from qwen_jax.fleet.hardware import this_machines_gpus, this_machines_tpu_chips
+from qwen_jax.errors import ConfigError, StorageError, ToolkitError
 from qwen_jax.run.plan_flags import Assumptions
 from qwen_jax.run.settings import Settings
 from qwen_jax.storage.local import storage_errors
@@ -69,7 +68,7 @@ def examine(settings: Settings, *, quick: bool = False) -> Iterator[Finding]:
     """Every check in order, or those that need neither jax nor the network. A check that fails stops no other; what
     several fail by is said once."""
     failures: dict[str, str] = {}
-    for name, check in (QUICK if quick else QUICK | THOROUGH).items():
+    for name, check in (QUICK if quick else THOROUGH).items():
         try:
             yield Finding(name, PASS, check(settings))
         except Doubt as doubt:
@@ -99,7 +98,7 @@ def _is_installed(name: str) -> bool:
 def _stream_begins(settings: Settings) -> str:
     first = next(read_stream(settings.dataset_path), None)
     if first is None:
-        raise BadDataError(f"{settings.dataset_path} is empty; make it with create_dataset_streams.py")
+        raise Doubt(f"{settings.dataset_path} is empty: nothing to do")
     if isinstance(first[1], BadRecord):
         raise Doubt(f"{settings.dataset_path}: line 1 is bad: {first[1]}")
     return f"{settings.dataset_path} can be read"
@@ -122,7 +121,7 @@ def _model_folder(settings: Settings) -> str:
     folder = Path(settings.model_path).expanduser()
     if not folder.is_dir():
         return f"{settings.model_path} comes from the Hugging Face Hub"
-    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
         raise ConfigError(f"{folder} lacks {' and '.join(missing)}; give a complete checkpoint")
     return f"{folder} is a model's folder"
@@ -131,22 +130,10 @@ def _model_folder(settings: Settings) -> str:
 def _devices(settings: Settings) -> str:
     import jax
 
-    try:
-        devices = jax.local_devices()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"jax finds no devices: {str(error).splitlines()[0]}; is another process using them?"
-        ) from error
-    found = f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}"
-    for kind, present in (
-        ("tpu", this_machines_tpu_chips()),
-        ("cuda13", this_machines_gpus(dict(os.environ))),
-    ):
-        if present and devices[0].platform == "cpu":
-            raise Doubt(
-                f"{found}, but this machine has an accelerator; pip install 'jax[{kind}]', or unset JAX_PLATFORMS"
-            )
-    return found
+    from qwen_jax.run.devices import find_devices
+
+    devices = find_devices()
+    return f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}"
 
 
 def _stream(settings: Settings) -> str:
@@ -266,12 +253,13 @@ QUICK: dict[str, Check] = {
     "model": _model_folder,
 }
 THOROUGH: dict[str, Check] = {
-    "devices": _devices,
+    "python": _python,
     "stream": _stream,
+    "folders": _folders,
+    "devices": _devices,
     "model": _model,
     "disk": _disk,
     "bucket": _bucket,
     "region": _region,
     "clock": _clock,
 }
-"""Replaces the quick checks of the same name."""

@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import dataclass
 
-import jax
 from jax.sharding import Mesh
 
 from qwen_jax.data.streams import StreamSummary, stream_summary
@@ -14,6 +13,7 @@ from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.sharding import check_mesh, make_mesh
 from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
+from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
 from qwen_jax.run.ledger import RunIdentity
 from qwen_jax.run.settings import Settings
@@ -72,6 +72,7 @@ def prepare(settings: Settings) -> Job:
             f"--max_seq_length {settings.max_seq_length} is beyond the {config.max_positions} positions that "
             "the model knows"
         )
+    devices = find_devices()
     mesh = make_mesh(settings.model_parallel)
     check_mesh(mesh, config)
     dtype = resolve_dtype(settings.dtype)
@@ -85,7 +86,7 @@ def prepare(settings: Settings) -> Job:
         choose_layers(settings.layers_to_extract, config.num_layers),
         dtype,
         activation_dtype,
-        resolve_attention(settings.attention, dtype, jax.default_backend()),
+        resolve_attention(settings.attention, dtype, devices[0]),
         mesh,
     )
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from qwen_jax.data.batching import BatchShapes, plan_batches, windows
@@ -12,6 +11,7 @@ from qwen_jax.data.streams import read_stream, stream_summary
 from qwen_jax.model.capture import ACTIVATION_DTYPES, resolve_dtype
 from qwen_jax.model.config import read_config
 from qwen_jax.model.source import fetch_model
+from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import choose_layers
 from qwen_jax.run.memory import activation_bytes_bound
 from qwen_jax.run.plan_flags import Assumptions
@@ -143,7 +143,7 @@ def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
     results = [make_prompt(sample_idx, record) for sample_idx, record in records if sample_idx in chosen]
     samples = [result for result in results if isinstance(result, TokenizedSample)]
     scale = lines / max(len(chosen), 1)
-    devices = jax.local_device_count() // settings.model_parallel
+    devices = len(find_devices()) // settings.model_parallel
     activation_dtype = settings.activation_dtype
     if activation_dtype == "auto":
         activation_dtype = resolve_dtype(settings.dtype)

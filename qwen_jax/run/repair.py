@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
 from qwen_jax.run.prompts import PromptMaker, SampleReader
@@ -40,7 +41,7 @@ def repair(
     if unknown:
         raise UsageError(f"{folder}/metadata.json lists no {', '.join(unknown)}; nothing to repair there")
     job = recorded_job(metadata, model_path, dataset_path, folder)
-    with exclusive(job.settings):
+    with exclusive(job.settings), device_errors():
         maker = _Extraction(job)
         for name in shards:
             maker.replace(folder / name, entries[name])

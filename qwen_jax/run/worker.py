@@ -17,6 +17,7 @@ from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cach
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter, Committer
+from qwen_jax.run.devices import device_errors
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.ledger import COMPLETED, Ledger
@@ -25,7 +26,7 @@ from qwen_jax.run.pipeline import CapturedSample, captured_samples, filled_shard
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
-from qwen_jax.run.progress_record import ProgressWriter, record_interval
+from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import discard, resume
 from qwen_jax.run.settings import Settings
@@ -44,33 +45,42 @@ def extract(settings: Settings, stop: Event) -> Ledger:
     arm(os.environ)
     watch_for_notice()
     reuse_freed_memory()
-    job = prepare(settings)
-    with exclusive(settings):
-        places = open_places(settings, stop)
-        identity = identify(job)
-        if settings.force_restart:
-            discard(places)
-        resumed = resume(identity, places)
-        committer = Committer(
-            identity,
-            places,
-            job.layers,
-            resumed.ledger,
-            resumed.fence,
-            delete_local_after_upload=settings.delete_local_after_upload,
-        )
-        failpoint("resumed")
-        if resumed.is_new:
-            committer.open()
-        elif resumed.bucket_lags or resumed.local_lags:
-            committer.mend(bucket=resumed.bucket_lags)
-        for ledger in resumed.to_adopt:
-            committer.adopt(ledger)
-        _report_start(job, places, committer.ledger, resumed.is_new)
-        if committer.ledger.status != COMPLETED:
-            _report_changes(resumed.settings, identity.header["settings"])
-            run(job, committer, stop)
+    with record_writer(settings) as records, device_errors():
+        job = prepare(settings)
+        with exclusive(settings):
+            committer = open_committer(job, stop)
+            if committer.ledger.status != COMPLETED:
+                run(job, committer, stop, records)
     return committer.ledger
+
+
+def open_committer(job: Job, stop: Event) -> Committer:
+    """Finds where to go on, and brings the places to one state."""
+    settings = job.settings
+    places = open_places(settings, stop)
+    identity = identify(job)
+    if settings.force_restart:
+        discard(places)
+    resumed = resume(identity, places)
+    committer = Committer(
+        identity,
+        places,
+        job.layers,
+        resumed.ledger,
+        resumed.fence,
+        delete_local_after_upload=settings.delete_local_after_upload,
+    )
+    failpoint("resumed")
+    if resumed.is_new:
+        committer.open()
+    elif resumed.bucket_lags or resumed.local_lags:
+        committer.mend(bucket=resumed.bucket_lags)
+    for ledger in resumed.to_adopt:
+        committer.adopt(ledger)
+    _report_start(job, places, committer.ledger, resumed.is_new)
+    if committer.ledger.status != COMPLETED:
+        _report_changes(resumed.settings, identity.header["settings"])
+    return committer
 
 
 def open_places(settings: Settings, stop: Event) -> Places:
@@ -114,7 +124,7 @@ def _lock(folder: Path, worker_id: int) -> TextIO:
     return file
 
 
-def run(job: Job, committer: Committer, stop: Event) -> None:
+def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) -> None:
     """Extracts from the first sample that is not yet durable to the end of the stream."""
     settings = job.settings
     first = committer.ledger.next_sample_idx
@@ -129,19 +139,14 @@ def run(job: Job, committer: Committer, stop: Event) -> None:
     with (
         BackgroundCommitter(committer) as background,
         Progress(first, job.lines, lambda: background.backlog) as progress,
-        ProgressWriter(
-            partial(progress.record, settings.worker_id, len(committer.ledger.shards)),
-            settings.checkpoint_dir if settings.checkpointing else None,
-            settings.bucket_url,
-            record_interval(dict(os.environ)),
-        ),
     ):
+        records.follow(partial(progress.record, settings.worker_id, len(committer.ledger.shards)))
         for shard in filled_shards(_watched(samples, progress, stop), settings.shard_bytes, reader):
             background.add(shard)
             progress.shard()
         background.wait()
         progress.finish()
-    committer.complete(job.lines, reader.take_skipped())
+        committer.complete(job.lines, reader.take_skipped())
     if not committer.ledger.samples_written:
         log.warning(
             "no sample was stored: metadata.json lists each of the %d lines with its reason", job.lines

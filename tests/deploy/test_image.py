@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 from tests.scripts.conftest import ROOT
@@ -53,10 +52,7 @@ def test_everything_that_is_copied_is_there_and_is_sent_to_the_builder():
 def test_the_worker_is_what_it_runs_as_a_user_of_its_own():
     assert arguments("ENTRYPOINT") == ['["/app/launch_worker.sh"]']
     (user,) = arguments("USER")
-    pod = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "job.yaml").read_text())["spec"]["template"][
-        "spec"
-    ]
-    assert pod["securityContext"] == {"runAsNonRoot": True, "runAsUser": int(user), "fsGroup": int(user)}
+    assert int(user) > 0
     assert INSTRUCTIONS[-2][0] == "USER"
 
 

@@ -56,14 +56,12 @@ def test_an_index_is_a_worker_that_is_replaced_until_it_is_done():
     assert 10 < pod["terminationGracePeriodSeconds"] <= 15
 
 
-def test_volumes_in_the_bucket_belong_to_the_images_user():
+def test_streams_and_compiled_programs_lie_in_the_bucket():
     pod = job()["template"]["spec"]
     volumes = {volume["name"]: volume["csi"] for volume in pod["volumes"] if "csi" in volume}
-    user = pod["securityContext"]["runAsUser"]
     assert set(volumes) == {"streams", "compile-cache"}
     for name, csi in volumes.items():
-        options = csi["volumeAttributes"]["mountOptions"].split(",")
-        assert {f"only-dir={name}", f"uid={user}", f"gid={user}"} <= set(options)
+        assert f"only-dir={name}" in csi["volumeAttributes"]["mountOptions"].split(",")
     assert volumes["streams"]["readOnly"] and "readOnly" not in volumes["compile-cache"]
 
 

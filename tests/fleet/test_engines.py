@@ -82,10 +82,25 @@ def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
         assert f"only-dir={name}" in volume["csi"]["volumeAttributes"]["mountOptions"]
 
 
+def test_kubernetes_needs_an_image(fakes):
+    fakes.add("kubectl", "")
+    done = launch(fakes, "--engine", "kubernetes")
+    assert done.returncode == 2 and "IMAGE" in done.stderr and fakes.calls() == []
+
+
+@pytest.mark.parametrize("bucket", ["gs://bucket/folder", "file:///bucket", "gs://"])
+@pytest.mark.parametrize("engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky")])
+def test_these_engines_need_a_bucket_and_nothing_else(fakes, engine, tool, bucket):
+    fakes.add(tool, "")
+    done = launch(fakes, "--engine", engine, bucket=bucket, IMAGE="image")
+    assert done.returncode == 2 and "must be the name of a Cloud Storage bucket" in done.stderr
+    assert fakes.calls() == []
+
+
 @pytest.mark.parametrize("engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky")])
 def test_what_the_tool_says_is_passed_on(fakes, engine, tool):
     fakes.add(tool, "echo 'it broke' >&2; exit 3")
-    done = launch(fakes, "--engine", engine)
+    done = launch(fakes, "--engine", engine, IMAGE="image")
     assert done.returncode == 75 and "it broke" in done.stderr
 
 

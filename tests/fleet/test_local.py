@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen_jax.errors import StorageError, UsageError
 from qwen_jax.fleet.local import Ended, LocalFleet, Share, shares, spawner
 from qwen_jax.fleet.monitor import BucketSource, exit_code, look
-from qwen_jax.fleet.supervise import Clock, Policy
+from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
 from tests.fake_gcs import FakeGcs
 from tests.run_worker.conftest import CloudWorkspace, inputs
 from tests.run_worker.starts import Start
@@ -31,6 +32,8 @@ def test_devices_come_before_cores():
     assert [share.variables["CUDA_VISIBLE_DEVICES"] for share in found] == ["0", "GPU-b", "0"]
     assert {share.variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in found} == {"0.45"}
     assert all(share.cores is None for share in found)
+    with pytest.raises(UsageError, match="4 TPU chips"):
+        shares(5, [], 4, [0, 1])
     chips = [share.variables["TPU_VISIBLE_CHIPS"] for share in shares(4, [], 4, [0, 1])]
     assert chips == ["0", "1", "2", "3"]
 
@@ -113,6 +116,39 @@ def test_no_more_at_once_than_slots():
     clock.sleep = lambda seconds: [setattr(each, "code", 0) for each in running]  # type: ignore[method-assign]
     fleet = LocalFleet(range(7), 2, spawn, False, Policy(), clock, lambda text: None)
     assert fleet.run().done == set(range(7))
+
+
+def test_a_worker_that_lived_long_has_its_tries_back():
+    clock = Fast()
+    codes = [-9, -9, -9, 0]
+
+    def spawn(worker: int, slot: int) -> Scripted:
+        clock.now += LONGEST_WAIT_S + 1  # it dies half an hour after its start
+        return Scripted(codes.pop(0))
+
+    started_at = clock.time
+    fleet = LocalFleet([0], 1, spawn, True, Policy(backoff_s=10.0, max_attempts=1), clock, lambda text: None)
+    assert fleet.run().done == {0} and started_at() > 4 * LONGEST_WAIT_S
+
+
+def test_trouble_with_one_start_ends_the_others_first():
+    running: list[Scripted] = []
+
+    def spawn(worker: int, slot: int) -> Scripted:
+        if worker == 1:
+            raise StorageError("cannot write logs/worker_1.log")
+        running.append(Scripted(None))
+        return running[-1]
+
+    with pytest.raises(StorageError):
+        LocalFleet(range(2), 2, spawn, True, Policy(), Fast(), lambda text: None).run()
+    assert [each.terminated for each in running] == [True]
+
+
+def test_logs_that_cannot_be_written(tmp_path):
+    (tmp_path / "logs").touch()
+    with pytest.raises(StorageError, match="logs"):
+        spawner({}, [Share({})], tmp_path / "logs")
 
 
 def test_a_stop_ends_every_worker_and_starts_none():

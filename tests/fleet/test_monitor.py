@@ -13,7 +13,7 @@ from qwen_jax.__main__ import main
 from qwen_jax.fleet import monitor
 from qwen_jax.fleet.monitor import LocalSource, WorkerState, details, exit_code, look
 from qwen_jax.fleet.page import make_page
-from qwen_jax.fleet.records import HISTORY_POINTS, TERMINATED, ProgressRecord
+from qwen_jax.fleet.records import FAILED, HISTORY_POINTS, TERMINATED, ProgressRecord
 from qwen_jax.storage.folder import FolderStore
 from tests.fleet.fleets import NOW, TOTAL, checkpoint, make_fleet, put, record
 
@@ -78,9 +78,38 @@ def test_a_restarted_worker_is_not_failed_for_long(tmp_path):
     assert states(tmp_path, 1)[0].message == "no sign of life for 15 min after SIGTERM"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"total_samples_processed": 1e999}'])
+def test_a_torn_checkpoint_is_a_problem(tmp_path, text):
+    put(tmp_path, 0, None, checkpoint(5, 1))
+    path = tmp_path / "checkpoints" / "checkpoint_worker_0.json"
+    path.write_text(text)
+    assert states(tmp_path, 1)[0].state == "unreadable"
+    path.unlink()
+    path.mkdir()  # as good as a file without the right to read it
+    (state,) = states(tmp_path, 1)
+    assert (state.state, state.message) == ("unreadable", str(path))
+
+
+def test_a_worker_that_failed_before_it_knew_its_stream(tmp_path):
+    put(tmp_path, 0, record(0, status=FAILED, samples_total=0, message="no such folder"), None)
+    (state,) = states(tmp_path, 1)
+    assert (state.state, state.total, state.share) == ("failed", None, None)
+    assert "no such folder" in "\n".join(details([state])) and "no such folder" in make_page([state], NOW)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "[" * 100_000, '{"worker_id": 0}', '"x"', json.dumps({"history": [[1, 2]]})],
+    [
+        "",
+        "{",
+        '{"layer_norms": {}, "totals": {"bytes": 1e999}}',
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"worker_id": 0}',
+        '"x"',
+        json.dumps({"history": [[1, 2]]}),
+    ],
 )
 def test_torn_records_and_metadata_are_as_if_absent(tmp_path, text):
     put(tmp_path, 0, None, checkpoint(5, 1))

@@ -71,6 +71,10 @@ class Cloud:
         documents = [json.dumps({"worker_id": worker, "status": "completed"}, indent=2) for worker in workers]
         self.answer("checkpoints", "\n".join(documents))
 
+    def checkpoint(self, worker: int, samples: int) -> None:
+        fields = {"worker_id": worker, "status": "in_progress", "total_samples_processed": samples}
+        self.answer("checkpoints", json.dumps(fields))
+
     def record(self, worker: int, status: str = "running", **fields: object) -> None:
         record = {"worker_id": worker, "status": status, "updated_at": self.time} | fields
         self.answer("records", json.dumps(record))
@@ -223,6 +227,15 @@ def test_a_worker_that_gets_on_has_its_tries_back(cloud):
     outcome, _ = supervise(cloud, [*steps, done(cloud, 3)], max_attempts=3)
     assert outcome.finished == {3}
     assert cloud.asked().count("create tpu-worker-3") == 6
+
+
+def test_a_worker_without_records_is_known_by_its_checkpoint(cloud):
+    """PROGRESS_INTERVAL_S=0: it gets on for twenty minutes, and is started once."""
+    cloud.vms(w3="READY")
+    (cloud.folder / "fail-checkpoints").unlink()
+    grows = [lambda samples=samples: cloud.checkpoint(3, samples) for samples in range(1, 21)]
+    outcome, _ = supervise(cloud, [*grows, done(cloud, 3)], max_attempts=3)
+    assert outcome.finished == {3} and cloud.asked() == ["ssh tpu-worker-3"]
 
 
 def test_a_start_that_fails_is_tried_again(cloud):

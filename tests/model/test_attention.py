@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -71,30 +72,40 @@ def test_splash_compiles_for_tpu(head_dim):
     assert "1088x1088" not in text and "1152x1152" not in text
 
 
+@dataclass(frozen=True)
+class Device:
+    """What is asked of a jax device."""
+
+    platform: str
+    compute_capability: str = ""
+    device_kind: str = "kind"
+
+
+TPU, CPU = Device("tpu"), Device("cpu")
+H100, T4, AMD = (Device("gpu", capability) for capability in ("9.0", "7.5", "gfx942"))
+
+
 def test_auto_takes_the_fused_kernel_only_in_bfloat16():
-    chosen = {
-        (backend, dtype): resolve_attention("auto", dtype, backend)
-        for backend in ("tpu", "gpu", "cpu")
-        for dtype in ("bfloat16", "float32")
-    }
-    assert chosen == {
-        ("tpu", "bfloat16"): "splash",
-        ("gpu", "bfloat16"): "cudnn",
-        ("cpu", "bfloat16"): "blocked",
-        ("tpu", "float32"): "blocked",
-        ("gpu", "float32"): "blocked",
-        ("cpu", "float32"): "blocked",
-    }
-    assert resolve_attention("blocked", "bfloat16", "tpu") == "blocked"
+    devices = (TPU, H100, T4, AMD, CPU)
+    assert [resolve_attention("auto", "bfloat16", device) for device in devices] == [
+        *("splash", "cudnn", "blocked", "blocked", "blocked")
+    ]
+    assert {resolve_attention("auto", "float32", device) for device in devices} == {"blocked"}
+    assert resolve_attention("blocked", "bfloat16", TPU) == "blocked"
 
 
 @pytest.mark.parametrize(
-    "name, dtype, backend",
-    [("splash", "bfloat16", "cpu"), ("cudnn", "float32", "gpu"), ("cudnn", "bfloat16", "tpu")],
+    "name, dtype, device",
+    [
+        ("splash", "bfloat16", CPU),
+        ("cudnn", "float32", H100),
+        ("cudnn", "bfloat16", TPU),
+        ("cudnn", "bfloat16", T4),
+    ],
 )
-def test_a_kernel_that_cannot_run_here_is_refused(name, dtype, backend):
-    with pytest.raises(ConfigError, match=f"--attention {name} needs a (TPU|GPU) and bfloat16, here is a"):
-        resolve_attention(name, dtype, backend)
+def test_a_kernel_that_cannot_run_here_is_refused(name, dtype, device):
+    with pytest.raises(ConfigError, match=f"--attention {name} needs an? .* and bfloat16, here is kind and"):
+        resolve_attention(name, dtype, device)
 
 
 LONG = """
