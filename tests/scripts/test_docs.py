@@ -77,7 +77,7 @@ def test_every_flag_with_its_variable_and_default(script):
 def test_no_flag_that_does_not_exist():
     known = SHELL_FLAGS.union(*(script_flags(script) for script in PAGES))
     assert set(FLAG.findall(page("guide.md"))) - known == set()
-    known |= {"--streams", "--location"}  # verify's; gcloud's in prose
+    known |= {"--streams", "--quick"}  # of verify and doctor
     assert set(FLAG.findall(FOREIGN.sub("", page("fleet.md")))) - known == set()
 
 
