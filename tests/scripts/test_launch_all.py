@@ -126,6 +126,7 @@ esac
 
 
 def test_a_bare_vm_fetches_the_checkout_and_its_own_stream(fakes, gcloud, tmp_path):
+    """Also after a first download that was cut off."""
     bucket, checkout, home = tmp_path / "bucket", tmp_path / "checkout", tmp_path / "home"
     write_script(checkout / "launch_worker.sh", RECORD)
     for folder in (bucket, bucket / "streams", home):
@@ -137,14 +138,20 @@ def test_a_bare_vm_fetches_the_checkout_and_its_own_stream(fakes, gcloud, tmp_pa
     launch(gcloud, *flags, DATASET_DIR="my streams", REMOTE_DIR="q d")
     (call,) = gcloud.calls("gcloud")
     fakes.add("gcloud", GCLOUD_ON_A_VM)
+    command, environment = ["bash", "-c", given(call)[2]], fakes.environment(BUCKET=str(bucket))
+    archive = bucket / "code 1.tar.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-9])
+    assert subprocess.run(command, env=environment, cwd=home, capture_output=True).returncode != 0
+    assert not (home / "q d").exists()
+    archive.write_bytes(whole)
     for start in (1, 2):
-        command = ["bash", "-c", given(call)[2]]
-        subprocess.run(command, env=fakes.environment(BUCKET=str(bucket)), cwd=home, check=True)
+        subprocess.run(command, env=environment, cwd=home, check=True)
         assert len(wait_for_calls(fakes, "launch_worker.sh", start)) == start
     assert [path.name for path in (home / "q d" / "my streams").iterdir()] == ["stream_002.jsonl"]
     assert (home / "q d" / "my streams" / "stream_002.jsonl").read_text() == "lines of 2"
-    # The launcher's own call, then one of each kind: the second start finds everything.
-    assert [each.arguments[1] for each in fakes.calls("gcloud")[1:]] == ["cat", "cp"]
+    # The launcher's own call, the one that was cut off, then one of each kind: the last start finds everything.
+    assert [each.arguments[1] for each in fakes.calls("gcloud")[1:]] == ["cat", "cat", "cp"]
 
 
 def test_each_worker_has_its_log_and_a_second_start_keeps_it(remote, tmp_path):
