@@ -8,7 +8,7 @@ import pytest
 
 from qwen_jax.errors import StorageError
 from qwen_jax.run.settings import WORKER_ID_VARIABLES
-from tests.scripts.conftest import ROOT, setting_variables
+from tests.scripts.conftest import ROOT, launch_worker_variables, setting_variables
 
 TASK = ROOT / "deploy" / "skypilot" / "worker.yaml"
 # What SkyPilot makes of the task, with the variables that a user passes on.
@@ -45,7 +45,8 @@ def test_a_spot_job_that_is_recovered(task):
 
 def test_it_runs_the_worker_with_variables_that_it_reads(task):
     assert task["run"].strip() == "exec ./launch_worker.sh" and task["workdir"] == "."
-    assert {name for name in task["envs"] if not name.startswith("SKYPILOT_")} <= set(setting_variables())
+    read = {*setting_variables(), *launch_worker_variables()}
+    assert {name for name in task["envs"] if not name.startswith("SKYPILOT_")} <= read
     assert "SKYPILOT_JOB_RANK" in WORKER_ID_VARIABLES
 
 

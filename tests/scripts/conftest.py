@@ -1,6 +1,7 @@
 """Fakes that stand first on PATH and write down how they were called."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from qwen_jax.cli import FlagParser
 from qwen_jax.run.flags import add_worker_flags
+from qwen_jax.run.settings import WORKER_ID_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 # Each call gets a folder of its own with the arguments and the environment, separated by zero bytes.
@@ -51,8 +53,8 @@ class Fakes:
 
     def environment(self, **variables: str) -> dict[str, str]:
         """An environment without any setting of ours, with the fakes first on PATH."""
-        ours = set(setting_variables()) | {"WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK"}
-        ours |= {"TPU_WORKER_ID", "NUM_WORKERS", "ZONE", "NAME_PATTERN", "REMOTE_DIR", "VENV_DIR", "CODE_URL"}
+        ours = {*setting_variables(), *launch_worker_variables(), *WORKER_ID_VARIABLES}
+        ours |= {"NUM_WORKERS", "ZONE", "NAME_PATTERN", "REMOTE_DIR", "CODE_URL", "STREAMS_URL"}
         ours |= {"ACCELERATOR_TYPE", "RUNTIME_VERSION", "IMAGE", "PROGRESS_INTERVAL_S"}
         kept = {name: value for name, value in os.environ.items() if name not in ours}
         path = f"{self.folder}:{os.environ['PATH']}"
@@ -65,6 +67,11 @@ def setting_variables() -> list[str]:
     add_worker_flags(parser)
     parser.switch("verbose", "")
     return [variable for _, variable in parser._env_flags]
+
+
+def launch_worker_variables() -> set[str]:
+    """Every environment variable that launch_worker.sh reads for itself."""
+    return set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "launch_worker.sh").read_text()))
 
 
 def write_script(path: Path, body: str) -> Path:
