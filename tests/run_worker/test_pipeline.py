@@ -1,0 +1,188 @@
+"""The stages of a run work at once, hold a bounded amount, keep the order, and end the run when one fails."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax.data.batching import BatchShapes, windows
+from qwen_jax.data.prompts import TokenizedSample
+from qwen_jax.model.capture import Captured, Tap
+from qwen_jax.prefetch import prefetch
+from qwen_jax.run.commit import BackgroundCommitter
+from qwen_jax.run.pipeline import STEPS_IN_FLIGHT, CapturedSample, captured_samples
+
+SHAPES = BatchShapes(max_seq_length=128, rows_per_device=2)
+WAIT_S = 30
+
+
+def tokenized(index: int, length: int) -> TokenizedSample:
+    ids = np.arange(length, dtype=np.int32) + 1000 * index + 1
+    return TokenizedSample(index, ids, np.zeros(length, np.int32), None, "", "", False, 0, length)
+
+
+class FakeDevice:
+    """Gives each token's id as its activation, two channels wide, and counts the steps that were started."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def __call__(self, tokens_BT, counts_B, positions_BR, answers_BA) -> Captured:
+        self.started += 1
+        stored_CBRD = np.repeat(tokens_BT[None, :, :, None], 2, axis=-1).astype(np.float32)
+        channel_CBD = np.zeros((1, len(tokens_BT), 2), np.float32)
+        return Captured({"residual": Tap(stored_CBRD, stored_CBRD[..., 0], channel_CBD, channel_CBD)})
+
+
+def run(lengths: list[int], device: FakeDevice, first: int = 0) -> Iterator[CapturedSample]:
+    samples = [tokenized(index, length) for index, length in enumerate(lengths)]
+    return captured_samples(windows(samples, 2 * SHAPES.tokens_per_step), SHAPES, device, first)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 128), min_size=1, max_size=60), data=st.data())
+def test_every_sample_from_the_first_on_comes_once_in_order_with_its_own_rows(lengths, data):
+    first = data.draw(st.integers(0, len(lengths) - 1))
+    found = list(run(lengths, FakeDevice(), first))
+    assert [sample.sample_idx for sample in found] == list(range(first, len(lengths)))
+    for sample in found:
+        rows_RD = sample.taps["residual"].activations_CRD[0]
+        assert (rows_RD == sample.tokenized.token_ids[:, None]).all() and rows_RD.shape[1] == 2
+
+
+def test_the_device_runs_ahead_of_the_host_by_a_bounded_number_of_steps():
+    device = FakeDevice()
+    taken = 0
+    for taken, _ in enumerate(run([128] * 40, device), 1):
+        batch = -(-taken // 2)  # two such samples fill a step
+        assert device.started == min(20, batch + STEPS_IN_FLIGHT)
+    assert taken == 40
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_reading_runs_ahead_by_a_bounded_number_of_windows(depth):
+    made: list[int] = []
+    waiting = threading.Semaphore(0)
+
+    def numbers() -> Iterator[int]:
+        for number in range(20):
+            made.append(number)
+            waiting.release()
+            yield number
+
+    ahead = prefetch(numbers(), depth)
+    for taken in range(20):
+        assert next(ahead) == taken
+        assert len(made) <= taken + depth + 2  # given out, in the queue, and one that waits to enter it
+        while len(made) < min(20, taken + depth + 2):
+            assert waiting.acquire(timeout=WAIT_S), "nothing is read while the last item is in use"
+
+
+def test_an_error_of_the_reader_is_raised_where_the_items_are_used():
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("line 2")
+
+    ahead = prefetch(broken(), 1)
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="line 2"):
+        next(ahead)
+
+
+def test_a_reader_that_nobody_listens_to_any_more_ends():
+    ahead = prefetch(iter(range(1000)), 1)
+    next(ahead)
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read"]
+
+
+class FakeCommitter:
+    """Writes and publishes numbers; each step waits until it is let go, and says when it has begun."""
+
+    def __init__(self, fails_at: str = "") -> None:
+        self.begun: dict[str, threading.Event] = {}
+        self.let_go: dict[str, threading.Event] = {}
+        for name in (f"{step} {number}" for step in ("write", "publish") for number in range(5)):
+            self.begun[name], self.let_go[name] = threading.Event(), threading.Event()
+        self.fails_at = fails_at
+
+    def step(self, name: str) -> None:
+        self.begun[name].set()
+        assert self.let_go[name].wait(WAIT_S)
+        if name == self.fails_at:
+            raise OSError(name)
+
+    def write(self, number: int) -> "FakeWritten":
+        self.step(f"write {number}")
+        return FakeWritten(number)
+
+    def publish(self, written: "FakeWritten") -> None:
+        self.step(f"publish {written.number}")
+
+    def let_all_go(self) -> None:
+        for event in self.let_go.values():
+            event.set()
+
+
+class FakeWritten:
+    """What write returns; discarded when it can no longer be published."""
+
+    discarded: list[int] = []  # noqa: RUF012  (a test looks at it right after)
+
+    def __init__(self, number: int):
+        self.number = number
+        self.file = self
+
+    def discard(self) -> None:
+        self.discarded.append(self.number)
+
+
+def test_a_shard_is_written_while_the_one_before_is_uploaded_and_the_next_one_fills():
+    committer = FakeCommitter()
+    with BackgroundCommitter(committer) as background:
+        background.add(0)  # returns at once: the next shard fills meanwhile
+        committer.let_go["write 0"].set()
+        background.add(1)
+        assert committer.begun["publish 0"].wait(WAIT_S) and committer.begun["write 1"].wait(WAIT_S)
+        assert background.backlog == 2
+        committer.let_all_go()
+        background.wait()
+        assert background.backlog == 0
+
+
+def test_a_slow_bucket_holds_the_run_back_instead_of_filling_the_memory():
+    committer = FakeCommitter()
+    with BackgroundCommitter(committer) as background:
+        for name in ("write 0", "write 1", "write 2"):
+            committer.let_go[name].set()
+        background.add(0)
+        background.add(1)
+        third = threading.Thread(target=background.add, args=(2,))
+        third.start()
+        assert committer.begun["publish 0"].wait(WAIT_S) and committer.begun["write 1"].wait(WAIT_S)
+        third.join(0.2)
+        assert third.is_alive() and not committer.begun["write 2"].is_set()
+        committer.let_all_go()
+        third.join(WAIT_S)
+        assert committer.begun["write 2"].wait(WAIT_S)
+        background.wait()
+
+
+@pytest.mark.parametrize("step", ["write 1", "publish 0", "publish 1"])
+def test_a_failure_ends_the_run_and_nothing_behind_it_is_published(step):
+    committer = FakeCommitter(step)
+    committer.let_all_go()
+    FakeWritten.discarded.clear()
+    with pytest.raises(OSError, match=step), BackgroundCommitter(committer) as background:
+        for number in range(5):
+            background.add(number)
+        background.wait()
+    failed = int(step[-1])
+    assert not any(committer.begun[f"publish {number}"].is_set() for number in range(failed + 1, 5))
+    begun = [number for number in range(5) if committer.begun[f"write {number}"].is_set()]
+    published = [number for number in begun if committer.begun[f"publish {number}"].is_set()]
+    unpublished = [number for number in begun if number not in published and f"write {number}" != step]
+    assert FakeWritten.discarded == unpublished
