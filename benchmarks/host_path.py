@@ -26,11 +26,11 @@ from qwen_jax.data.batching import Batch
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.model.capture import Captured, Tap
 from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
-from qwen_jax.run.ledger import Ledger, RunIdentity
 from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, FilledShard, unpad
 from qwen_jax.run.places import Places
 from qwen_jax.shards.compress import BLOCK_BYTES
+from qwen_jax.shards.ledger import Ledger, RunIdentity
 
 LAYERS, HIDDEN, ROWS, LENGTH = 24, 896, 4, 1280
 SHARDS = 4

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.failpoints import failpoint, through_failpoint
-from qwen_jax.run.ledger import COMPLETED, METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.run_stats import StoredStats
 from qwen_jax.shards import ShardInfo, write_shard
+from qwen_jax.shards.ledger import COMPLETED, METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
 from qwen_jax.shards.statistics import STATS_NAME, Stats, shard_stats_name, stats_bytes
 from qwen_jax.storage.local import AtomicFile, atomic_write, json_bytes, storage_errors, write_json
 from qwen_jax.storage.store import PreconditionFailedError

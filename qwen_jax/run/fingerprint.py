@@ -2,11 +2,9 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from qwen_jax.errors import ConfigError
-
-Fingerprint = dict[str, Any]
+from qwen_jax.shards.ledger import Fingerprint
 
 
 def files_digest(folder: Path, names: tuple[str, ...]) -> str:

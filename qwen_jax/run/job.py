@@ -15,8 +15,8 @@ from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
-from qwen_jax.run.ledger import RunIdentity
 from qwen_jax.run.settings import Settings
+from qwen_jax.shards.ledger import RunIdentity
 
 LAYER_MEANINGS = {
     "residual": "residual stream after block i (0-based), before the final norm; Hugging Face "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_jax.run.ledger import METADATA_NAME
+from qwen_jax.shards.ledger import METADATA_NAME
 from qwen_jax.storage.store import Store
 
 

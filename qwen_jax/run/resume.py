@@ -14,7 +14,8 @@ from typing import Any
 from qwen_jax.errors import ConfigError
 from qwen_jax.run.commit import Fence
 from qwen_jax.run.fingerprint import check_fingerprint
-from qwen_jax.run.ledger import (
+from qwen_jax.run.places import Places
+from qwen_jax.shards.ledger import (
     COMPLETED,
     METADATA_NAME,
     CheckpointRecord,
@@ -27,7 +28,6 @@ from qwen_jax.run.ledger import (
     parse_metadata,
     shard_name,
 )
-from qwen_jax.run.places import Places
 from qwen_jax.storage.checksum import file_crc32c
 from qwen_jax.storage.local import storage_errors
 

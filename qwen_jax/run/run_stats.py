@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.run.ledger import ShardEntry
 from qwen_jax.run.places import Places
 from qwen_jax.shards import load_shard
+from qwen_jax.shards.ledger import ShardEntry
 from qwen_jax.shards.statistics import Stats, merge_stats, parse_stats, shard_stats, shard_stats_name
 
 log = logging.getLogger(__name__)

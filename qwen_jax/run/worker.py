@@ -20,7 +20,6 @@ from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
-from qwen_jax.run.ledger import COMPLETED, Ledger
 from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, captured_samples, filled_shards
 from qwen_jax.run.places import Places
@@ -30,6 +29,7 @@ from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import discard, resume
 from qwen_jax.run.settings import Settings
+from qwen_jax.shards.ledger import COMPLETED, Ledger
 from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
 from qwen_jax.storage.opening import open_store
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from qwen_jax.run.fingerprint import Fingerprint
+Fingerprint = dict[str, Any]
+"""Everything that decides which bytes a run writes, by name (run/fingerprint.py)."""
 
 IN_PROGRESS, COMPLETED = "in_progress", "completed"
 METADATA_NAME = "metadata.json"
