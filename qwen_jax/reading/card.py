@@ -1,6 +1,6 @@
 """The dataset card of an export: a README.md with the header that the Hugging Face Hub reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,21 @@ rows = data[0]["{hook}"]  # [{context_size}, hidden]
 
 def write_card(
     output: Path,
-    runs: Sequence[Run],
     to: str,
+    runs: Sequence[Run],
     layers: Sequence[int | str],
-    kind: str | None,
+    *,
     rows: int,
-    hook: str,
-    context_size: int,
+    meanings: Sequence[str],
+    places: Mapping[str, Any],
 ) -> None:
-    """Writes README.md: model, layers, what a row means, counts, how to load it."""
-    folder = layers[0] if isinstance(layers[0], str) else f"layer_{layers[0]:02d}"
-    part = (f"worker_{runs[0].metadata['worker_id']}-" if runs[0].metadata else "") + runs[0].shards[0].split(
-        "."
-    )[0]
-    snippet = _SNIPPETS[to].format(folder=folder, part=part, hook=hook, context_size=context_size)
-    kind = kind or runs[0].kinds[0]
-    lines = [*_header(runs), "", "# Hidden states", "", *_facts(runs, layers, kind, rows, hook)]
+    """Writes README.md: model, layers, what a row means, counts, how to load it.
+
+    rows: of each layer, as written. meanings: lines that say what a row of a layer is. places: what the snippet of
+    the format `to` names.
+    """
+    lines = [*_header(runs), "", "# Hidden states", "", *_facts(runs, layers, rows, meanings)]
+    snippet = _SNIPPETS[to].format(**places)
     (output / "README.md").write_text("\n".join([*lines, "", "```python", snippet + "```", ""]))
 
 
@@ -58,20 +57,20 @@ def _model(runs: Sequence[Run]) -> dict[str, Any]:
     return (runs[0].metadata or {}).get("model", {"name": "unknown", "revision": ""})
 
 
-def _facts(runs: Sequence[Run], layers: Sequence[int | str], kind: str, rows: int, hook: str) -> list[str]:
+def _facts(runs: Sequence[Run], layers: Sequence[int | str], rows: int, meanings: Sequence[str]) -> list[str]:
     model = _model(runs)
     facts = [
         f"- model: {model['name']}{', revision ' + model['revision'] if model['revision'] else ''}",
         f"- layers: {', '.join(map(str, layers))}",
-        f"- rows: {rows:,}, one a kept token",
+        *(f"- {meaning}" for meaning in meanings),
+        f"- rows of each layer: {rows:,}, one a kept token",
     ]
     described = [run.metadata for run in runs if run.metadata]
     if described:
         first = described[0]
-        meaning = first["layer_meanings"].get(kind, "")
+        samples = sum(run.entry(name)["samples"] for run in runs if run.metadata for name in run.shards)
         facts += [
-            f"- a row of layer i: {meaning}; layer {layers[0]} is `{hook}` in TransformerLens",
-            f"- samples: {sum(each['totals']['samples'] for each in described):,} from {len(described)} workers",
+            f"- samples: {samples:,} from workers {', '.join(str(each['worker_id']) for each in described)}",
             f"- kept tokens: {first['fingerprint']['keep_tokens']}; prompts of at most "
             f"{first['fingerprint']['max_seq_length']} tokens",
             f"- computed in {first['compute_dtype']}, stored in {first['activation_dtype']}",

@@ -8,27 +8,28 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.reading.card import write_card
-from qwen_jax.reading.runs import Run, open_runs
-from qwen_jax.reading.samples import Layer, shard_samples
-from qwen_jax.shards import EMBEDDING, load_shard
-from qwen_jax.storage.local import atomic_write
+from qwen_jax.reading.manifest import Manifest
+from qwen_jax.reading.runs import UNKNOWN_KIND, Run, local_output, open_runs, runs_with_layer, stored_layers
+from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
+from qwen_jax.shards import EMBEDDING
+from qwen_jax.storage.local import atomic_write, json_bytes
 
-ROW_ARRAYS = ("token_ids", "token_positions", "token_roles", "token_cells")
 HOOKS = {
     "residual": "blocks.{}.hook_resid_post",
     "attn": "blocks.{}.hook_attn_out",
     "mlp": "blocks.{}.hook_mlp_out",
     "embedding": "hook_embed",
+    UNKNOWN_KIND: "blocks.{}.activation",
 }
-"""TransformerLens' names of what we store."""
+"""TransformerLens' names of what we store; the last one stands for what no metadata.json names."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one layer in one shard. arrays: `activations` [rows, hidden], `sample_idx` and those of
-    ROW_ARRAYS that the shard has, each with one entry a row; first_row: rows in the shards before."""
+    """The rows of one layer in one shard. arrays: `activations` [rows, hidden] and those of samples.row_arrays, each
+    with one entry a row; first_row: rows in the shards before."""
 
     layer: Layer
     name: str
@@ -41,6 +42,10 @@ class Writer(Protocol):
 
     def has(self, layer: Layer, name: str) -> bool:
         """Whether the part is written already, whole."""
+        ...
+
+    def rows(self, count: int) -> int:
+        """How many rows of a part of `count` rows are written."""
         ...
 
     def write(self, part: Part) -> None:
@@ -72,38 +77,102 @@ def export(
     kind: str | None = None,
     context_size: int = 256,
 ) -> Exported:
-    """Writes the shards at `path` (see open_runs) to the folder `output` in the format `to`, a key of FORMATS.
+    """Writes the shards at `path` (see open_runs) to the local folder `output` in the format `to`, a key of FORMATS.
 
     layers: those to write, by default all. kind: which of several stored kinds; None is the main one.
     context_size: rows of an entry of hf_dataset. Started again after an interruption it writes what is missing; the
-    result is the same. A dataset card (README.md) comes with it. Raises UsageError for a format, layer or kind that
-    does not exist.
+    result is the same. A dataset card (README.md) and a list of what is there (export.json) come with it.
+
+    Raises UsageError for a format, layer or kind that does not exist, layers of different workers, and a folder
+    that holds an export of something else; BadDataError where there is no row to write.
     """
     if to not in FORMATS:
         raise UsageError(f"no format {to!r}; choose from {', '.join(FORMATS)}")
-    runs = open_runs(path)
-    stored = _layers(runs[0])
-    layers = tuple(stored if layers is None else layers)
-    absent = [layer for layer in layers if layer not in stored]
-    if absent:
-        raise UsageError(f"layers {absent} are not stored at {path}; there are {stored}")
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    counts = [_rows(run, name) for run in runs for name in run.shards]
-    writer = FORMATS[to](output, sum(counts), kind or runs[0].kinds[0], context_size)
-    kept = first_row = 0
+    output = local_output(output, "--output")
+    runs, layers = _choose(path, layers)
     shards = [(run, name) for run in runs for name in run.shards]
+    counts = [_rows(run, name) for run, name in shards]
+    kind = kind or runs[0].kinds[0]
+    writer = FORMATS[to](output, sum(counts), kind, context_size)
+    rows = sum(map(writer.rows, counts))
+    if not rows:
+        raise BadDataError(f"{path} holds no rows that {to} could hold{_HINTS.get(to, '')}")
+    manifest = Manifest.open(output, _about(to, kind, context_size), _crc32cs(shards), fixed=to == "npy")
+    kept = _write_parts(writer, shards, counts, layers, kind)
+    writer.finish(layers)
+    manifest.add_layers(layers)
+    write_card(
+        output,
+        to,
+        runs,
+        manifest.layers,
+        rows=rows,
+        meanings=[_meaning(runs[0], layer, kind) for layer in manifest.layers],
+        places={
+            "folder": layer_folder(layers[0]),
+            "part": part_name(*shards[0]),
+            "hook": hook_name(layers[0], kind),
+            "context_size": context_size,
+        },
+    )
+    return Exported(output, layers, rows, len(layers) * len(shards), kept)
+
+
+_HINTS = {"hf_dataset": "; an entry takes --context_size rows of one shard: give a smaller one"}
+
+
+def _about(to: str, kind: str, context_size: int) -> dict[str, Any]:
+    about = {"format": to, "kind": kind}
+    return about | {"context_size": context_size} if to == "hf_dataset" else about
+
+
+def _choose(path: str | Path, layers: Sequence[Layer] | None) -> tuple[list[Run], tuple[Layer, ...]]:
+    """The runs to export and their layers."""
+    runs = [run for run in open_runs(path) if run.shards]
+    if not runs:
+        raise BadDataError(f"{path} holds no shards yet; nothing to export")
+    if layers is None:
+        layers = tuple(dict.fromkeys(layer for run in runs for layer in stored_layers(run)))
+    having = [runs_with_layer(runs, layer) for layer in layers]
+    if any(each != having[0] for each in having):
+        raise UsageError(
+            f"layers {', '.join(map(str, layers))} are stored by different workers; export those of each worker to a "
+            "folder of its own (--layers)"
+        )
+    return having[0], tuple(layers)
+
+
+def _rows(run: Run, name: str) -> int:
+    entry = run.entry(name)
+    return entry["tokens"] if entry else sum(len(sample["token_ids"]) for sample in shard_samples(run, name))
+
+
+def _crc32cs(shards: Sequence[tuple[Run, str]]) -> dict[str, str]:
+    """What the parts are made of, by name."""
+    found = {}
+    for run, name in shards:
+        entry = run.entry(name)
+        found[part_name(run, name)] = entry["crc32c"] if entry else run.place.describe(name)[1]
+    return found
+
+
+def _write_parts(
+    writer: Writer,
+    shards: Sequence[tuple[Run, str]],
+    counts: Sequence[int],
+    layers: Sequence[Layer],
+    kind: str,
+) -> int:
+    """Writes what is missing; returns how many parts were there."""
+    kept = first_row = 0
     for (run, name), rows in zip(shards, counts, strict=True):
-        part = _part_name(run, name)
+        part = part_name(run, name)
         missing = [layer for layer in layers if not writer.has(layer, part)]
         kept += len(layers) - len(missing)
         for arrays, layer in _arrays(run, name, missing, kind):
             writer.write(Part(layer, part, first_row, arrays))
         first_row += rows
-    writer.finish(layers)
-    hook = hook_name(layers[0], kind or runs[0].kinds[0])
-    write_card(output, runs, to, layers, kind, sum(counts), hook, context_size)
-    return Exported(output, layers, sum(counts), len(layers) * len(shards), kept)
+    return kept
 
 
 def hook_name(layer: Layer, kind: str) -> str:
@@ -111,48 +180,36 @@ def hook_name(layer: Layer, kind: str) -> str:
     return HOOKS[EMBEDDING if layer == EMBEDDING else kind].format(layer)
 
 
+def _meaning(run: Run, layer: Layer, kind: str) -> str:
+    """What a row of a layer is, in words."""
+    if run.metadata is None:
+        return f"`{layer_folder(layer)}`: no metadata.json says what its rows are"
+    meaning = run.metadata["layer_meanings"][EMBEDDING if layer == EMBEDDING else kind]
+    return f"`{layer_folder(layer)}`: {meaning}; `{hook_name(layer, kind)}` in TransformerLens"
+
+
 def layer_folder(layer: Layer) -> str:
     """`layer_05`, or `embedding`."""
     return layer if isinstance(layer, str) else f"layer_{layer:02d}"
 
 
-def _layers(run: Run) -> list[Layer]:
-    if run.metadata is not None:
-        return [
-            *run.metadata["layers"],
-            *([EMBEDDING] if run.metadata["fingerprint"]["include_embedding"] else []),
-        ]
-    with run.place.local(run.shards[0]) as path:
-        return list(load_shard(path))
-
-
-def _rows(run: Run, name: str) -> int:
-    if run.metadata is not None:
-        return next(entry["tokens"] for entry in run.metadata["shards"] if entry["filename"] == name)
-    return sum(len(sample["token_ids"]) for sample in shard_samples(run, name))
-
-
-def _part_name(run: Run, name: str) -> str:
-    worker = f"worker_{run.metadata['worker_id']}-" if run.metadata else ""
+def part_name(run: Run, name: str) -> str:
+    """`worker_5-shard_0001`."""
+    worker = "" if run.worker_id is None else f"worker_{run.worker_id}-"
     return worker + name.removesuffix(".pkl.gz")
 
 
 def _arrays(
-    run: Run, name: str, layers: Sequence[Layer], kind: str | None
+    run: Run, name: str, layers: Sequence[Layer], kind: str
 ) -> Iterator[tuple[dict[str, np.ndarray], Layer]]:
     if not layers:
         return
     samples = list(shard_samples(run, name, layers, kind))
-    about = {
-        key: np.concatenate([sample[key] for sample in samples])
-        for key in ROW_ARRAYS
-        if all(key in sample for sample in samples)
-    }
-    indices = [np.full(len(sample["token_ids"]), sample["sample_idx"], np.int32) for sample in samples]
-    about["sample_idx"] = np.concatenate(indices)
+    rows = [row_arrays(sample) for sample in samples]
+    about = {key: np.concatenate([each[key] for each in rows]) for key in rows[0]}
     for layer in layers:
-        rows = np.concatenate([sample["activations"].pop(layer) for sample in samples])
-        yield {"activations": rows, **about}, layer
+        activations = np.concatenate([sample["activations"].pop(layer) for sample in samples])
+        yield {"activations": activations, **about}, layer
 
 
 class SafetensorsWriter:
@@ -167,11 +224,14 @@ class SafetensorsWriter:
     def has(self, layer: Layer, name: str) -> bool:
         return self._path(layer, name).exists()
 
+    def rows(self, count: int) -> int:
+        return count
+
     def write(self, part: Part) -> None:
         from safetensors.numpy import save
 
         path = self._path(part.layer, part.name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(save({key: np.ascontiguousarray(array) for key, array in part.arrays.items()}))
 
@@ -192,12 +252,15 @@ class NpyWriter:
     def has(self, layer: Layer, name: str) -> bool:
         return [layer, name] in self._done
 
+    def rows(self, count: int) -> int:
+        return count
+
     def write(self, part: Part) -> None:
         for key, array in part.arrays.items():
             self._put(layer_folder(part.layer) if key == "activations" else key, part.first_row, array)
         self._done.append([part.layer, part.name])
         with atomic_write(self._list) as file:
-            file.write(json.dumps(self._done).encode())
+            file.write(json_bytes(self._done))
 
     def _put(self, name: str, first_row: int, array: np.ndarray) -> None:
         path = self._output / f"{name}.npy"
@@ -232,6 +295,9 @@ class HfDatasetWriter:
     def has(self, layer: Layer, name: str) -> bool:
         return self._path(layer, name).exists()
 
+    def rows(self, count: int) -> int:
+        return count - count % self._context_size
+
     def _features(self, layer: Layer, hidden: int) -> Any:
         from datasets import Array2D, Features, Sequence, Value
 
@@ -248,7 +314,7 @@ class HfDatasetWriter:
 
         rows, size = part.arrays["activations"], self._context_size
         path = self._path(part.layer, part.name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         features = self._features(part.layer, rows.shape[1])
         unfinished = path.with_suffix(".unfinished")
         with ArrowWriter(path=str(unfinished), features=features) as writer:

@@ -3,16 +3,18 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from qwen_jax.errors import BadDataError, StorageError
+from qwen_jax.errors import BadDataError, StorageError, UsageError
+from qwen_jax.shards.ledger import METADATA_NAME, DamagedError, Ledger, parse_metadata, shard_number
 
-METADATA_NAME = "metadata.json"
-_SHARD = re.compile(r"shard_\d{4,}\.pkl\.gz")
+UNKNOWN_KIND = "activation"
+"""The kind of what a shard holds where no metadata.json says it."""
+_FOLDERS_DEEP = 3
 
 
 class Place(Protocol):
@@ -33,7 +35,7 @@ class Place(Protocol):
         ...
 
     def describe(self, name: str) -> tuple[int, str]:
-        """Size in bytes and crc32c (base64) of what is stored."""
+        """Size in bytes and crc32c (base64) of what is stored; raises BadDataError if it is not there."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
@@ -57,12 +59,12 @@ class Folder:
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        yield self.path / name
+        yield self._present(name)
 
     def describe(self, name: str) -> tuple[int, str]:
         from qwen_jax.storage.checksum import file_crc32c
 
-        return file_crc32c(self.path / name)
+        return file_crc32c(self._present(name))
 
     def replace(self, name: str, data: bytes) -> None:
         from qwen_jax.storage.local import atomic_write
@@ -70,92 +72,216 @@ class Folder:
         with atomic_write(self.path / name) as file:
             file.write(data)
 
+    def _present(self, name: str) -> Path:
+        if not (self.path / name).is_file():
+            raise BadDataError(f"{self.where}/{name} is not there")
+        return self.path / name
+
 
 class Bucket:
     """A Place in a bucket; a shard is copied to a temporary file while it is read."""
 
     def __init__(self, store: Any):
-        self._store = store
+        self.store = store
         self.where = store.url
 
     def names(self) -> list[str]:
-        return sorted(info.name for info in self._store.list() if "/" not in info.name)
+        return sorted(info.name for info in self.store.list() if "/" not in info.name)
 
     def read(self, name: str) -> bytes | None:
-        stored = self._store.get_bytes(name)
+        stored = self.store.get_bytes(name)
         return stored[0] if stored else None
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / name
-            if self._store.download_file(name, copy) is None:
+            if self.store.download_file(name, copy) is None:
                 raise BadDataError(f"{self.where}/{name} is not there")
             yield copy
 
     def describe(self, name: str) -> tuple[int, str]:
-        info = self._store.stat(name)
+        info = self.store.stat(name)
         if info is None:
             raise BadDataError(f"{self.where}/{name} is not there")
         return info.size, info.crc32c
 
     def replace(self, name: str, data: bytes) -> None:
-        present = self._store.stat(name)
-        self._store.put_bytes(name, data, if_generation=present.generation if present else 0)
+        present = self.store.stat(name)
+        self.store.put_bytes(name, data, if_generation=present.generation if present else 0)
 
 
 class Run:
-    """The shards of one worker. metadata: its metadata.json, None for shards without one.
+    """The shards of one worker, or one of them.
 
-    shards: their names in order; those that metadata.json lists, else those that are there.
+    Attributes:
+        metadata: the whole content of its metadata.json; None where there is none, or none that can be used.
+        ledger: the shards and notes in it, checked; None likewise.
+        damage: why a metadata.json that is there cannot be used, else "".
+        shards: names in order; those that metadata.json lists, else those that are there.
+        is_part: whether the run is one shard of a worker who may have more.
     """
 
-    def __init__(self, place: Place, shards: list[str] | None = None):
+    def __init__(self, place: Place, only: str | None = None):
         self.place = place
-        self.metadata = None if shards else self._read_metadata()
-        if self.metadata is not None:
-            self.shards = [entry["filename"] for entry in self.metadata["shards"]]
+        self.metadata: dict[str, Any] | None = None
+        self.ledger: Ledger | None = None
+        self.damage = ""
+        self.is_part = only is not None
+        self._read_metadata()
+        self._entries = {shard.filename: vars(shard) for shard in self.ledger.shards} if self.ledger else {}
+        if only is not None and only not in self._entries:
+            self.metadata = self.ledger = None  # of somebody else's shard it says nothing
+        if only is not None:
+            self.shards = [only]
+        elif self.ledger is not None:
+            self.shards = list(self._entries)
         else:
-            self.shards = shards or [name for name in place.names() if _SHARD.fullmatch(name)]
+            self.shards = [name for name in place.names() if shard_number(name) is not None]
 
     @property
     def where(self) -> str:
         return self.place.where
 
     @property
-    def kinds(self) -> list[str]:
-        """What is stored of a layer, the main kind first."""
-        about = self.metadata or {}
-        return about.get("activation_types") or [about.get("activation_type", "residual")]
+    def worker_id(self) -> int | None:
+        return self.metadata["worker_id"] if self.metadata else None
 
-    def _read_metadata(self) -> dict[str, Any] | None:
+    @property
+    def kinds(self) -> list[str]:
+        """What is stored of a layer, the main kind first; UNKNOWN_KIND without metadata."""
+        return self.metadata["activation_types"] if self.metadata else [UNKNOWN_KIND]
+
+    def entry(self, name: str) -> dict[str, Any] | None:
+        """What metadata.json says of a shard."""
+        return self._entries.get(name)
+
+    def _read_metadata(self) -> None:
         data = self.place.read(METADATA_NAME)
         if data is None:
-            return None
+            return
         try:
+            self.ledger = parse_metadata(data).ledger
             metadata = json.loads(data)
-            [entry["filename"] for entry in metadata["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadDataError(
-                f"{self.where}/{METADATA_NAME} is damaged ({error!r}); start the worker again, which mends it"
-            ) from error
-        return metadata
+            _check_header(metadata)
+            self.metadata = metadata
+        except DamagedError as error:
+            self.ledger = None
+            self.damage = f"is damaged: {error}"
 
 
-def open_runs(path: str | Path) -> list[Run]:
+# What readers take from metadata.json beside its ledger.
+_HEADER: Mapping[str, type | tuple[type, ...]] = {
+    "model.name": str,
+    "model.revision": str,
+    "model.weights_digest": str,
+    "model.hidden_size": int,
+    "model.num_layers": int,
+    "dataset.path": str,
+    "dataset.lines": int,
+    "activation_types": list,
+    "layers": list,
+    "layer_meanings": dict,
+    "compute_dtype": str,
+    "activation_dtype": str,
+    "totals": dict,
+    "layer_norms": dict,
+    "fingerprint.stream_sha256": str,
+    "fingerprint.keep_tokens": str,
+    "fingerprint.skip_first": int,
+    "fingerprint.skip_special_tokens": bool,
+    "fingerprint.include_embedding": bool,
+    "fingerprint.include_answer": bool,
+    "fingerprint.max_seq_length": int,
+    "fingerprint.max_samples": (int, type(None)),
+}
+
+
+def _check_header(metadata: Mapping[str, Any]) -> None:
+    for path, kind in _HEADER.items():
+        value: Any = metadata
+        for key in path.split("."):
+            value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if not isinstance(value, kind):
+            raise DamagedError(f"{path} is missing or of another type")
+
+
+_ABSENT = object()
+
+
+def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
     """The runs at `path`, by worker.
 
-    path: a shard file, a worker's folder, a folder of workers' folders, or the same in a bucket (`gs://...`,
-    `file:///...`). Raises BadDataError where there are no shards and no metadata.json.
+    path: a shard file, a worker's folder, a folder above workers' folders, or the same in a bucket (`gs://...`,
+    `file:///...`). damaged_too: give those runs too whose metadata.json cannot be used.
+
+    Raises BadDataError where there are no shards and no metadata.json, and for a metadata.json that cannot be used.
     """
-    places = _bucket_places(str(path)) if str(path).startswith("gs://") else _local_places(Path(_plain(path)))
-    runs = [place if isinstance(place, Run) else Run(place) for place in places]
+    runs = _runs_in_bucket(str(path)) if is_bucket_url(path) else _local_runs(Path(_plain(path)))
     if not runs:
         raise BadDataError(
             f"{path} holds no shards and no metadata.json; give a shard file, a worker's folder, or the folder "
             "above the workers' folders"
         )
+    damaged = [run for run in runs if run.damage and not damaged_too]
+    if damaged:
+        raise BadDataError(
+            f"{damaged[0].where}/{METADATA_NAME} {damaged[0].damage}; start the worker again, which mends it"
+        )
     return runs
+
+
+def runs_with_layer(runs: Sequence[Run], layer: int | str) -> list[Run]:
+    """Those runs that store a layer, or whose metadata does not say; raises UsageError where none does."""
+    having = [run for run in runs if run.metadata is None or layer in stored_layers(run)]
+    if not having:
+        there = dict.fromkeys(each for run in runs for each in stored_layers(run))
+        raise UsageError(
+            f"layer {layer} is not stored at {runs[0].where}; there are {', '.join(map(str, there))}"
+        )
+    return having
+
+
+def stored_layers(run: Run) -> list[int | str]:
+    """The layers of a run, "embedding" last; without metadata those of its first shard."""
+    from qwen_jax.shards import EMBEDDING, load_shard
+
+    if run.metadata is not None:
+        with_embedding = run.metadata["fingerprint"]["include_embedding"]
+        return [*run.metadata["layers"], *([EMBEDDING] if with_embedding else [])]
+    with run.place.local(run.shards[0]) as path:
+        return list(load_shard(path))
+
+
+def is_bucket_url(path: str | Path) -> bool:
+    """Whether it is a `gs://` address."""
+    return str(path).startswith("gs://")
+
+
+def local_output(path: str | Path, flag: str) -> Path:
+    """A path to write to; raises UsageError for a bucket's address, in which nothing here can be written."""
+    if is_bucket_url(path):
+        raise UsageError(
+            f"{flag} {path}: this is written on the local disk; give a local path, then copy it with "
+            "`gcloud storage cp`"
+        )
+    return Path(_plain(path))
+
+
+def read_any(path: str | Path) -> bytes:
+    """The content of a small local file, or of an object at a gs:// address; raises StorageError."""
+    if is_bucket_url(path):
+        from qwen_jax.storage.opening import open_store
+
+        above, _, name = str(path).rpartition("/")
+        data = Bucket(open_store(above)).read(name)
+        if data is None:
+            raise StorageError(f"{path} is not there")
+        return data
+    try:
+        return Path(_plain(path)).read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _plain(path: str | Path) -> str:
@@ -163,35 +289,41 @@ def _plain(path: str | Path) -> str:
     return unquote(parts.path) if parts.scheme == "file" else str(path)
 
 
-def _local_places(path: Path) -> list[Folder | Run]:
+def _local_runs(path: Path) -> list[Run]:
     if path.is_file():
-        return [Run(Folder(path.parent), [path.name])]
+        return [Run(Folder(path.parent), path.name)]
     if not path.is_dir():
         raise StorageError(f"{path} is not there; give an existing file, folder or gs:// address")
-    folders = [path, *sorted((each for each in path.iterdir() if each.is_dir()), key=_by_number)]
-    return [Folder(folder) for folder in folders if _has_run(Folder(folder).names())]
+    return [Run(folder) for folder in map(Folder, _folders(path, _FOLDERS_DEEP)) if _has_run(folder.names())]
 
 
-def _bucket_places(url: str) -> list[Bucket | Run]:
+def _folders(path: Path, deep: int) -> Iterator[Path]:
+    """A folder and those below it, `deep` levels down, by number."""
+    yield path
+    if deep:
+        below = (each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+        for folder in sorted(below, key=_by_number):
+            yield from _folders(folder, deep - 1)
+
+
+def _runs_in_bucket(url: str) -> list[Run]:
     from qwen_jax.storage.opening import open_store
 
-    if _SHARD.fullmatch(url.rpartition("/")[2]):
-        above, _, name = url.rpartition("/")
-        return [Run(Bucket(open_store(above)), [name])]
+    above, _, name = url.rpartition("/")
+    if shard_number(name) is not None:
+        return [Run(Bucket(open_store(above)), name)]
     names: dict[str, list[str]] = {}
     for info in open_store(url).list():
         folder, _, name = info.name.rpartition("/")
         names.setdefault(folder, []).append(name)
-    folders = sorted(
-        (folder for folder in names if _has_run(names[folder])), key=lambda each: _by_number(Path(each))
-    )
-    return [Bucket(open_store(f"{url.rstrip('/')}/{folder}".rstrip("/"))) for folder in folders]
+    folders = sorted((Path(folder) for folder in names if _has_run(names[folder])), key=_by_number)
+    return [Run(Bucket(open_store(f"{url.rstrip('/')}/{folder}".removesuffix("/.")))) for folder in folders]
 
 
-def _has_run(names: list[str]) -> bool:
-    return METADATA_NAME in names or any(map(_SHARD.fullmatch, names))
+def _has_run(names: Iterable[str]) -> bool:
+    return any(name == METADATA_NAME or shard_number(name) is not None for name in names)
 
 
 def _by_number(path: Path) -> tuple[int, str]:
     number = re.search(r"\d+$", path.name)
-    return int(number.group()) if number else -1, path.name
+    return int(number.group()) if number else -1, str(path)

@@ -2,51 +2,100 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+
+from qwen_jax import shards
 from qwen_jax.errors import UsageError
-from qwen_jax.reading.runs import Run, open_runs
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
+from qwen_jax.reading.runs import Run, is_bucket_url, open_runs
+from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
 Layer = int | str
 """A layer's index, or `"embedding"`."""
 
+NOT_KNOWN = -1
+"""Stands in row_arrays for what is not known of a row."""
+_OF_A_LAYER = {"activation", "shape", *KIND_KEYS}
 
-def iter_samples(path: str | Path, layers: Collection[Layer] | None = None) -> Iterator[dict[str, Any]]:
+
+def load_shard(
+    path_or_file: str | Path | BinaryIO,
+    *,
+    layers: Collection[Layer] | None = None,
+    max_bytes: int | None = None,
+) -> dict[Layer, list[dict]]:
+    """As qwen_jax.shards.load_shard, which see; takes a shard's gs:// address too."""
+    if not isinstance(path_or_file, str | Path) or not is_bucket_url(path_or_file):
+        return shards.load_shard(path_or_file, layers=layers, max_bytes=max_bytes)
+    (run,) = open_runs(path_or_file)
+    if not run.is_part:
+        raise UsageError(f"{path_or_file} is no shard; iter_samples reads folders")
+    with run.place.local(run.shards[0]) as path:
+        return shards.load_shard(path, layers=layers, max_bytes=max_bytes)
+
+
+def iter_samples(
+    path: str | Path, layers: Collection[Layer] | None = None, kind: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Yields every sample at `path` (see open_runs) in the order of workers and stream lines.
 
     A sample: `sample_idx`, `task_id`, `text_preview`, `token_ids`, those of the optional arrays that are stored
     (docs/guide.md), `worker_id` (None where there is no metadata.json), and `activations`: `{layer: [n, hidden]}` in
-    the stored dtype. layers: those to read, by default all. One shard is held in memory at a time. Raises
-    ShardError for what is no whole shard.
+    the stored dtype. layers: those to read, by default all. kind: which of several stored kinds; None is the main
+    one. One shard is held in memory at a time. Raises ShardError for what is no whole shard, UsageError for a kind
+    that is not stored.
     """
     for run in open_runs(path):
         for name in run.shards:
-            yield from shard_samples(run, name, layers)
+            yield from shard_samples(run, name, layers, kind)
 
 
 def shard_samples(
     run: Run, name: str, layers: Collection[Layer] | None = None, kind: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The samples of one shard. kind: which of several stored kinds; None is the main one."""
+    """The samples of one shard, as iter_samples gives them."""
     with run.place.local(name) as file:
-        shard = load_shard(file, layers=layers)
-    worker_id = run.metadata["worker_id"] if run.metadata else None
+        shard = shards.load_shard(file, layers=layers)
+    key = _record_key(run, kind)
     for records in zip(*shard.values(), strict=True):
-        yield _sample(dict(zip(shard, records, strict=True)), worker_id, kind)
+        yield _sample(dict(zip(shard, records, strict=True)), run.worker_id, key)
 
 
-def _sample(records: Mapping[Layer, dict], worker_id: int | None, kind: str | None) -> dict[str, Any]:
+def _record_key(run: Run, kind: str | None) -> str:
+    """Where a record has its rows of a kind: the main kind's are always under `activation`."""
+    return "activation" if kind in (None, run.kinds[0]) else kind
+
+
+def _sample(records: Mapping[Layer, dict], worker_id: int | None, key: str) -> dict[str, Any]:
     first = next(iter(records.values()))
-    if kind is not None and kind not in first and list(records) != [EMBEDDING]:
-        stored = [key for key in KIND_KEYS if key in first] or ["one kind, called activation"]
-        raise UsageError(f"kind {kind} is not stored; this shard has {', '.join(stored)}")
-    about = {key: value for key, value in first.items() if key not in _OF_A_LAYER}
+    if key not in first and list(records) != [EMBEDDING]:
+        stored = [each for each in KIND_KEYS if each in first] or ["one kind, called activation"]
+        raise UsageError(f"kind {key} is not stored; this shard has {', '.join(stored)}")
+    about = {name: value for name, value in first.items() if name not in _OF_A_LAYER}
     activations = {
-        layer: record["activation" if layer == EMBEDDING else kind or "activation"]
-        for layer, record in records.items()
+        layer: record["activation" if layer == EMBEDDING else key] for layer, record in records.items()
     }
     return {"worker_id": worker_id, **about, "activations": activations}
 
 
-_OF_A_LAYER = {"activation", "shape", *KIND_KEYS}
+def row_arrays(sample: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What is known of each of a sample's n rows: always the same arrays, so that samples can be joined.
+
+    int64 `sample_idx` [n], and int32 `token_ids`, `worker_id`, `token_positions`, `token_roles` [n] and `token_cells`
+    [n, 4]; NOT_KNOWN where a text has no cells, a shard no roles, or nobody says which worker it was.
+    """
+    n_rows = len(sample["token_ids"])
+
+    def every_row(value: int, *shape: int, dtype: type = np.int32) -> np.ndarray:
+        return np.full((n_rows, *shape), value, dtype)
+
+    worker_id = sample["worker_id"]
+    return {
+        "token_ids": sample["token_ids"],
+        "sample_idx": every_row(sample["sample_idx"], dtype=np.int64),
+        "worker_id": every_row(NOT_KNOWN if worker_id is None else worker_id),
+        "token_positions": sample.get("token_positions", np.arange(n_rows, dtype=np.int32)),
+        "token_roles": sample.get("token_roles", every_row(NOT_KNOWN)),
+        "token_cells": sample.get("token_cells", every_row(NOT_KNOWN, 4)),
+    }

@@ -6,6 +6,7 @@ It is kept twice, written in this order: `metadata.json` holds all of it, for re
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -24,6 +25,12 @@ class DamagedError(ValueError):
 def shard_name(number: int) -> str:
     """The file name of the `number`th shard, counted from 1."""
     return f"shard_{number:04d}.pkl.gz"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of a shard's file name; None for other names."""
+    match = re.fullmatch(r"shard_(\d{4,})\.pkl\.gz", name)
+    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,8 @@ class Ledger:
             "status": self.status,
             "last_processed_sample_idx": self.last_processed_sample_idx,
             **run.header,
-            "totals": self._totals(),
-            "layer_norms": _merge_norms(self.shards),
+            "totals": self.totals(),
+            "layer_norms": self.layer_norms(),
             "statistics": self.statistics,
             "shards": [vars(shard) for shard in self.shards],
             "skipped": list(self.skipped),
@@ -138,7 +145,8 @@ class Ledger:
             "fingerprint": run.fingerprint,
         }
 
-    def _totals(self) -> dict[str, int]:
+    def totals(self) -> dict[str, int]:
+        """Sums over the shards, and counts of the samples that are not stored whole."""
         return {
             "samples": self.samples_written,
             "tokens": sum(shard.tokens for shard in self.shards),
@@ -149,6 +157,19 @@ class Ledger:
             "bad_records": self.bad_records,
             "truncated": len(self.truncated),
             "shortened": len(self.shortened),
+        }
+
+    def layer_norms(self) -> dict[str, dict[str, float]]:
+        """Mean and maximum token norm of each layer over all shards."""
+        tokens = sum(shard.tokens for shard in self.shards)
+        layers = self.shards[0].layer_norms if self.shards else {}
+        return {
+            layer: {
+                "mean": sum(shard.layer_norms[layer]["mean"] * shard.tokens for shard in self.shards)
+                / tokens,
+                "max": max(shard.layer_norms[layer]["max"] for shard in self.shards),
+            }
+            for layer in layers
         }
 
     def checkpoint(self, run: RunIdentity) -> dict[str, Any]:
@@ -164,19 +185,6 @@ class Ledger:
             "status": self.status,
             "fingerprint": run.fingerprint,
         }
-
-
-def _merge_norms(shards: Sequence[ShardEntry]) -> dict[str, dict[str, float]]:
-    """Mean and maximum token norm of each layer over all shards."""
-    tokens = sum(shard.tokens for shard in shards)
-    layers = shards[0].layer_norms if shards else {}
-    return {
-        layer: {
-            "mean": sum(shard.layer_norms[layer]["mean"] * shard.tokens for shard in shards) / tokens,
-            "max": max(shard.layer_norms[layer]["max"] for shard in shards),
-        }
-        for layer in layers
-    }
 
 
 @dataclass(frozen=True)

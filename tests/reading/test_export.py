@@ -1,17 +1,26 @@
 """Every format holds exactly the stored rows, goes on after an interruption, and is read by its own tools."""
 
+import shutil
+
 import datasets
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from qwen_jax.__main__ import main
-from qwen_jax.errors import UsageError
-from qwen_jax.reading import export as export_module
+from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.reading import iter_samples
 from qwen_jax.reading.export import FORMATS, SafetensorsWriter, export
-from tests.reading.conftest import all_rows, extract
+from qwen_jax.shards import load_shard
+from tests.reading.conftest import DEMO, all_rows, extract
 from tests.run_worker.conftest import tree
+
+
+def rows_by_shard(folder, layer: int) -> list[np.ndarray]:
+    return [
+        np.concatenate([record["activation"] for record in load_shard(path)[layer]])
+        for path in sorted(folder.glob("shard_*"))
+    ]
 
 
 def rows_of(clean, key: str) -> np.ndarray:
@@ -49,10 +58,7 @@ def test_hf_dataset_has_the_shape_that_sae_lens_checks(clean, tmp_path):
     assert data.features[hook].shape == (100, 64) and set(data.column_names) == {hook, "token_ids"}
     rows = np.concatenate(data.with_format("numpy")[:][hook])
     tokens = np.concatenate(data.with_format("numpy")[:]["token_ids"])
-    kept = []
-    for path in sorted(clean.glob("shard_*")):
-        shard = np.concatenate([record["activation"] for record in export_module.load_shard(path)[3]])
-        kept.append(shard[: len(shard) // 100 * 100])
+    kept = [shard[: len(shard) // 100 * 100] for shard in rows_by_shard(clean, 3)]
     np.testing.assert_array_equal(rows, np.concatenate(kept))
     assert tokens.shape == (len(rows),) and set(tokens) <= set(rows_of(clean, "token_ids"))
 
@@ -93,12 +99,7 @@ def test_kinds_embedding_bfloat16_and_fewer_rows(tmp_path):
     done = export(folder, "safetensors", tmp_path / "st", layers=[2, "embedding"], kind="mlp")
     assert done.rows == sum(len(sample["token_ids"]) for sample in iter_samples(folder))
     part = safe_open(tmp_path / "st" / "layer_02" / "worker_0-shard_0001.safetensors", framework="numpy")
-    mlp = [
-        each["activations"][2]
-        for each in export_module.shard_samples(
-            export_module.open_runs(folder)[0], "shard_0001.pkl.gz", [2], "mlp"
-        )
-    ]
+    mlp = [each["activations"][2] for each in iter_samples(folder, [2], "mlp")]
     assert part.get_tensor("activations").dtype.name == "bfloat16"
     np.testing.assert_array_equal(part.get_tensor("activations"), np.concatenate(mlp))
     assert (np.diff(part.get_tensor("token_positions"))[:5] == 5).all()
@@ -114,7 +115,8 @@ def test_the_card_says_what_a_row_is(clean, tmp_path):
     export(clean, "hf_dataset", tmp_path, context_size=64)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n") and "residual stream after block i" in card
-    assert "blocks.1.hook_resid_post" in card and f"rows: {len(all_rows(clean, 1)):,}" in card
+    rows = sum(len(shard) // 64 * 64 for shard in rows_by_shard(clean, 1))
+    assert "blocks.1.hook_resid_post" in card and f"rows of each layer: {rows:,}," in card
     code = card.split("```python\n")[1].split("```")[0]
     scope: dict = {}
     exec(code.replace('"layer_01"', repr(str(tmp_path / "layer_01"))), scope)
@@ -124,11 +126,117 @@ def test_the_card_says_what_a_row_is(clean, tmp_path):
 def test_what_is_not_there_is_refused(clean, tmp_path):
     for options, message in (
         ({"to": "parquet"}, "no format 'parquet'"),
-        ({"to": "npy", "layers": [2]}, r"layers \[2\] are not stored"),
+        ({"to": "npy", "layers": [2]}, "layer 2 is not stored at .*; there are 1, 3"),
         ({"to": "npy", "kind": "mlp"}, "kind mlp is not stored"),
+        (
+            {"to": "npy", "output": "gs://bucket/x"},
+            "--output gs://bucket/x: this is written on the local disk",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
-            export(clean, output=tmp_path, **options)
+            export(clean, **{"output": tmp_path} | options)
+
+
+@pytest.fixture(scope="module")
+def two_kinds(tmp_path_factory):
+    flags = ("--activation_type", "residual", "mlp", "--layers_to_extract", "2", "--shard_size_gb", "0.003")
+    return extract(tmp_path_factory.mktemp("kinds"), *flags)
+
+
+@pytest.mark.parametrize(
+    "to, change, message",
+    [
+        ("safetensors", {"kind": "mlp"}, "kind residual, now mlp"),
+        ("npy", {"kind": "mlp"}, "kind residual, now mlp"),
+        ("hf_dataset", {"context_size": 64}, "context_size 128, now 64"),
+        ("npy", {"to": "safetensors"}, "format npy, now safetensors"),
+    ],
+)
+def test_an_export_of_something_else_is_not_taken_for_this_one(two_kinds, tmp_path, to, change, message):
+    options = {"to": to, "context_size": 128}
+    export(two_kinds, output=tmp_path, **options)
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match=f"holds another export .{message}"):
+        export(two_kinds, output=tmp_path, **options | change)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_export_of_other_shards_is_not_taken_for_this_one(clean, copy, tmp_path, to):
+    export(clean, to, tmp_path, layers=[3])
+    copy.metadata(lambda metadata: metadata["shards"][1].update(crc32c="AAAAAA=="))
+    with pytest.raises(UsageError, match="worker_0-shard_0002 is another shard"):
+        export(copy.folder, to, tmp_path, layers=[3])
+
+
+def unfinished(metadata: dict) -> None:
+    """What metadata.json was after two shards."""
+    del metadata["shards"][2:]
+    last = metadata["shards"][-1]["last_sample_idx"]
+    metadata.update(status="in_progress", last_processed_sample_idx=last)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_run_that_has_grown(clean, copy, tmp_path, to):
+    copy.metadata(unfinished)
+    export(copy.folder, to, tmp_path / "grown", layers=[3])
+    if to == "npy":  # an array of a fixed size
+        with pytest.raises(UsageError, match="holds another export .of 2 shards, now there are 4"):
+            export(clean, to, tmp_path / "grown", layers=[3])
+        return
+    assert export(clean, to, tmp_path / "grown", layers=[3]).parts_kept == 2
+    export(clean, to, tmp_path / "whole", layers=[3])
+    assert tree(tmp_path / "grown") == tree(tmp_path / "whole")
+
+
+def test_a_task_keeps_its_cells_beside_a_text_that_has_none(tmp_path):
+    stream = tmp_path / "stream.jsonl"
+    task = (DEMO / "streams" / "stream_000.jsonl").read_text().splitlines()[0]
+    stream.write_text(f'{task}\n{{"text": "no grid at all"}}\n{task}\n')
+    folder = extract(tmp_path / "run", "--dataset_path", str(stream), "--layers_to_extract", "0")
+    export(folder, "npy", tmp_path / "npy")
+    cells, indices = (
+        np.load(tmp_path / "npy" / "token_cells.npy"),
+        np.load(tmp_path / "npy" / "sample_idx.npy"),
+    )
+    for sample in iter_samples(folder):
+        expected = sample.get("token_cells", np.full((len(sample["token_ids"]), 4), -1))
+        np.testing.assert_array_equal(cells[indices == sample["sample_idx"]], expected)
+    assert (cells[indices == 2] >= 0).any()
+
+
+def test_nothing_stored_and_entries_that_no_shard_fills(clean, tmp_path):
+    stream = tmp_path / "stream.jsonl"
+    stream.write_text("no json\n")
+    empty = extract(tmp_path / "run", "--dataset_path", str(stream))
+    with pytest.raises(BadDataError, match="holds no shards yet"):
+        export(empty, "npy", tmp_path / "out")
+    with pytest.raises(BadDataError, match="give a smaller one"):
+        export(clean, "hf_dataset", tmp_path / "out", context_size=100_000)
+
+
+def test_workers_with_other_layers(clean, copy, tmp_path):
+    copy.metadata(lambda m: m.update(layers=[5, 6], worker_id=1))
+    clean_too = tmp_path / "both" / "worker_0"
+    clean_too.parent.mkdir()
+    clean_too.symlink_to(clean)
+    copy.folder.rename(tmp_path / "both" / "worker_1")
+    with pytest.raises(UsageError, match="layers 1, 3, 5, 6 are stored by different workers"):
+        export(tmp_path / "both", "npy", tmp_path / "out")
+    assert export(tmp_path / "both", "npy", tmp_path / "out", layers=[3]).rows == len(all_rows(clean, 3))
+
+
+def test_a_shard_alone_is_named_by_the_metadata_beside_it(two_kinds, tmp_path):
+    export(two_kinds / "shard_0002.pkl.gz", "safetensors", tmp_path / "known", kind="mlp")
+    assert (tmp_path / "known" / "layer_02" / "worker_0-shard_0002.safetensors").exists()
+    assert "hook_mlp_out" in (tmp_path / "known" / "README.md").read_text()
+    lone = tmp_path / "shard_0001.pkl.gz"
+    shutil.copy(two_kinds / lone.name, lone)
+    export(lone, "hf_dataset", tmp_path / "unknown", context_size=32)
+    assert (
+        "blocks.2.activation" in datasets.load_from_disk(str(tmp_path / "unknown" / "layer_02")).column_names
+    )
+    assert "no metadata.json says" in (tmp_path / "unknown" / "README.md").read_text()
 
 
 def test_a_torn_part_is_not_there(clean, tmp_path, monkeypatch):
