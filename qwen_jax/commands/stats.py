@@ -6,12 +6,13 @@ has none, they are computed from its shards.
 """
 
 from argparse import Namespace
-from pathlib import Path
+from collections.abc import Iterator
 
 from qwen_jax.cli import FlagParser
-from qwen_jax.reading.runs import open_runs
-from qwen_jax.reading.statistics import merged_stats
-from qwen_jax.shards.statistics import stats_bytes
+from qwen_jax.errors import UsageError
+from qwen_jax.reading.runs import local_output, open_runs
+from qwen_jax.reading.statistics import groups_alike, merged_stats
+from qwen_jax.shards.statistics import Stats, stats_bytes
 from qwen_jax.storage.local import atomic_write
 
 
@@ -23,14 +24,25 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    stats = merged_stats([run for path in args.paths for run in open_runs(path)])
+    output = local_output(args.output, "--output") if args.output else None
+    groups = groups_alike([run for path in args.paths for run in open_runs(path)])
+    if output is not None and len(groups) > 1:
+        raise UsageError(
+            "--output takes the statistics of runs with the same kinds and layers; name those alone"
+        )
     print(f"{'kind':<10} {'layer':>9} {'rows':>12} {'mean norm':>10} {'max norm':>10}  massive channels")
+    for group in groups:
+        stats = merged_stats(group)
+        print("\n".join(_lines(stats)))
+        if output is not None:
+            with atomic_write(output) as file:
+                file.write(stats_bytes(stats))
+    return 0
+
+
+def _lines(stats: Stats) -> Iterator[str]:
     for kind, entry in stats.items():
         for layer, line in entry.summary().items():
             channels = ", ".join(map(str, line["massive_channels"])) or "none"
             norms = f"{line['norm_mean']:>10.4g} {line['norm_max']:>10.4g}"
-            print(f"{kind:<10} {layer:>9} {line['count']:>12,} {norms}  {channels}")
-    if args.output:
-        with atomic_write(Path(args.output)) as file:
-            file.write(stats_bytes(stats))
-    return 0
+            yield f"{kind:<10} {layer:>9} {line['count']:>12,} {norms}  {channels}"

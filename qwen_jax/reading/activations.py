@@ -278,7 +278,8 @@ def _shuffled(pieces: Iterable[Rows], size: int, rng: np.random.Generator) -> It
         first = min(size - filled, len(piece.token_ids))
         _put(buffer, slice(filled, filled + first), _take(piece, slice(0, first)))
         filled += first
-        for rows in _in_pieces(_take(piece, slice(first, None)), size):
+        # A quarter at a time: what replaced the whole buffer at once would mix nothing with what comes later.
+        for rows in _in_pieces(_take(piece, slice(first, None)), max(1, size // 4)):
             places = rng.choice(size, len(rows.token_ids), replace=False)
             yield _take(buffer, places)
             _put(buffer, places, rows)

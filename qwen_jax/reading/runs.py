@@ -82,33 +82,40 @@ class Bucket:
     """A Place in a bucket; a shard is copied to a temporary file while it is read."""
 
     def __init__(self, store: Any):
-        self.store = store
+        self._store = store
         self.where = store.url
 
     def names(self) -> list[str]:
-        return sorted(info.name for info in self.store.list() if "/" not in info.name)
+        return sorted(info.name for info in self._store.list() if "/" not in info.name)
 
     def read(self, name: str) -> bytes | None:
-        stored = self.store.get_bytes(name)
+        stored = self._store.get_bytes(name)
         return stored[0] if stored else None
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / name
-            if self.store.download_file(name, copy) is None:
+            if self._store.download_file(name, copy) is None:
                 raise BadDataError(f"{self.where}/{name} is not there")
             yield copy
 
     def describe(self, name: str) -> tuple[int, str]:
-        info = self.store.stat(name)
+        info = self._store.stat(name)
         if info is None:
             raise BadDataError(f"{self.where}/{name} is not there")
         return info.size, info.crc32c
 
     def replace(self, name: str, data: bytes) -> None:
-        present = self.store.stat(name)
-        self.store.put_bytes(name, data, if_generation=present.generation if present else 0)
+        self._store.put_bytes(name, data, if_generation=self._generation(name))
+
+    def replace_file(self, name: str, path: Path) -> None:
+        """Puts a local file in the place of what is there."""
+        self._store.put_file(name, path, if_generation=self._generation(name))
+
+    def _generation(self, name: str) -> int:
+        present = self._store.stat(name)
+        return present.generation if present else 0
 
 
 class Run:

@@ -1,15 +1,16 @@
 """Statistics of all rows of many shards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qwen_jax.errors import BadDataError
 from qwen_jax.reading.runs import Run
 from qwen_jax.shards import load_shard
+from qwen_jax.shards.ledger import shard_number
 from qwen_jax.shards.statistics import (
     STATS_NAME,
     Stats,
+    first_whole,
     merge_stats,
-    parse_stats,
     shard_stats,
     shard_stats_name,
 )
@@ -20,31 +21,41 @@ def merged_stats(runs: Sequence[Run]) -> Stats:
 
     Raises BadDataError for runs whose kinds, layers or widths differ, and where there is no row.
     """
-    return merge_stats([stats for run in runs for stats in _of_run(run)])
+    found = [stats for run in runs for stats in _of_run(run)]
+    if not found:
+        raise BadDataError(f"{', '.join(run.where for run in runs)}: no sample is stored there yet")
+    return merge_stats(found)
 
 
-def _of_run(run: Run) -> list[Stats]:
-    whole = _stored(run, STATS_NAME)
-    if whole is not None and run.metadata is not None:
-        tokens = sum(entry["tokens"] for entry in run.metadata["shards"])
-        if next(iter(whole.values())).count == tokens:
-            return [whole]
-    return [_of_shard(run, number, name) for number, name in enumerate(run.shards)]
+def groups_alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs with the same kinds and layers together, in the order of the first of each."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        layers = run.metadata["layers"] if run.metadata else None
+        groups.setdefault((str(run.kinds), str(layers)), []).append(run)
+    return list(groups.values())
 
 
-def _of_shard(run: Run, number: int, name: str) -> Stats:
-    if run.metadata is not None:
-        stats = _stored(run, shard_stats_name(number + 1))
-        if stats is not None and next(iter(stats.values())).count == run.metadata["shards"][number]["tokens"]:
+def _of_run(run: Run) -> Iterator[Stats]:
+    if run.ledger is not None and not run.is_part:
+        whole = first_whole(_copies(run, STATS_NAME), run.ledger.totals()["tokens"])
+        if whole is not None:
+            yield whole
+            return
+    yield from (_of_shard(run, name) for name in run.shards)
+
+
+def _of_shard(run: Run, name: str) -> Stats:
+    entry = run.entry(name)
+    if entry is not None:
+        stats = first_whole(_copies(run, shard_stats_name(shard_number(name))), entry["tokens"])
+        if stats is not None:
             return stats
     with run.place.local(name) as path:
         return shard_stats(load_shard(path), run.kinds)
 
 
-def _stored(run: Run, name: str) -> Stats | None:
-    """None where it is not there, or not whole: then the shards know."""
+def _copies(run: Run, name: str) -> Iterator[tuple[bytes, str]]:
     data = run.place.read(name)
-    try:
-        return None if data is None else parse_stats(data, name)
-    except BadDataError:
-        return None
+    if data is not None:
+        yield data, f"{run.where}/{name}"

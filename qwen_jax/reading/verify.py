@@ -3,25 +3,32 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qwen_jax.errors import BadDataError
-from qwen_jax.reading.runs import Run
-from qwen_jax.roles import role_name
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, ShardError, load_shard
-from qwen_jax.shards.statistics import STATS_NAME, parse_stats
+from qwen_jax.reading.runs import METADATA_NAME, Run, read_any
+from qwen_jax.reading.verify_shard import ShardFaults
+from qwen_jax.shards.ledger import COMPLETED, shard_number
+from qwen_jax.shards.statistics import (
+    STATS_NAME,
+    Stats,
+    merge_stats,
+    parse_stats,
+    shard_stats_name,
+    stats_bytes,
+)
 
-# Norms are stored in float32, and summed in another order than here.
-_NORM_TOLERANCE = 1e-4
+_MAY_DIFFER = ("stream_sha256", "max_samples", "layers")
+"""Fields of the fingerprint in which the workers of one dataset may differ; layers only if they share none."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong. where: the file; run, shard: where a shard itself is bad, so that it can be made again."""
+    """Something wrong. where: the file; run, shard: where it is a shard's bytes, so that it can be made again."""
 
     where: str
     what: str
@@ -32,174 +39,112 @@ class Fault:
         return f"{self.where}: {self.what}"
 
 
-def verify_runs(runs: Sequence[Run], streams: str | Path | None = None) -> list[Fault]:
-    """Reads everything at `runs`; returns every fault found, none for a clean set.
+@dataclass(frozen=True)
+class Verified:
+    """What was read: every fault found, none for a clean set, and how much is stored."""
+
+    faults: list[Fault]
+    workers: int
+    shards: int
+    samples: int
+
+
+def verify_runs(runs: Sequence[Run], streams: str | Path | None = None) -> Verified:
+    """Reads everything at `runs` (open_runs with damaged_too).
 
     streams: the `streams.json` that the workers' streams were made with, to check that no worker is missing. Holds
-    one shard in memory at a time.
+    one shard in memory at a time. Raises BadDataError for what is no streams.json.
     """
-    faults = [fault for run in runs for fault in verify_run(run)]
+    checks = [_RunCheck(run) for run in runs]
+    faults = [fault for check in checks for fault in check.faults()]
     described = [run for run in runs if run.metadata is not None]
     faults += _unlike_workers(described)
     if streams is not None:
-        faults += _against_streams(described, Path(streams))
-    return faults
+        faults += _against_streams(described, streams)
+    shards = sum(len(run.shards) for run in runs)
+    return Verified(faults, len(runs), shards, sum(check.samples for check in checks))
 
 
-def verify_run(run: Run) -> list[Fault]:
-    """The faults of one worker's shards and of what metadata.json says of them."""
-    if run.metadata is None:
-        shards = [fault for name in run.shards for fault in _ShardCheck(run, name, None).faults()]
-        return [Fault(run.where, "has no metadata.json, so that missing samples cannot be seen"), *shards]
-    try:
-        faults = list(_files(run))
-        stored: list[int] = []
-        for entry in run.metadata["shards"]:
-            check = _ShardCheck(run, entry["filename"], entry)
-            faults += check.faults()
-            stored += check.indices
-        return [*faults, *_bookkeeping(run, stored), *_statistics(run)]
-    except (KeyError, TypeError, AttributeError) as error:
-        return [Fault(f"{run.where}/metadata.json", f"is damaged: no usable {error}")]
+class _RunCheck:
+    """One worker's shards and what metadata.json says of them. samples: those that were read."""
 
-
-def _files(run: Run) -> Iterator[Fault]:
-    """Shards that nobody lists, and a checkpoint that says something else."""
-    names = run.place.names()
-    listed = {entry["filename"] for entry in run.metadata["shards"]}
-    for name in names:
-        if name.startswith("shard_") and name.endswith(".pkl.gz") and name not in listed:
-            yield Fault(
-                f"{run.where}/{name}", "is not listed in metadata.json; a restarted worker replaces it"
-            )
-    checkpoint_name = f"checkpoint_worker_{run.metadata['worker_id']}.json"
-    if checkpoint_name not in names:
-        return
-    try:
-        checkpoint = json.loads(run.place.read(checkpoint_name))
-        said = [checkpoint[key] for key in ("status", "last_processed_sample_idx", "total_shards")]
-    except (ValueError, KeyError, TypeError) as error:
-        yield Fault(f"{run.where}/{checkpoint_name}", f"is damaged ({error!r})")
-        return
-    known = [run.metadata["status"], run.metadata["last_processed_sample_idx"], len(listed)]
-    if said != known:
-        yield Fault(f"{run.where}/{checkpoint_name}", f"says {said}, metadata.json {known}")
-
-
-class _ShardCheck:
-    """One shard against its entry in metadata.json (None where there is none).
-
-    indices: the samples in it; those that its entry stands for, where it cannot be read.
-    """
-
-    def __init__(self, run: Run, name: str, entry: dict[str, Any] | None):
+    def __init__(self, run: Run):
         self._run = run
-        self._name = name
-        self._entry = entry
-        self.indices: list[int] = []
-        if entry is not None:
-            skipped = {note["sample_idx"] for note in run.metadata["skipped"]}
-            span = range(entry["first_sample_idx"], entry["last_sample_idx"] + 1)
-            self.indices = [index for index in span if index not in skipped]
+        self.samples = 0
 
     def faults(self) -> list[Fault]:
-        if self._entry is not None and self._name not in self._run.place.names():
-            return [self._bad("is missing")]
-        if self._entry is not None:
-            size, crc32c = self._run.place.describe(self._name)
-            if size != self._entry["bytes"]:
-                return [self._bad(f"has {size} bytes, metadata.json says {self._entry['bytes']}")]
-            if crc32c != self._entry["crc32c"]:
-                return [self._bad(f"has crc32c {crc32c}, metadata.json says {self._entry['crc32c']}")]
-        try:
-            with self._run.place.local(self._name) as path:
-                shard = load_shard(path)
-        except ShardError as error:
-            return [self._bad(str(error))]
-        self.indices = [record["sample_idx"] for record in next(iter(shard.values()))]
-        return [self._bad(what) for what in (*self._of_records(shard), *self._against_entry(shard))]
+        run = self._run
+        if run.metadata is None and not run.is_part:
+            what = "is missing, so that missing samples cannot be seen"
+            if run.damage:
+                what = f"{run.damage}; start the worker again, which mends it"
+            found = [Fault(f"{run.where}/{METADATA_NAME}", what)]
+            return [*found, *(fault for name in run.shards for fault in self._of_shard(name)[0])]
+        if run.is_part:
+            return self._of_shard(run.shards[0])[0]
+        faults, stored = list(self._files()), []
+        for name in run.shards:
+            of_shard, indices = self._of_shard(name)
+            faults += of_shard
+            stored += indices
+        return [*faults, *_bookkeeping(run, stored), *_sums(run), *_statistics(run)]
 
-    def _bad(self, what: str) -> Fault:
-        return Fault(f"{self._run.where}/{self._name}", what, self._run, self._name)
+    def _files(self) -> Iterator[Fault]:
+        """Shards that nobody lists, and a checkpoint that says something else."""
+        run, names = self._run, self._run.place.names()
+        for name in names:
+            if shard_number(name) is not None and run.entry(name) is None:
+                yield Fault(
+                    f"{run.where}/{name}", "is not listed in metadata.json; a restarted worker replaces it"
+                )
+        checkpoint_name = f"checkpoint_worker_{run.worker_id}.json"
+        if checkpoint_name in names:
+            yield from _checkpoint(run, checkpoint_name)
 
-    def _of_records(self, shard: dict) -> Iterator[str]:
-        for layer, records in shard.items():
-            for record in records:
-                where = f"sample {record['sample_idx']}, layer {layer}"
-                kinds = [key for key in ("activation", *KIND_KEYS, "answer_logprobs") if key in record]
-                for kind in kinds:
-                    bad = int((~np.isfinite(record[kind].astype(np.float32))).sum())
-                    if bad:
-                        yield f"{where}: {bad} values of {kind} are infinite or not numbers"
-        for record in next(iter(shard.values())):
-            yield from (f"sample {record['sample_idx']}: {what}" for what in _row_faults(record))
-
-    def _against_entry(self, shard: dict) -> Iterator[str]:
-        if self._entry is None:
-            return
-        metadata, first = self._run.metadata, next(iter(shard.values()))
-        found = {
-            "samples": len(first),
-            "tokens": sum(len(record["token_ids"]) for record in first),
-            "first_sample_idx": first[0]["sample_idx"],
-            "last_sample_idx": first[-1]["sample_idx"],
-        }
-        for key, value in found.items():
-            if value != self._entry[key]:
-                yield f"has {key} {value}, metadata.json says {self._entry[key]}"
-        layers = [layer for layer in shard if layer != EMBEDDING]
-        if layers != metadata["layers"]:
-            yield f"has layers {layers}, metadata.json says {metadata['layers']}"
-        activation = first[0]["activation"]
-        kept = (str(activation.dtype), activation.shape[1])
-        said = (metadata["activation_dtype"], metadata["model"]["hidden_size"])
-        if kept != said:
-            yield f"holds {kept[0]} of width {kept[1]}, metadata.json says {said[0]} of width {said[1]}"
-        for layer in layers:
-            rows = np.concatenate([record["activation"].astype(np.float32) for record in shard[layer]])
-            mean = float(np.linalg.norm(rows, axis=1).mean(dtype=np.float64))
-            stated = self._entry["layer_norms"].get(str(layer), {}).get("mean", np.nan)
-            if not abs(mean - stated) <= _NORM_TOLERANCE * abs(mean):
-                yield f"layer {layer} has mean norm {mean:.6g}, metadata.json says {stated:.6g}"
+    def _of_shard(self, name: str) -> tuple[list[Fault], list[int]]:
+        """Its faults and its samples; those that its entry stands for, where it cannot be read."""
+        check = ShardFaults(self._run, name)
+        found, where = check.find(), f"{self._run.where}/{name}"
+        shard = name if check.can_be_made_again else None
+        self.samples += len(check.indices)
+        return [
+            Fault(where, what, self._run, shard) for what in found
+        ], check.indices or check.recorded_indices()
 
 
-def _row_faults(record: dict[str, Any]) -> Iterator[str]:
-    positions = record.get("token_positions")
-    if positions is not None and (positions[0] < 0 or (np.diff(positions) <= 0).any()):
-        yield "token_positions do not ascend"
-    if (record["token_ids"] < 0).any():
-        yield "has negative token_ids"
-    for code in np.unique(record.get("token_roles", [])):
-        try:
-            role_name(int(code))
-        except ValueError as error:
-            yield f"token_roles: {error}"
-    if (record.get("answer_logprobs", np.zeros(1)) > 0).any():
-        yield "has log-probabilities above 0"
+def _checkpoint(run: Run, name: str) -> Iterator[Fault]:
+    where = f"{run.where}/{name}"
+    try:
+        checkpoint = json.loads(run.place.read(name))
+        said = [checkpoint[key] for key in ("status", "last_processed_sample_idx", "total_shards")]
+    except (ValueError, KeyError, TypeError) as error:
+        yield Fault(where, f"is damaged ({error!r}); a restarted worker makes it again")
+        return
+    known = [run.ledger.status, run.ledger.last_processed_sample_idx, len(run.shards)]
+    if said != known:
+        yield Fault(where, f"says {said}, metadata.json {known}")
 
 
 def _bookkeeping(run: Run, stored: list[int]) -> Iterator[Fault]:
     """Every line of the stream is stored or skipped, once."""
-    metadata, where = run.metadata, f"{run.where}/metadata.json"
-    limit = metadata["fingerprint"].get("max_samples")
-    lines = metadata["dataset"]["lines"]
+    metadata, ledger, where = run.metadata, run.ledger, f"{run.where}/{METADATA_NAME}"
+    limit, lines = metadata["fingerprint"]["max_samples"], metadata["dataset"]["lines"]
     lines = lines if limit is None else min(lines, limit)
-    reached = metadata["last_processed_sample_idx"] + 1
-    if metadata["status"] != "completed" or reached < lines:
+    reached = ledger.next_sample_idx
+    if ledger.status != COMPLETED or reached < lines:
         yield Fault(
             where, f"unfinished: samples {reached} to {lines - 1} are still to come; start the worker again"
         )
-    counted = Counter([*stored, *(note["sample_idx"] for note in metadata["skipped"])])
-    twice = sorted(index for index, count in counted.items() if count > 1)
-    missing = sorted(set(range(reached)) - counted.keys())
-    beyond = sorted(index for index in counted if index >= reached)
+    counted = Counter([*stored, *(note["sample_idx"] for note in ledger.skipped)])
+    noted = {note["sample_idx"] for note in (*ledger.truncated, *ledger.shortened)}
     for indices, what in (
-        (twice, "stored or skipped twice"),
-        (missing, "missing"),
-        (beyond, "beyond the end"),
+        ([index for index, count in counted.items() if count > 1], "stored or skipped twice"),
+        (set(range(reached)) - counted.keys(), "missing"),
+        ([index for index in counted if index >= reached], "beyond the end"),
+        (noted - set(stored), "noted as cut or shortened, but not stored"),
     ):
         if indices:
-            yield Fault(where, f"{what}: samples {shorten(indices)}")
+            yield Fault(where, f"{what}: samples {shorten(sorted(indices))}")
 
 
 def shorten(indices: Iterable[int], most: int = 10) -> str:
@@ -209,57 +154,93 @@ def shorten(indices: Iterable[int], most: int = 10) -> str:
     return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"
 
 
+def _sums(run: Run) -> Iterator[Fault]:
+    """What metadata.json adds up from the entries of the shards."""
+    for key, sums in (("totals", run.ledger.totals()), ("layer_norms", run.ledger.layer_norms())):
+        said = run.metadata[key]
+        for name in [name for name in {**said, **sums} if said.get(name) != sums.get(name)]:
+            what = f"{key}: {name} is {said.get(name)}, its shards and notes come to {sums.get(name)}"
+            yield Fault(f"{run.where}/{METADATA_NAME}", what)
+
+
 def _statistics(run: Run) -> Iterator[Fault]:
-    if run.metadata["status"] != "completed" or not run.metadata["shards"]:
+    """stats.safetensors is the sum of the shards' statistics, and metadata.json shows its summary."""
+    if run.ledger.status != COMPLETED or not run.shards:
         return
-    where = f"{run.where}/{STATS_NAME}"
-    data = run.place.read(STATS_NAME)
+    where, data = f"{run.where}/{STATS_NAME}", run.place.read(STATS_NAME)
+    again = f"`python -m qwen_jax stats {run.where} --output {STATS_NAME}` makes it again"
     if data is None:
-        yield Fault(where, "is missing; `python -m qwen_jax stats` makes it again")
+        yield Fault(where, f"is missing; {again}")
         return
     try:
-        stats = parse_stats(data, where)
+        whole = parse_stats(data, where)
+        parts = list(_shards_stats(run))
+        if len(parts) == len(run.shards) and stats_bytes(merge_stats(parts)) != data:
+            yield Fault(where, f"is not the sum of the shards' statistics; {again}")
     except BadDataError as error:
         yield Fault(where, str(error))
         return
-    tokens = sum(entry["tokens"] for entry in run.metadata["shards"])
-    for kind, entry in stats.items():
-        if entry.count != tokens:
-            yield Fault(where, f"counts {entry.count} rows of {kind}, metadata.json {tokens}")
+    summary = {kind: stats.summary() for kind, stats in whole.items()}
+    if run.ledger.statistics != json.loads(json.dumps(summary)):
+        yield Fault(f"{run.where}/{METADATA_NAME}", f"statistics are not those of {STATS_NAME}")
+
+
+def _shards_stats(run: Run) -> Iterator[Stats]:
+    """The statistics files of the shards that are there and whole; ShardFaults names the others."""
+    for name in run.shards:
+        stats_name = shard_stats_name(shard_number(name))
+        data = run.place.read(stats_name)
+        if data is not None:
+            with suppress(BadDataError):
+                yield parse_stats(data, stats_name)
 
 
 def _unlike_workers(runs: Sequence[Run]) -> Iterator[Fault]:
-    """What must be the same in all workers of one dataset."""
-    seen: dict[int, str] = {}
-    for run in runs:
-        worker = run.metadata["worker_id"]
-        if worker in seen:
-            yield Fault(run.where, f"is worker {worker}, as {seen[worker]} is")
-        seen.setdefault(worker, run.where)
-    for run in runs[1:]:
-        ours, first = run.metadata["fingerprint"], runs[0].metadata["fingerprint"]
-        for field in first.keys() | ours.keys():
-            if field not in ("stream_sha256", "max_samples") and first.get(field) != ours.get(field):
+    """What must be the same in all workers of one dataset, and what no two may have."""
+    whole = [run for run in runs if not run.is_part]
+    for run, other in combinations(whole, 2):
+        if run.worker_id == other.worker_id:
+            yield Fault(other.where, f"is worker {other.worker_id}, as {run.where} is")
+        if _shared_layers(run, other) and _stream(run) == _stream(other):
+            yield Fault(other.where, f"holds the samples of a stream that {run.where} holds too")
+    for run in whole[1:]:
+        ours, first = run.metadata["fingerprint"], whole[0].metadata["fingerprint"]
+        fields = [field for field in {**first, **ours} if field not in _MAY_DIFFER]
+        if _shared_layers(run, whole[0]):
+            fields.append("layers")
+        for field in fields:
+            if first.get(field) != ours.get(field):
                 yield Fault(
-                    run.where, f"has {field} {ours.get(field)!r}, {runs[0].where} has {first.get(field)!r}"
+                    run.where, f"has {field} {ours.get(field)!r}, {whole[0].where} has {first.get(field)!r}"
                 )
 
 
-def _against_streams(runs: Sequence[Run], path: Path) -> Iterator[Fault]:
+def _shared_layers(run: Run, other: Run) -> bool:
+    """Whether both store some layer's rows of one kind."""
+    kinds = set(run.kinds) & set(other.kinds)
+    return bool(kinds) and not set(run.metadata["layers"]).isdisjoint(other.metadata["layers"])
+
+
+def _stream(run: Run) -> Any:
+    return run.metadata["fingerprint"]["stream_sha256"]
+
+
+def _against_streams(runs: Sequence[Run], path: str | Path) -> Iterator[Fault]:
     try:
-        streams = json.loads(path.read_bytes())["streams"]
+        streams = json.loads(read_any(path))["streams"]
         expected = {entry["sha256"]: (entry["file"], entry["samples"]) for entry in streams}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BadDataError(
             f"{path} is not a streams.json ({error!r}); give the one beside the streams"
         ) from error
-    found = {run.metadata["fingerprint"]["stream_sha256"]: run for run in runs}
     for sha256, (file, samples) in expected.items():
-        run = found.pop(sha256, None)
-        if run is None:
+        having = [run for run in runs if _stream(run) == sha256]
+        if not having:
             yield Fault(str(path), f"no worker has extracted {file}")
-        elif run.metadata["last_processed_sample_idx"] + 1 != samples:
-            done = run.metadata["last_processed_sample_idx"] + 1
-            yield Fault(run.where, f"dealt with {done} of the {samples} samples of {file}")
-    for run in found.values():
-        yield Fault(run.where, f"its stream is none of {path}")
+        for run in having:
+            if run.ledger.next_sample_idx != samples:
+                done = run.ledger.next_sample_idx
+                yield Fault(run.where, f"dealt with {done} of the {samples} samples of {file}")
+    for run in runs:
+        if _stream(run) not in expected:
+            yield Fault(run.where, f"its stream is none of {path}")

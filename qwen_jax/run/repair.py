@@ -33,8 +33,9 @@ def repair(
     bytes are the recorded ones; where they are not, the place is left as it is. The metadata is not changed.
     model_path, dataset_path: where model and stream lie now, if not where the run had them.
 
-    Raises ConfigError where model, stream or tokenizer differ from those of the run, and where the bytes do;
-    WriterConflictError while a worker uses the folder; UsageError for a shard that the run does not have.
+    Raises ConfigError where model, stream or tokenizer differ from those of the run, and, when all has been tried,
+    where bytes do; WriterConflictError while a worker uses the folder; UsageError for a shard that the run does not
+    have.
     """
     entries = {entry["filename"]: entry for entry in metadata["shards"]}
     unknown = [name for name in shards if name not in entries]
@@ -43,8 +44,13 @@ def repair(
     job = recorded_job(metadata, model_path, dataset_path, folder)
     with exclusive(job.settings), device_errors():
         maker = _Extraction(job)
-        for name in shards:
-            maker.replace(folder / name, entries[name])
+        failed = [name for name in shards if not maker.replace(folder / name, entries[name])]
+    if failed:
+        raise ConfigError(
+            f"{folder}: this machine computes other bytes of {', '.join(failed)} than the run did (their last places "
+            "depend on the processor and on the versions of jax and isal); repair them on a machine like the run's, "
+            "or restart the worker with --force_restart"
+        )
 
 
 class _Extraction:
@@ -58,22 +64,19 @@ class _Extraction:
         self._make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
         self._capture = load_capture(job)
 
-    def replace(self, path: Path, entry: dict[str, Any]) -> None:
+    def replace(self, path: Path, entry: dict[str, Any]) -> bool:
+        """Puts the shard in its place if its bytes are the recorded ones; says whether they are."""
         log.info("extracting samples %d to %d again", entry["first_sample_idx"], entry["last_sample_idx"])
         samples = [sample.for_shard() for sample in self._samples(entry)]
         file = AtomicFile(path)
         try:
             write_shard(file, self._job.layers, samples)
-            if (file.size, file.crc32c) != (entry["bytes"], entry["crc32c"]):
-                raise ConfigError(
-                    f"{path}: this machine computes other bytes than the run did (its last places depend on the "
-                    "processor and on the versions of jax and isal); repair it on a machine like the run's, or "
-                    "restart the worker with --force_restart"
-                )
         except BaseException:
             file.discard()
             raise
-        file.finish()
+        same = (file.size, file.crc32c) == (entry["bytes"], entry["crc32c"])
+        (file.finish if same else file.discard)()
+        return same
 
     def _samples(self, entry: dict[str, Any]) -> list[CapturedSample]:
         settings, first = self._job.settings, entry["first_sample_idx"]

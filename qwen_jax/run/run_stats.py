@@ -5,11 +5,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwen_jax.errors import BadDataError
 from qwen_jax.run.places import Places
 from qwen_jax.shards import load_shard
 from qwen_jax.shards.ledger import ShardEntry
-from qwen_jax.shards.statistics import Stats, merge_stats, parse_stats, shard_stats, shard_stats_name
+from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats, shard_stats_name
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +26,9 @@ class StoredStats:
         return merge_stats([self._of_shard(number, shard) for number, shard in enumerate(shards, 1)])
 
     def _of_shard(self, number: int, shard: ShardEntry) -> Stats:
-        for data, where in self._copies(shard_stats_name(number)):
-            try:
-                stats = parse_stats(data, where)
-            except BadDataError as error:
-                log.warning("%s", error)
-                continue
-            if next(iter(stats.values())).count == shard.tokens:
-                return stats
+        stats = first_whole(self._copies(shard_stats_name(number)), shard.tokens)
+        if stats is not None:
+            return stats
         log.warning("%s has no statistics; computing them from the shard", shard.filename)
         return self._recomputed(shard)
 

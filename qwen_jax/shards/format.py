@@ -189,19 +189,20 @@ def _load(
     stream = io.BufferedReader(GzipReader(file, budget), _READ_BUFFER_BYTES)
     try:
         data = Unpickler(stream, budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING), layers).load()
-        return _to_shard(_only(data, layers), budget)
+        return _to_shard(_only(data, layers, name), budget)
     except MalformedError as error:
         raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error
 
 
-def _only(data: Any, layers: Collection[int | str] | None) -> Any:
-    """The wanted layers, in the shard's order; raises MalformedError for one that is not there."""
+def _only(data: Any, layers: Collection[int | str] | None, name: str) -> Any:
+    """The wanted layers, in the shard's order; raises ShardError for one that is not there."""
     if layers is None or type(data) is not dict:
         return data
     absent = [layer for layer in layers if layer not in data]
     if absent:
-        raise MalformedError(
-            f"has no layer {', '.join(map(str, absent))}, but {', '.join(map(str, data)) or 'none'}"
+        there = ", ".join(map(str, data)) or "none"
+        raise ShardError(
+            f"{name} has no layer {', '.join(map(str, absent))}, but {there}; ask for one of these"
         )
     return {layer: records for layer, records in data.items() if layer in layers}
 

@@ -5,7 +5,8 @@ every durable shard and of nothing else; merged, they are `stats.safetensors`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from typing import Self
@@ -185,3 +186,13 @@ def parse_stats(data: bytes, name: str) -> Stats:
         raise BadDataError(
             f"{name} is not a whole statistics file ({error!r}); `python -m qwen_jax stats` makes it again"
         ) from error
+
+
+def first_whole(copies: Iterable[tuple[bytes, str]], rows: int) -> Stats | None:
+    """The first of several copies of a statistics file (content and name) that is whole and of `rows` rows."""
+    for data, name in copies:
+        with suppress(BadDataError):
+            stats = parse_stats(data, name)
+            if next(iter(stats.values())).count == rows:
+                return stats
+    return None

@@ -1,7 +1,9 @@
 """One real run of the demo model, which tests read or copy; and ways to change a copy."""
 
+import gzip
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.shards import KIND_KEYS, Sample, load_shard, write_shard
+from qwen_jax.shards.ledger import parse_metadata
 from qwen_jax.storage.checksum import file_crc32c
 from tests.run_worker.starts import ROOT, Start
 
@@ -62,8 +65,26 @@ class Copy:
         change(shard)
         with path.open("wb") as file:
             write_shard(file, list(shard), samples_of(shard))
-        size, crc32c = file_crc32c(path)
-        self.metadata(lambda metadata: metadata["shards"][number - 1].update(bytes=size, crc32c=crc32c))
+        self.record(number)
+
+    def pickled(self, number: int, change: Callable[[dict], Any]) -> None:
+        """As `shard`, written by Python's own pickler, which keeps what differs between layers."""
+        path = self.folder / f"shard_{number:04d}.pkl.gz"
+        shard = load_shard(path)
+        change(shard)
+        path.write_bytes(gzip.compress(pickle.dumps(shard, 4)))
+        self.record(number)
+
+    def record(self, number: int, **entry: Any) -> None:
+        """Makes the metadata's entry of a shard, and the sums over all, those of the file that is there."""
+        size, crc32c = file_crc32c(self.folder / f"shard_{number:04d}.pkl.gz")
+
+        def change(metadata: dict) -> None:
+            metadata["shards"][number - 1].update(bytes=size, crc32c=crc32c, **entry)
+            ledger = parse_metadata(json.dumps(metadata).encode()).ledger
+            metadata.update(totals=ledger.totals(), layer_norms=ledger.layer_norms())
+
+        self.metadata(change)
 
 
 def samples_of(shard: dict[int, list[dict]]) -> list[Sample]:

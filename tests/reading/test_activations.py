@@ -3,17 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qwen_jax.__main__ import main
 from qwen_jax.errors import UsageError
-from qwen_jax.reading import iter_activations, iter_samples
+from qwen_jax.reading import Rows, iter_activations, iter_samples
+from qwen_jax.reading.activations import READERS
 from qwen_jax.reading.runs import open_runs
 from qwen_jax.roles import RoleSet
 from qwen_jax.shards import ShardError, load_shard
-from tests.reading.conftest import ROOT, Copy, all_rows
+from tests.reading.conftest import ROOT, Copy, all_rows, extract
 
 
 def test_in_order_every_row_once(clean):
@@ -24,7 +26,7 @@ def test_in_order_every_row_once(clean):
 
 def test_shuffled_every_row_once_and_the_same_again(clean):
     def drawn(**options):
-        return np.concatenate(list(iter_activations(clean, 1, 512, shuffle_buffer=3000, **options)))
+        return np.concatenate(list(iter_activations(clean, 1, 512, 3000, **options)))
 
     rows, drawn_rows = all_rows(clean, 1), drawn(seed=7)
     assert not np.array_equal(drawn_rows, rows)
@@ -52,10 +54,98 @@ def test_a_cursor_goes_on_with_the_very_next_batch(clean, done):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_cursor_of_other_arguments_is_refused(clean):
-    cursor = iter_activations(clean, 3, 700, seed=1).cursor
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"layer": 1}, {"batch_size": 70}, {"shuffle_buffer": 5}, {"keep": "role:test_input"}],
+)
+def test_a_cursor_of_other_arguments_is_refused(clean, change):
+    options = {"layer": 3, "batch_size": 700, "seed": 1}
+    cursor = iter_activations(clean, **options).cursor
     with pytest.raises(UsageError, match="other arguments"):
-        iter_activations(clean, 3, 700, seed=2, cursor=cursor)
+        iter_activations(clean, **options | change, cursor=cursor)
+
+
+def test_a_cursor_over_other_shards_is_refused(clean, copy):
+    cursor = iter_activations(clean, 3, 700).cursor
+    copy.metadata(lambda m: m["shards"][2].update(crc32c="AAAAAA=="))
+    with pytest.raises(UsageError, match="other shards"):
+        iter_activations(copy.folder, 3, 700, cursor=cursor)
+
+
+@pytest.mark.parametrize("cursor", [{"x": 1}, [], {"epoch": "0", "batches": 0, "arguments": ""}])
+def test_what_is_no_cursor_is_refused(clean, cursor):
+    with pytest.raises(UsageError, match="is not a cursor"):
+        iter_activations(clean, 3, 700, cursor=cursor)
+
+
+@pytest.fixture
+def shards_read(monkeypatch) -> list[str]:
+    """The names of the shards that were opened."""
+    read: list[str] = []
+
+    def counted(file, **options):
+        read.append(Path(file).name)
+        return load_shard(file, **options)
+
+    monkeypatch.setattr("qwen_jax.shards.load_shard", counted)
+    return read
+
+
+def test_going_on_reads_neither_earlier_epochs_nor_earlier_shards(clean, shards_read):
+    def batches(**options):
+        return iter_activations(clean, 3, 700, epochs=6, **options)
+
+    per_epoch = -(-len(all_rows(clean, 3)) // 700)
+    cursor = iter_at(batches, 5 * per_epoch + 20)
+    shards_read.clear()
+    assert sum(map(len, batches(cursor=cursor))) == len(all_rows(clean, 3)) - 20 * 700
+    assert shards_read == ["shard_0003.pkl.gz", "shard_0004.pkl.gz"]
+
+
+def iter_at(batches, count: int) -> dict:
+    iterator = batches()
+    for _ in range(count):
+        next(iterator)
+    return iterator.cursor
+
+
+def test_a_shuffled_iteration_reads_its_epoch_again_and_no_other(clean, shards_read):
+    def batches(**options):
+        return iter_activations(clean, 3, 700, 2000, seed=1, epochs=3, **options)
+
+    per_epoch = -(-len(all_rows(clean, 3)) // 700)
+    cursor = iter_at(batches, 2 * per_epoch + 5)
+    shards_read.clear()
+    assert len(list(batches(cursor=cursor))) == per_epoch - 5
+    assert sorted(shards_read) == [f"shard_000{number}.pkl.gz" for number in (1, 2, 3, 4)]
+
+
+def test_at_most_the_readers_run_ahead(clean, shards_read):
+    batches = iter_activations(clean, 3, 10)
+    next(batches)
+    assert len(shards_read) <= 1 + READERS + 1
+
+
+def test_no_row_is_twice_in_a_buffer_smaller_than_a_sample(clean):
+    rows = np.concatenate(list(iter_activations(clean, 3, 64, 7)))
+    np.testing.assert_array_equal(sort_rows(rows), sort_rows(all_rows(clean, 3)))
+
+
+def test_a_small_buffer_mixes_near_rows_and_a_large_one_all(clean):
+    def mean_distance(buffer: int) -> float:
+        drawn = iter_activations(clean / "shard_0001.pkl.gz", 3, 4096, buffer, with_tokens=True)
+        order = np.concatenate([rows.sample_idx for rows in drawn])
+        return float(np.abs(order - np.sort(order)).mean())
+
+    assert 0 < mean_distance(50) < mean_distance(2000) < mean_distance(100_000)
+
+
+def test_bfloat16_rows_are_cast_or_left(tmp_path):
+    flags = ("--activation_dtype", "bfloat16", "--max_samples", "3", "--layers_to_extract", "0")
+    folder = extract(tmp_path, *flags)
+    (cast,) = iter_activations(folder, 0, 10**6)
+    (left,) = iter_activations(folder, 0, 10**6, 5, as_float32=False)
+    assert (cast.dtype, left.dtype.name) == (np.float32, "bfloat16") and len(cast) == len(left)
 
 
 def test_rows_come_with_their_tokens_and_can_be_chosen(clean):
@@ -78,6 +168,20 @@ def test_rows_come_with_their_tokens_and_can_be_chosen(clean):
     assert sum(map(len, by_function)) == count
 
 
+def test_every_row_says_which_worker_sample_role_and_cell_it_is_of(copy, clean, tmp_path):
+    copy.metadata(lambda metadata: metadata.update(worker_id=7))
+    copy.folder.rename(tmp_path / "worker_7")
+    (tmp_path / "worker_0").symlink_to(clean)
+    drawn = list(iter_activations(tmp_path, 3, 999, 5000, with_tokens=True))
+    rows = Rows(*map(np.concatenate, zip(*drawn, strict=True)))
+    of_sample = (rows.worker_id == 7) & (rows.sample_idx == 3)
+    sample = next(each for each in iter_samples(clean) if each["sample_idx"] == 3)
+    order = np.argsort(rows.token_positions[of_sample])
+    for key in ("token_ids", "token_roles", "token_cells"):
+        np.testing.assert_array_equal(getattr(rows, key)[of_sample][order], sample[key])
+    np.testing.assert_array_equal(rows.activations[of_sample][order], sample["activations"][3])
+
+
 def test_many_workers_are_read_one_after_another(copy, clean, tmp_path):
     copy.folder.rename(tmp_path / "worker_10")
     other = Copy(tmp_path / "worker_2")
@@ -91,8 +195,8 @@ def test_errors_of_the_reading_thread_arrive(copy):
     (copy.folder / "shard_0002.pkl.gz").write_bytes(b"no gzip")
     with pytest.raises(ShardError, match="shard_0002"):
         list(iter_activations(copy.folder, 1, 100))
-    with pytest.raises(ShardError, match="has no layer 2, but 1, 3"):
-        list(iter_activations(copy.folder, 2, 100))
+    with pytest.raises(UsageError, match="layer 2 is not stored at .*; there are 1, 3"):
+        iter_activations(copy.folder, 2, 100)
     with pytest.raises(UsageError, match="kind mlp is not stored"):
         list(iter_activations(copy.folder, 1, 100, kind="mlp"))
     for keep in ("last", "role:nobody"):

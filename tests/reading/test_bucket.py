@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.__main__ import main
-from qwen_jax.errors import BadDataError
-from qwen_jax.reading import iter_activations, open_runs
+from qwen_jax.errors import BadDataError, StorageError, UsageError
+from qwen_jax.reading import iter_activations, load_shard, open_runs
 from qwen_jax.reading.verify import verify_runs
 from qwen_jax.storage.opening import open_store
 from tests.fake_gcs import FakeGcs
@@ -37,9 +37,27 @@ def test_a_bucket_reads_as_a_folder(bucket, clean):
     assert len(one) == 1 and 0 < len(one[0]) < len(all_rows(clean, 3))
 
 
+def test_one_shard_by_its_address(bucket, clean):
+    address = f"{URL}/tpu_0/shard_0002.pkl.gz"
+    ours, local = load_shard(address, layers=[3]), load_shard(clean / "shard_0002.pkl.gz", layers=[3])
+    for one, other in zip(ours[3], local[3], strict=True):
+        np.testing.assert_array_equal(one["activation"], other["activation"])
+    with pytest.raises(UsageError, match="is no shard"):
+        load_shard(URL)
+
+
+def test_what_is_written_on_the_local_disk_is_no_address(bucket, tmp_path):
+    for command in (["export", URL, "--to", "npy", "--output"], ["stats", URL, "--output"]):
+        with pytest.raises(UsageError, match="--output gs://bucket/out: this is written on the local disk"):
+            main([*command, "gs://bucket/out"])
+
+
 def test_commands_take_the_address(bucket, capsys, tmp_path):
     assert main(["inspect", URL]) == 0
-    assert main(["verify", URL, "--streams", str(STREAMS)]) == 0
+    bucket.put_file("streams.json", STREAMS)
+    assert main(["verify", URL, "--streams", f"{URL}/tpu_0/streams.json"]) == 0
+    with pytest.raises(StorageError, match="nowhere.json is not there"):
+        main(["verify", URL, "--streams", f"{URL}/tpu_0/nowhere.json"])
     assert main(["stats", URL]) == 0
     assert main(["export", URL, "--to", "npy", "--output", str(tmp_path), "--layers", "3"]) == 0
     assert main(["certify", URL, "--samples", "1"]) == 0
@@ -50,10 +68,13 @@ def test_commands_take_the_address(bucket, capsys, tmp_path):
 def test_faults_in_a_bucket_are_found(bucket):
     data, info = bucket.get_bytes("shard_0003.pkl.gz")
     bucket.put_bytes("shard_0003.pkl.gz", data[:-3], if_generation=info.generation)
-    assert ["shard_0003.pkl.gz: has" in str(fault) for fault in verify_runs(open_runs(URL))] == [True]
+    (found,) = verify_runs(open_runs(URL)).faults
+    assert "shard_0003.pkl.gz: has" in str(found)
     bucket.delete("shard_0003.pkl.gz")
-    assert ["shard_0003.pkl.gz: is missing" in str(fault) for fault in verify_runs(open_runs(URL))] == [True]
-    bucket.put_bytes("shard_0003.pkl.gz", data)
+    (found,) = verify_runs(open_runs(URL)).faults
+    assert "shard_0003.pkl.gz: is missing" in str(found)
+    assert main(["verify", URL, "--repair"]) == 0
+    assert bucket.get_bytes("shard_0003.pkl.gz")[0] == data
 
 
 def test_an_empty_address_says_what_to_give(bucket):

@@ -1,0 +1,239 @@
+"""What is wrong with one shard: its bytes, its records, and what metadata.json and its statistics say of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.errors import BadDataError
+from qwen_jax.reading.runs import Run
+from qwen_jax.roles import role_name
+from qwen_jax.shards import EMBEDDING, KIND_KEYS, OPTIONAL_KEYS, RECORD_KEYS, ShardError, load_shard
+from qwen_jax.shards.ledger import shard_number
+from qwen_jax.shards.statistics import KindStats, parse_stats, shard_stats_name
+
+# Statistics are computed in float32 on the device, and summed in another order than here.
+_TOLERANCE = 1e-4
+_SHARED_KEYS = [key for key in (*RECORD_KEYS, *OPTIONAL_KEYS) if key not in ("activation", *KIND_KEYS)]
+
+Shard = Mapping[int | str, Sequence[Mapping[str, Any]]]
+
+
+class ShardFaults:
+    """One shard of a run. indices: the samples found in it; can_be_made_again: whether its bytes are not those that
+    metadata.json records, so that extracting it again mends it."""
+
+    def __init__(self, run: Run, name: str):
+        self._run = run
+        self._name = name
+        self._entry = run.entry(name)
+        self.indices: list[int] = []
+        self.can_be_made_again = False
+
+    def recorded_indices(self) -> list[int]:
+        """The samples that its entry stands for."""
+        if self._entry is None:
+            return []
+        skipped = {note["sample_idx"] for note in self._run.ledger.skipped}
+        span = range(self._entry["first_sample_idx"], self._entry["last_sample_idx"] + 1)
+        return [index for index in span if index not in skipped]
+
+    def find(self) -> list[str]:
+        """Every fault, in words."""
+        try:
+            found = self._of_bytes()
+            if found:
+                self.can_be_made_again = True
+                return found
+            with self._run.place.local(self._name) as path:
+                shard = load_shard(path)
+        except ShardError as error:
+            return [str(error)]
+        first = next(iter(shard.values()))
+        self.indices = [record["sample_idx"] for record in first]
+        faults = [*_of_records(shard)]
+        if self._entry is not None:
+            faults += [*self._against_entry(shard), *self._against_settings(shard)]
+            faults += self._against_statistics(shard)
+        return faults
+
+    def _of_bytes(self) -> list[str]:
+        if self._entry is None:
+            return []
+        try:
+            size, crc32c = self._run.place.describe(self._name)
+        except BadDataError:
+            return ["is missing"]
+        if size != self._entry["bytes"]:
+            return [f"has {size} bytes, metadata.json says {self._entry['bytes']}"]
+        if crc32c != self._entry["crc32c"]:
+            return [f"has crc32c {crc32c}, metadata.json says {self._entry['crc32c']}"]
+        return []
+
+    def _against_entry(self, shard: Shard) -> Iterator[str]:
+        first = next(iter(shard.values()))
+        found = {
+            "samples": len(first),
+            "tokens": sum(len(record["token_ids"]) for record in first),
+            "first_sample_idx": first[0]["sample_idx"],
+            "last_sample_idx": first[-1]["sample_idx"],
+            "raw_bytes": _raw_bytes(shard),
+        }
+        for key, value in found.items():
+            if value != self._entry[key]:
+                yield f"has {key} {value}, metadata.json says {self._entry[key]}"
+
+    def _against_settings(self, shard: Shard) -> Iterator[str]:
+        """What a shard of such a run holds."""
+        metadata, first = self._run.metadata, next(iter(shard.values()))[0]
+        fingerprint, activation = metadata["fingerprint"], first["activation"]
+        for what, found, said in (
+            ("layers", [layer for layer in shard if layer != EMBEDDING], metadata["layers"]),
+            ("dtype", str(activation.dtype), metadata["activation_dtype"]),
+            ("width", activation.shape[1], metadata["model"]["hidden_size"]),
+        ):
+            if found != said:
+                yield f"has {what} {found}, metadata.json says {said}"
+        kinds = metadata["activation_types"] if len(metadata["activation_types"]) > 1 else []
+        for what, there, wanted in (
+            *((kind, kind in first, kind in kinds) for kind in KIND_KEYS),
+            (EMBEDDING, EMBEDDING in shard, fingerprint["include_embedding"]),
+            ("token_roles", "token_roles" in first, True),
+            ("token_positions", "token_positions" in first, _keeps_fewer(fingerprint)),
+            ("answer_logprobs", "answer_logprobs" in first, None if fingerprint["include_answer"] else False),
+        ):
+            if wanted is not None and there != wanted:
+                yield f"has {what}, which such a run does not store" if there else f"has no {what}"
+
+    def _against_statistics(self, shard: Shard) -> Iterator[str]:
+        """Against the norms in metadata.json, and the file of the shard's statistics."""
+        name = shard_stats_name(shard_number(self._name))
+        data = self._run.place.read(name)
+        stats: Mapping[str, KindStats] = {}
+        try:
+            stats = {} if data is None else parse_stats(data, name)
+        except BadDataError as error:
+            yield str(error)
+        else:
+            if data is None:
+                yield f"has no {name} beside it"
+        norms = self._entry["layer_norms"]
+        for number, kind in enumerate([*self._run.kinds, EMBEDDING]):
+            if kind in stats or not number:
+                yield from _of_kind(shard, kind, number == 0, stats.get(kind), {} if number else norms)
+
+
+def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
+    """Whether not all tokens are kept; None where that depends on the tokenizer."""
+    if fingerprint["keep_tokens"] != "all" or fingerprint["skip_first"]:
+        return True
+    return None if fingerprint["skip_special_tokens"] else False
+
+
+def _raw_bytes(shard: Shard) -> int:
+    arrays = {
+        id(record[key]): record[key].nbytes
+        for records in shard.values()
+        for record in records
+        for key in ("activation", *KIND_KEYS)
+        if key in record
+    }
+    return sum(arrays.values())
+
+
+def _of_kind(
+    shard: Shard, kind: str, is_main: bool, stats: KindStats | None, norms: Mapping[str, Mapping[str, float]]
+) -> Iterator[str]:
+    """Mean and largest norm of each layer's rows as stated, and the channels' means and variances."""
+    layers = [EMBEDDING] if kind == EMBEDDING else [layer for layer in shard if layer != EMBEDDING]
+    key = "activation" if is_main or kind == EMBEDDING else kind
+    if stats is not None and (list(stats.layers) or [EMBEDDING]) != layers:
+        yield f"the statistics of {kind} are of layers {list(stats.layers)}"
+        return
+    for place, layer in enumerate(layers):
+        rows_RD = np.concatenate([record[key].astype(np.float32) for record in shard[layer]])
+        norms_R = np.linalg.norm(rows_RD, axis=1).astype(np.float64)
+        if not np.isfinite(norms_R).all():
+            continue  # _of_records names the values
+        found = {"mean": norms_R.mean(), "max": norms_R.max()}
+        for what, said in norms.get(str(layer), {}).items():
+            if not _close(found[what], said):
+                yield f"layer {layer} has {what} norm {found[what]:.6g}, metadata.json says {said:.6g}"
+        if stats is not None:
+            yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, place)
+
+
+def _of_channels(
+    where: str, rows_RD: np.ndarray, norms_R: np.ndarray, stats: KindStats, place: int
+) -> Iterator[str]:
+    size, said = rows_RD.shape, (stats.count, stats.mean_CD.shape[1])
+    if size != said:
+        yield f"{where}: its statistics are of {said[0]} rows of width {said[1]}, it has {size[0]} of {size[1]}"
+        return
+    mean_D, variance_D = stats.mean_CD[place], stats.variance_CD[place]
+    scale_D = np.sqrt(np.square(mean_D) + variance_D)
+    apart_D = np.abs(rows_RD.mean(axis=0, dtype=np.float64) - mean_D)
+    # The mean square of the norms is the sum of the channels' mean squares.
+    squares, stated = np.square(norms_R).mean(), float((np.square(mean_D) + variance_D).sum())
+    if not (apart_D <= _TOLERANCE * scale_D).all():
+        yield f"{where}: the mean of channel {int(apart_D.argmax())} is not that in its statistics"
+    if not _close(squares, stated):
+        yield f"{where}: the variances in its statistics are not those of its rows"
+    for what, found, said in (
+        ("mean", norms_R.mean(), stats.norm_mean_C[place]),
+        ("largest", norms_R.max(), stats.norm_max_C[place]),
+    ):
+        if not _close(found, said):
+            yield f"{where}: the {what} norm is {found:.6g}, its statistics say {said:.6g}"
+
+
+def _close(found: float, said: float) -> bool:
+    return bool(abs(found - said) <= _TOLERANCE * abs(found))  # false where one is not a number
+
+
+def _of_records(shard: Shard) -> Iterator[str]:
+    """What is wrong with the records themselves."""
+    first = next(iter(shard.values()))
+    for layer, records in shard.items():
+        for record, of_first in zip(records, first, strict=True):
+            where = f"sample {record['sample_idx']}, layer {layer}"
+            for kind in [key for key in ("activation", *KIND_KEYS, "answer_logprobs") if key in record]:
+                bad = int((~np.isfinite(record[kind].astype(np.float32))).sum())
+                if bad:
+                    yield f"{where}: {bad} values of {kind} are infinite or not numbers"
+            for key in [key for key in _SHARED_KEYS if not _same(record.get(key), of_first.get(key))]:
+                yield f"{where}: {key} is not that of the first layer"
+    for record in first:
+        yield from (f"sample {record['sample_idx']}: {what}" for what in _of_rows(record))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one is other or np.array_equal(one, other)
+    return type(one) is type(other) and one == other
+
+
+def _of_rows(record: Mapping[str, Any]) -> Iterator[str]:
+    positions = record.get("token_positions")
+    if positions is not None and (positions[0] < 0 or (np.diff(positions) <= 0).any()):
+        yield "token_positions do not ascend"
+    if (record["token_ids"] < 0).any():
+        yield "has negative token_ids"
+    for code in np.unique(record.get("token_roles", [])):
+        try:
+            role_name(int(code))
+        except ValueError as error:
+            yield f"token_roles: {error}"
+    if (record.get("answer_logprobs", np.zeros(1)) > 0).any():
+        yield "has log-probabilities above 0"
+    if "token_cells" in record:
+        yield from _of_cells(record["token_cells"])
+
+
+def _of_cells(cells: np.ndarray) -> Iterator[str]:
+    """Each row is no cell, or one that an ARC grid can have, and no cell is there twice."""
+    cells = cells[(cells != -1).any(axis=1)]
+    if (cells < 0).any() or (cells[:, 3] > 9).any():
+        yield "has token_cells that no grid has"
+    if len(np.unique(cells[:, :3], axis=0)) != len(cells):
+        yield "has a cell twice in token_cells"
