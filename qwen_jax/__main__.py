@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: python -m qwen_jax COMMAND [--help] ...\n")
         for name, purpose in COMMANDS.items():
             print(f"  {name:<10} {purpose}")
+        print("\npython -m qwen_jax verify gs://your-bucket/activations\npython -m qwen_jax COMMAND --help")
         return 0 if argv else UsageError.exit_code
     if argv[0] not in COMMANDS:
         raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")

@@ -9,22 +9,19 @@ dataset a layer, which SAELens reads as its cached activations. A dataset card (
 
 from argparse import Namespace
 
-from qwen_jax.cli import FlagParser, non_negative_int, positive_int
+from qwen_jax.cli import FlagParser, positive_int
+from qwen_jax.commands.arguments import add_kind, add_path, layer_name
 from qwen_jax.reading.export import FORMATS, export
-from qwen_jax.shards import EMBEDDING, KIND_KEYS
+from qwen_jax.shards import EMBEDDING
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("path", help="shard, worker's folder, folder of these, or gs:// address")
+    add_path(parser)
     parser.flag("to", "format", choices=tuple(FORMATS), required=True)
     parser.flag("output", "folder to write", required=True)
-    parser.flag("layers", f"layers, or {EMBEDDING}; without it all", nargs="+", type=_layer)
-    parser.flag("kind", "which of several stored kinds; without it the main one", choices=KIND_KEYS)
+    parser.flag("layers", f"layers, or {EMBEDDING}; without it all", nargs="+", type=layer_name)
+    add_kind(parser)
     parser.flag("context_size", "rows of an entry of hf_dataset", default=256, type=positive_int)
-
-
-def _layer(text: str) -> int | str:
-    return text if text == EMBEDDING else non_negative_int(text)
 
 
 def run(args: Namespace) -> int:

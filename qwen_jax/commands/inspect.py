@@ -9,37 +9,35 @@ from argparse import Namespace
 from typing import Any
 
 from qwen_jax.cli import FlagParser, non_negative_int
-from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.commands.arguments import add_kind, add_path, layer_name
+from qwen_jax.errors import ConfigError
 from qwen_jax.reading.inspect import describe, find_sample, token_table
 from qwen_jax.reading.runs import Run, open_runs
+from qwen_jax.shards import EMBEDDING
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("path", help="shard, worker's folder, folder of these, or gs:// address")
+    add_path(parser)
     parser.flag("sample", "sample_idx of a sample to show", type=non_negative_int)
     parser.flag(
-        "layer", "layer to show it at; without it the first one that is stored", type=non_negative_int
+        "layer",
+        f"layer to show it at, or {EMBEDDING}; without it the first one that is stored",
+        type=layer_name,
     )
+    add_kind(parser)
     parser.flag("tokenizer", "folder or Hugging Face id; without it that of the run's model")
 
 
 def run(args: Namespace) -> int:
     runs = open_runs(args.path)
     if args.sample is None:
-        lines = (line for run in runs for line in describe(run))
+        lines = describe(runs)
     else:
-        layer = _first_layer(runs) if args.layer is None else args.layer
-        found, sample = find_sample(runs, args.sample, layer)
-        lines = token_table(sample, layer, _tokenizer(args.tokenizer, found))
+        found, sample = find_sample(runs, args.sample, args.layer, args.kind)
+        lines = token_table(sample, _tokenizer(args.tokenizer, found))
     for line in lines:
         print(line)
     return 0
-
-
-def _first_layer(runs: list[Run]) -> int:
-    if runs[0].metadata is None:
-        raise UsageError("--sample in a shard without metadata.json needs --layer")
-    return runs[0].metadata["layers"][0]
 
 
 def _tokenizer(name: str | None, run: Run) -> Any:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from qwen_jax.cli import FlagParser
+from qwen_jax.commands.arguments import add_paths
 from qwen_jax.errors import UsageError
 from qwen_jax.reading.runs import local_output, open_runs
 from qwen_jax.reading.statistics import groups_alike, merged_stats
@@ -17,9 +18,7 @@ from qwen_jax.storage.local import atomic_write
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument(
-        "paths", nargs="+", help="worker's folders, folders of these, shards, or gs:// addresses"
-    )
+    add_paths(parser)
     parser.flag("output", "file to write")
 
 

@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from qwen_jax.cli import FlagParser
+from qwen_jax.commands.arguments import add_paths
 from qwen_jax.reading.runs import Bucket, Run, open_runs
 from qwen_jax.reading.verify import Fault, Verified, verify_runs
 
@@ -18,9 +19,7 @@ FAULTS_FOUND = 1
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument(
-        "paths", nargs="+", help="worker's folders, folders of these, shards, or gs:// addresses"
-    )
+    add_paths(parser)
     parser.flag("streams", "streams.json of the workers' streams: none may be missing")
     parser.switch("repair", "extract bad or missing shards again, exactly as they were")
     parser.flag("model_path", "with --repair: the model, where it is no longer where the run had it")

@@ -1,51 +1,86 @@
 """What is in a run or a shard, in lines for a person."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.errors import UsageError
-from qwen_jax.reading.runs import Run
-from qwen_jax.reading.samples import Layer, shard_samples
+from qwen_jax.reading.runs import Run, runs_with_layer, stored_layers
+from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
 from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
 
 
-def describe(run: Run) -> Iterator[str]:
-    """Model, layers, samples, tokens, dtype and size of a run, or of a shard without metadata.json."""
-    if run.metadata is None:
-        yield from (line for name in run.shards for line in _describe_shard(run, name))
-        return
-    metadata, totals = run.metadata, run.metadata["totals"]
-    print_kinds = ", ".join(metadata["activation_types"])
+def describe(runs: Sequence[Run]) -> Iterator[str]:
+    """Model, layers, samples, tokens, dtype and size of runs and shards, and of several runs together."""
+    for run in runs:
+        if run.metadata is None or run.is_part:
+            for name in run.shards:
+                yield from _describe_shard(run, name)
+        else:
+            yield from _describe_run(run)
+    whole = [run.ledger.totals() for run in runs if run.ledger is not None and not run.is_part]
+    if len(whole) > 1:
+        totals = {key: sum(each[key] for each in whole) for key in whole[0]}
+        yield f"together: {len(whole)} workers"
+        yield f"  tokens   {totals['tokens']:,} kept"
+        yield f"  samples  {_samples(totals)}"
+        yield f"  size     {_size(totals)}"
+
+
+def _describe_run(run: Run) -> Iterator[str]:
+    metadata, totals, fingerprint = run.metadata, run.ledger.totals(), run.metadata["fingerprint"]
+    kinds = list(metadata["activation_types"])
+    kinds += [EMBEDDING] if fingerprint["include_embedding"] else []
+    kinds += ["log-probabilities of answers"] if fingerprint["include_answer"] else []
     yield f"{run.where}: worker {metadata['worker_id']}, {metadata['status']}"
-    yield f"  model    {metadata['model']['name']}, revision {metadata['model']['revision'] or 'local folder'}"
-    yield f"  layers   {_ranges(metadata['layers'])} of {metadata['model']['num_layers']}: {print_kinds}"
+    yield f"  model    {_model(metadata)}"
+    yield f"  layers   {_ranges(metadata['layers'])} of {metadata['model']['num_layers']}: {', '.join(kinds)}"
     yield f"  values   {metadata['activation_dtype']}, width {metadata['model']['hidden_size']}"
-    yield f"  tokens   {totals['tokens']:,} kept ({metadata['fingerprint']['keep_tokens']})"
-    yield (
-        f"  samples  {totals['samples']:,} stored, {totals['skipped']:,} skipped, {totals['truncated']:,} cut, "
-        f"{totals['shortened']:,} shortened, of {metadata['dataset']['lines']:,} in {metadata['dataset']['path']}"
+    yield f"  tokens   {totals['tokens']:,} kept ({fingerprint['keep_tokens']})"
+    dataset = metadata["dataset"]
+    yield f"  samples  {_samples(totals)}, of {dataset['lines']:,} in {dataset['path']}"
+    yield f"  size     {_size(totals)}"
+
+
+def _model(metadata: Mapping[str, Any]) -> str:
+    return f"{metadata['model']['name']}, revision {metadata['model']['revision'] or 'local folder'}"
+
+
+def _samples(totals: Mapping[str, int]) -> str:
+    return (
+        f"{totals['samples']:,} stored, {totals['skipped']:,} skipped, {totals['truncated']:,} cut, "
+        f"{totals['shortened']:,} shortened"
     )
+
+
+def _size(totals: Mapping[str, int]) -> str:
     raw, size = totals["raw_bytes"], totals["bytes"]
-    yield f"  size     {raw / 1e9:.3f} GB, {size / 1e9:.3f} GB compressed, in {totals['shards']} shards"
+    return f"{raw / 1e9:.3f} GB, {size / 1e9:.3f} GB compressed, in {totals['shards']} shards"
 
 
 def _describe_shard(run: Run, name: str) -> Iterator[str]:
     with run.place.local(name) as path:
         shard = load_shard(path)
     first = next(iter(shard.values()))
-    raw = sum(record["activation"].nbytes for records in shard.values() for record in records)
+    raw = sum(array.nbytes for records in shard.values() for record in records for array in _arrays(record))
     layers = [layer for layer in shard if layer != EMBEDDING]
-    besides = [*(key for key in KIND_KEYS if key in first[0]), *([EMBEDDING] if EMBEDDING in shard else [])]
+    kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
+    besides = [EMBEDDING] if EMBEDDING in shard else []
     yield f"{run.where}/{name}"
-    yield f"  layers   {_ranges(layers)}{''.join(f', {name}' for name in besides)}"
+    yield f"  model    {_model(run.metadata) if run.metadata else 'not known: there is no metadata.json beside it'}"
+    yield f"  layers   {_ranges(layers)}: {', '.join([*kinds, *besides])}"
     yield f"  values   {first[0]['activation'].dtype}, width {first[0]['activation'].shape[1]}"
     yield (
         f"  samples  {len(first)}, {first[0]['sample_idx']} to {first[-1]['sample_idx']}; "
         f"{sum(len(record['token_ids']) for record in first):,} tokens; {raw / 1e9:.3f} GB"
     )
+
+
+def _arrays(record: Mapping[str, Any]) -> list[np.ndarray]:
+    """The activations of a record, each once."""
+    return [record[key] for key in KIND_KEYS if key in record] or [record["activation"]]
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -59,13 +94,20 @@ def _ranges(layers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def find_sample(runs: Sequence[Run], sample_idx: int, layer: Layer) -> tuple[Run, dict[str, Any]]:
-    """The sample and its run; raises UsageError if none of `runs` has it, or several have."""
+def find_sample(
+    runs: Sequence[Run], sample_idx: int, layer: Layer | None = None, kind: str | None = None
+) -> tuple[Run, dict[str, Any]]:
+    """The sample, as iter_samples gives it with one layer (None: the first one stored), and its run.
+
+    Raises UsageError if none of `runs` has it, or several have.
+    """
+    if layer is not None:
+        runs = runs_with_layer(runs, layer)
     found = [
         (run, sample)
         for run in runs
         for name in _shards_with(run, sample_idx)
-        for sample in shard_samples(run, name, [layer])
+        for sample in shard_samples(run, name, [stored_layers(run)[0] if layer is None else layer], kind)
         if sample["sample_idx"] == sample_idx
     ]
     if len(found) != 1:
@@ -75,26 +117,21 @@ def find_sample(runs: Sequence[Run], sample_idx: int, layer: Layer) -> tuple[Run
 
 
 def _shards_with(run: Run, sample_idx: int) -> list[str]:
-    if run.metadata is None:
-        return run.shards
-    return [
-        entry["filename"]
-        for entry in run.metadata["shards"]
-        if entry["first_sample_idx"] <= sample_idx <= entry["last_sample_idx"]
-    ]
+    def may_have(name: str) -> bool:
+        entry = run.entry(name)
+        return entry is None or entry["first_sample_idx"] <= sample_idx <= entry["last_sample_idx"]
+
+    return list(filter(may_have, run.shards))
 
 
-def token_table(sample: dict[str, Any], layer: Layer, tokenizer: Any = None) -> Iterator[str]:
-    """One line a kept token: position, id, text (with a tokenizer), role, cell, norm."""
-    tokens = sample["token_ids"]
-    positions = sample.get("token_positions", np.arange(len(tokens)))
-    roles = (
-        [role_name(int(code)) for code in sample["token_roles"]]
-        if "token_roles" in sample
-        else [""] * len(tokens)
-    )
-    cells = sample.get("token_cells", np.full((len(tokens), 4), -1))
-    norms = np.linalg.norm(sample["activations"][layer].astype(np.float32), axis=1)
+def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
+    """One line a kept token of a sample with one layer: place, id, text (with a tokenizer), role, cell, norm; then
+    the log-probabilities of the answer, where they are stored."""
+    ((layer, activations),) = sample["activations"].items()
+    rows = row_arrays(sample)
+    tokens, positions, cells = rows["token_ids"], rows["token_positions"], rows["token_cells"]
+    roles = ["" if code == NOT_KNOWN else role_name(int(code)) for code in rows["token_roles"]]
+    norms = np.linalg.norm(activations.astype(np.float32), axis=1)
     texts = [repr(tokenizer.decode([int(token)])) if tokenizer else "" for token in tokens]
     yield f"sample {sample['sample_idx']}, task {sample['task_id']}, layer {layer}, {len(tokens)} tokens"
     yield f"{'place':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
@@ -103,3 +140,6 @@ def token_table(sample: dict[str, Any], layer: Layer, tokenizer: Any = None) -> 
     ):
         shown = "{:>4} {:>3} {:>3} {:>6}".format(*cell) if cell[0] >= 0 else ""
         yield f"{place:>6} {token:>7}  {text:<16} {role:<18} {shown:<20} {norm:.4g}"
+    if "answer_logprobs" in sample:
+        logprobs = sample["answer_logprobs"]
+        yield f"answer: {len(logprobs)} tokens, log-probability {logprobs.sum(dtype=np.float64):.4g} together"

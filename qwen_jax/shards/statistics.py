@@ -5,8 +5,8 @@ every durable shard and of nothing else; merged, they are `stats.safetensors`.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from typing import Self
@@ -15,6 +15,8 @@ import numpy as np
 
 from qwen_jax.errors import BadDataError
 from qwen_jax.shards.format import EMBEDDING
+
+log = logging.getLogger(__name__)
 
 STATS_NAME = "stats.safetensors"
 MASSIVE = 100.0
@@ -189,10 +191,14 @@ def parse_stats(data: bytes, name: str) -> Stats:
 
 
 def first_whole(copies: Iterable[tuple[bytes, str]], rows: int) -> Stats | None:
-    """The first of several copies of a statistics file (content and name) that is whole and of `rows` rows."""
+    """The first of several copies of a statistics file (content and name) that is whole and of `rows` rows; those that
+    are torn are logged."""
     for data, name in copies:
-        with suppress(BadDataError):
+        try:
             stats = parse_stats(data, name)
-            if next(iter(stats.values())).count == rows:
-                return stats
+        except BadDataError as error:
+            log.warning("%s", error)
+            continue
+        if next(iter(stats.values())).count == rows:
+            return stats
     return None

@@ -239,25 +239,6 @@ def test_reading_needs_neither_jax_nor_torch_nor_google(clean):
     assert done.stdout.split()[1] == "36" and int(done.stdout.split()[0]) > 1000
 
 
-def test_inspect_shows_the_run_and_a_sample(clean, capsys):
-    assert main(["inspect", str(clean)]) == 0
-    shown = capsys.readouterr().out
-    assert "worker 0, completed" in shown and "layers   1, 3 of 4: residual" in shown
-    assert "36 stored, 0 skipped" in shown
-    assert main(["inspect", str(clean / "shard_0002.pkl.gz")]) == 0
-    assert "float32, width 64" in capsys.readouterr().out
-    assert main(["inspect", str(clean), "--sample", "3", "--layer", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    sample = next(each for each in iter_samples(clean, [3]) if each["sample_idx"] == 3)
-    assert len(lines) == 2 + len(sample["token_ids"])
-    cell = next(n for n, cell in enumerate(sample["token_cells"]) if cell[0] >= 0)
-    words = lines[2 + cell].split()
-    assert words[2] == f"'{words[7]}'" and words[3:7] == ["example_1_input", "0", "0", "0"]
-    assert float(words[8]) == pytest.approx(np.linalg.norm(sample["activations"][3][cell]), rel=1e-3)
-    with pytest.raises(UsageError, match="sample 99 is in no shard"):
-        main(["inspect", str(clean), "--sample", "99"])
-
-
 def test_stats_of_shards_and_of_the_run_agree(clean, copy, capsys, tmp_path):
     assert main(["stats", str(clean), "--output", str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged").read_bytes() == (clean / "stats.safetensors").read_bytes()

@@ -1,0 +1,26 @@
+"""Arguments that several commands take."""
+
+from qwen_jax.cli import FlagParser, non_negative_int
+from qwen_jax.shards import EMBEDDING, KIND_KEYS
+
+
+def add_path(parser: FlagParser) -> None:
+    """One place, as `args.path`."""
+    parser.add_argument("path", help="shard, worker's folder, folder of these, or gs:// address")
+
+
+def add_paths(parser: FlagParser) -> None:
+    """One or more places, as `args.paths`."""
+    parser.add_argument(
+        "paths", nargs="+", help="shards, worker's folders, folders of these, or gs:// addresses"
+    )
+
+
+def add_kind(parser: FlagParser) -> None:
+    """Which kind of activations, as `args.kind`; None is the main one."""
+    parser.flag("kind", "which of several stored kinds; without it the main one", choices=KIND_KEYS)
+
+
+def layer_name(text: str) -> int | str:
+    """An argparse type: a layer's index, or the embedding."""
+    return text if text == EMBEDDING else non_negative_int(text)
