@@ -1,6 +1,5 @@
 """What a shard is: gzip of a pickle `{layer: [record, ...]}`, written in one pass and read safely."""
 
-import io
 import itertools
 import os
 import pickle
@@ -27,7 +26,6 @@ EMBEDDING = "embedding"
 """The key of the embedding's records beside the layers."""
 
 _RECORD_COST = 512
-_READ_BUFFER_BYTES = 1 << 20
 
 
 class ShardError(BadDataError):
@@ -159,8 +157,8 @@ def load_shard(
 
     Args:
         path_or_file: the shard's path or an open binary file.
-        layers: the layers to keep in memory; what lies behind the last of them is not read, and so not
-            checked. None is all of them.
+        layers: the layers to keep in memory. Large arrays of the others are jumped over where the file can seek, and
+            what lies behind the last one is not read: neither is checked. None is all of them.
         max_bytes: bound on the memory that the content may take; by default it grows with the size of the
             file (`shards.compress.Budget`), enough for any hidden states.
 
@@ -186,9 +184,10 @@ def _load(
     file: BinaryIO, name: str, layers: Collection[int | str] | None, max_bytes: int | None
 ) -> dict[int | str, list[dict]]:
     budget = Budget(max_bytes)
-    stream = io.BufferedReader(GzipReader(file, budget), _READ_BUFFER_BYTES)
     try:
-        data = Unpickler(stream, budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING), layers).load()
+        data = Unpickler(
+            GzipReader(file, budget), budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING), layers
+        ).load()
         return _to_shard(_only(data, layers, name), budget)
     except MalformedError as error:
         raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error

@@ -7,7 +7,6 @@ carried out, any other ends the reading, and the few globals that a shard needs 
 this file. No numpy code sees the file's bytes until sizes have been checked.
 """
 
-import io
 import pickletools
 import struct
 from collections.abc import Callable, Collection
@@ -16,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qwen_jax.shards.compress import Budget, MalformedError
+from qwen_jax.shards.compress import IN_PLACE_BYTES, Budget, GzipReader, MalformedError
 
 _OP_COST = 128
 """Bytes charged per opcode: more than the largest empty object that one opcode can make."""
@@ -55,8 +54,21 @@ class _Dtype:
             raise MalformedError("holds a dtype that is not a plain little-endian one")
 
 
+class _Skipped:
+    """Stands for bytes that nobody wants."""
+
+    __slots__ = ("size",)
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
 class ArrayShell:
-    """Stands for a numpy array until its state has been checked; `array` is None before that."""
+    """Stands for a numpy array until its state has been checked; `array` is None before that, and where its data
+    were skipped."""
 
     __slots__ = ("array",)
 
@@ -71,10 +83,12 @@ class ArrayShell:
             version != 1
             or type(dtype) is not _Dtype
             or type(fortran) is not bool
-            or type(data) is not bytearray
+            or type(data) not in (bytearray, _Skipped)
         ):
             raise MalformedError("holds an array with a state that numpy does not write")
         _check_shape(shape, dtype.dtype.itemsize, len(data))
+        if type(data) is _Skipped:
+            return
         # frombuffer on a bytearray: writable, and no copy.
         self.array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if fortran else "C")
 
@@ -149,13 +163,14 @@ class Unpickler:
         stream: where the pickle comes from; read to the end, which must follow the pickle at once.
         budget: charged per opcode and per decoded string.
         keys: the strings that a dict may have as keys; ints from 0 to 65535 are keys as well.
-        wanted: of the lists that a dict holds, those to keep, by key; others are emptied as they come, and
-            reading ends when all of these are there. None keeps all and reads to the end.
+        wanted: of the lists that a dict holds, those to keep, by key; of others large float arrays are skipped, they
+            are emptied as they come, and reading ends when all of these are there. None keeps all and reads to the
+            end.
     """
 
     def __init__(
         self,
-        stream: io.BufferedReader,
+        stream: GzipReader,
         budget: Budget,
         keys: Collection[str],
         wanted: Collection[int | str] | None = None,
@@ -205,11 +220,38 @@ class Unpickler:
             return self._line(), self._line()
         return info.arg.reader(self._stream)
 
-    def _counted(self, kind: int) -> bytearray:
+    def _counted(self, kind: int) -> bytearray | _Skipped:
         """Bytes behind their length; a false length costs no more memory than the bytes that are there."""
         form = _LENGTH_FORMATS[kind]
         (size,) = struct.unpack(form, self._take(struct.calcsize(form)))
+        if size >= IN_PLACE_BYTES and self._wants_no_such_array():
+            self._stream.skip(size)
+            return _Skipped(size)
         return self._take(size)
+
+    def _wants_no_such_array(self) -> bool:
+        """Whether what comes are the values of activations in a layer that is not wanted.
+
+        Other arrays belong to all layers of a sample, and the first layer alone holds them.
+        """
+        layer = self._layer_at_hand()
+        if self._wanted is None or layer is None or layer in self._wanted:
+            return False
+        shape, dtype, _ = self._stack[-3:]
+        is_float = type(dtype) is _Dtype and dtype.dtype.kind != "i"
+        return is_float and type(shape) is tuple and len(shape) == 2
+
+    def _layer_at_hand(self) -> int | str | None:
+        """The key of the list that is being filled in the outermost dict.
+
+        That dict is followed by one key and list, or, as Python's pickler does it, by all keys and lists so far.
+        """
+        stack, at_hand = self._stack, None
+        for place in range(1, len(stack) - 1, 2):
+            if type(stack[place]) not in (int, str) or type(stack[place + 1]) is not list:
+                break
+            at_hand = stack[place]
+        return at_hand
 
     def _take(self, size: int) -> bytearray:
         data = bytearray()
