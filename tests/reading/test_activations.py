@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,19 @@ def test_at_most_the_readers_run_ahead(clean, shards_read):
     batches = iter_activations(clean, 3, 10)
     next(batches)
     assert len(shards_read) <= 1 + READERS + 1
+
+
+def test_the_shuffle_buffer_is_held_once(clean):
+    def peak(buffer: int) -> int:
+        tracemalloc.start()
+        for _ in iter_activations(clean, 3, 512, buffer):
+            pass
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    bytes_a_row = 64 * 4 + sum((4, 8, 4, 4, 4, 16))  # activations, and what is known of a row
+    assert 0.5 * 15_000 * bytes_a_row < peak(15_000) - peak(0) < 1.2 * 15_000 * bytes_a_row
 
 
 def test_no_row_is_twice_in_a_buffer_smaller_than_a_sample(clean):
