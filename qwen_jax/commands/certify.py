@@ -38,11 +38,11 @@ def run(args: Namespace) -> int:
 
 def _certify(run: Run, args: Namespace) -> bool:
     from qwen_jax.run.certify import certify
-    from qwen_jax.run.recorded import recorded_job
+    from qwen_jax.run.recorded import reference_job
 
     if run.metadata is None or not run.shards:
         raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
-    job = recorded_job(run.metadata, args.model_path, args.dataset_path, Path(run.where))
+    job = reference_job(run.metadata, args.model_path, args.dataset_path, Path(run.where))
     record = certify(job, list(_chosen(run, args.samples, args.seed)))
     _show(run, record)
     if run.metadata["status"] == "completed":

@@ -1,9 +1,11 @@
 """A run's settings, read back from its metadata.json: to compute some of its samples again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.job import Job, make_fingerprint, prepare
 from qwen_jax.run.settings import Settings
@@ -60,7 +62,25 @@ def recorded_settings(
 def recorded_job(
     metadata: dict[str, Any], model_path: str | None, dataset_path: str | None, output_dir: Path
 ) -> Job:
-    """The same run once more: model, stream and tokenizer are those of `metadata`, or ConfigError says which not."""
-    job = prepare(recorded_settings(metadata, model_path, dataset_path, output_dir))
+    """The same run once more, for the same bytes: model, stream and tokenizer are those of `metadata`, and this
+    machine can compute as the run did, or ConfigError says what differs."""
+    return _job(metadata, recorded_settings(metadata, model_path, dataset_path, output_dir))
+
+
+def reference_job(
+    metadata: dict[str, Any], model_path: str | None, dataset_path: str | None, output_dir: Path
+) -> Job:
+    """The same samples once more, on any machine, for a float32 reference that is exact however it is computed.
+
+    So no fused kernel, and the weights are shared over several devices only where this machine has as many.
+    Raises ConfigError where model, stream or tokenizer are not those of `metadata`.
+    """
+    settings = recorded_settings(metadata, model_path, dataset_path, output_dir)
+    parts = 1 if len(find_devices()) % settings.model_parallel else settings.model_parallel
+    return _job(metadata, replace(settings, attention="blocked", model_parallel=parts))
+
+
+def _job(metadata: dict[str, Any], settings: Settings) -> Job:
+    job = prepare(settings)
     check_fingerprint(metadata["fingerprint"], make_fingerprint(job), "metadata.json")
     return job

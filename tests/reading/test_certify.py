@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.__main__ import main
-from qwen_jax.errors import BadDataError
+from qwen_jax.errors import BadDataError, ConfigError
+from qwen_jax.run import recorded
 from tests.reading.conftest import extract
 
 
@@ -67,3 +68,28 @@ def test_every_kind_and_kept_rows_alone(tmp_path, capsys):
         assert list(kinds) == ["mlp", "attn", "embedding"]
         assert all(layer["relative"] < 2**-10 for layers in kinds.values() for layer in layers.values())
     assert np.isfinite([float(x) for x in re.findall(r"\d\.\d\de[+-]\d\d", capsys.readouterr().out)]).all()
+
+
+@pytest.mark.parametrize("attention", ["splash", "cudnn"])
+def test_a_run_of_a_tpu_or_gpu_is_certified_on_any_machine(copy, attention):
+    def elsewhere(metadata):
+        metadata["settings"] |= {"attention": attention, "model_parallel": 2, "devices": 8}
+        metadata["fingerprint"]["compute_dtype"] = metadata["compute_dtype"] = "bfloat16"
+
+    copy.metadata(elsewhere)
+    assert main(["certify", str(copy.folder), "--samples", "1"]) == 0
+    assert fidelity(copy.folder)["tolerance"] == pytest.approx(5e-2, rel=1e-3)
+    with pytest.raises(ConfigError, match="model_parallel"):  # to repair it takes a machine like the run's
+        recorded.recorded_job(
+            json.loads((copy.folder / "metadata.json").read_text()), None, None, copy.folder
+        )
+
+
+def test_weights_are_shared_over_devices_where_this_machine_has_as_many(copy, monkeypatch):
+    copy.metadata(lambda metadata: metadata["settings"].update(model_parallel=2))
+    metadata = json.loads((copy.folder / "metadata.json").read_text())
+    asked = []
+    monkeypatch.setattr(recorded, "find_devices", lambda: [None] * 4)
+    monkeypatch.setattr(recorded, "_job", lambda metadata, settings: asked.append(settings))
+    recorded.reference_job(metadata, None, None, copy.folder)
+    assert asked[0].model_parallel == 2
