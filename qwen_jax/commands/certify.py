@@ -87,8 +87,13 @@ def _show(run: Run, record: dict[str, Any]) -> None:
         print(f"  {'kind':<10} {'layer':>9} {'max abs':>10} {'relative':>10}   1 - min cosine")
         for kind, layers in kinds.items():
             for layer, close in layers.items():
-                numbers = (
-                    f"{close['max_abs']:>10.2e} {close['relative']:>10.2e} {1 - close['min_cosine']:>16.2e}"
-                )
-                print(f"  {kind:<10} {layer:>9} {numbers}")
+                print(f"  {kind:<10} {layer:>9} {_numbers(**close)}")
     print("  within the tolerance" if record["passed"] else "  BEYOND THE TOLERANCE")
+
+
+def _numbers(max_abs: float | None, relative: float | None, min_cosine: float | None) -> str:
+    away = None if min_cosine is None else 1 - min_cosine
+    columns = ((max_abs, 10), (relative, 10), (away, 16))
+    return " ".join(
+        f"{'not finite' if value is None else f'{value:.2e}':>{width}}" for value, width in columns
+    )

@@ -33,12 +33,17 @@ class Closeness:
     """Stored rows against the reference's, over all samples looked at.
 
     max_abs: largest difference of two values; relative: Euclidean norm of the differences by that of the
-    reference; min_cosine: of the row that points away most.
+    reference; min_cosine: of the row that points away most. None where that is no finite number, because a value
+    is infinite or not a number.
     """
 
-    max_abs: float
-    relative: float
-    min_cosine: float
+    max_abs: float | None
+    relative: float | None
+    min_cosine: float | None
+
+    def within(self, tolerance: float) -> bool:
+        """Whether all is finite and the relative error at most `tolerance`."""
+        return None not in (self.max_abs, self.relative, self.min_cosine) and self.relative <= tolerance
 
 
 def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
@@ -61,18 +66,12 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
         references["Hugging Face float32"] = hugging_face_reference(job.source.folder)
     tolerance = tolerance_of(job.dtype, job.activation_dtype)
-    closeness = {name: _compare(job, stored, prompts, run) for name, run in references.items()}
-    worst = max(
-        layer["relative"]
-        for kinds in closeness.values()
-        for layers in kinds.values()
-        for layer in layers.values()
-    )
+    compared = {name: _compare(job, stored, prompts, run) for name, run in references.items()}
     return {
         "samples": sorted(prompts),
-        "references": closeness,
+        "references": {name: _by_kind(layers) for name, layers in compared.items()},
         "tolerance": tolerance,
-        "passed": bool(worst <= tolerance),
+        "passed": all(each.within(tolerance) for layers in compared.values() for each in layers.values()),
     }
 
 
@@ -108,8 +107,8 @@ def _own_reference(job: Job) -> Reference:
 
 def _compare(
     job: Job, stored: Sequence[dict[str, Any]], prompts: dict[int, TokenizedSample], run: Reference
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{kind: {layer: Closeness}} over all samples."""
+) -> dict[tuple[str, int | str], Closeness]:
+    """By kind and layer, over all samples."""
     sums = {(kind, layer): _Sum() for kind, layer in _entries(job)}
     for sample in stored:
         prompt = prompts[sample["sample_idx"]]
@@ -125,9 +124,14 @@ def _compare(
             place = 0 if kind == "embedding" else _place(job, layer, len(expected))
             rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
             sums[kind, layer].add(sample["kinds"][kind][layer], rows)
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for (kind, layer), total in sums.items():
-        result.setdefault(kind, {})[str(layer)] = asdict(total.closeness())
+    return {entry: total.closeness() for entry, total in sums.items()}
+
+
+def _by_kind(closeness: dict[tuple[str, int | str], Closeness]) -> dict[str, dict[str, dict]]:
+    """{kind: {layer: ...}}, as JSON has it."""
+    result: dict[str, dict[str, dict]] = {}
+    for (kind, layer), close in closeness.items():
+        result.setdefault(kind, {})[str(layer)] = asdict(close)
     return result
 
 
@@ -143,7 +147,7 @@ def _place(job: Job, layer: int, available: int) -> int:
 
 
 class _Sum:
-    """Collects what Closeness needs."""
+    """Collects what Closeness needs. NumPy's maximum and minimum keep what is not a number; Python's may drop it."""
 
     def __init__(self) -> None:
         self._max_abs = self._difference = self._size = 0.0
@@ -151,13 +155,18 @@ class _Sum:
 
     def add(self, stored_RD: np.ndarray, expected_RD: np.ndarray) -> None:
         ours, theirs = stored_RD.astype(np.float64), expected_RD.astype(np.float64)
-        self._max_abs = max(self._max_abs, float(np.abs(ours - theirs).max()))
-        self._difference += float(np.square(ours - theirs).sum())
-        self._size += float(np.square(theirs).sum())
-        lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-        cosines = (ours * theirs).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
-        self._min_cosine = min(self._min_cosine, float(cosines.min()))
+        with np.errstate(invalid="ignore"):  # infinite values, which the result shows
+            self._max_abs = np.maximum(self._max_abs, np.abs(ours - theirs).max())
+            self._difference += np.square(ours - theirs).sum()
+            self._size += np.square(theirs).sum()
+            lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            cosines = (ours * theirs).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+            self._min_cosine = np.minimum(self._min_cosine, cosines.min())
 
     def closeness(self) -> Closeness:
         relative = (self._difference / max(self._size, np.finfo(np.float64).tiny)) ** 0.5
-        return Closeness(self._max_abs, relative, self._min_cosine)
+        return Closeness(*map(_finite, (self._max_abs, relative, self._min_cosine)))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -47,6 +47,22 @@ def test_other_numbers_fail_and_are_measured(copy, capsys):
         assert kinds["residual"]["1"]["relative"] < 1e-5
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_fails_and_is_recorded_as_null(copy, capsys, value):
+    def spoil(shard):
+        shard[1][0]["activation"][3, 5] = value
+
+    copy.shard(1, spoil)
+    assert main(["certify", str(copy.folder), "--samples", "99"]) == 1
+    record = fidelity(copy.folder)
+    assert not record["passed"]
+    for kinds in record["references"].values():
+        assert set(kinds["residual"]["1"].values()) == {None}
+        assert kinds["residual"]["3"]["relative"] < 1e-5
+    shown = capsys.readouterr().out
+    assert "BEYOND THE TOLERANCE" in shown and shown.count(" not finite") == 6
+
+
 def test_tokens_of_another_line_are_refused(copy):
     def swap(shard):
         tokens = shard[1][0]["token_ids"][::-1].copy()
