@@ -7,23 +7,18 @@ metadata.json under `fidelity`, with the tolerance of the dtype. Exit code 1 if 
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qwen_jax.cli import FlagParser, non_negative_int, positive_int
-from qwen_jax.errors import UsageError
-from qwen_jax.reading.runs import METADATA_NAME, Run, open_runs
-from qwen_jax.shards import EMBEDDING, load_shard
-from qwen_jax.storage.local import json_bytes
+from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
+from qwen_jax.reading.runs import Run, open_runs
 
 BEYOND_TOLERANCE = 1
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("path", help="worker's folder, folder of these, or gs:// address")
+    parser.add_argument("path", help="worker's folder, folder of these, one shard, or gs:// address")
     parser.flag("samples", "stored samples to recompute, of each worker", default=8, type=positive_int)
     parser.flag("seed", "which samples", default=0, type=non_negative_int)
     parser.flag("model_path", "the model, where it is no longer where the run had it")
@@ -40,44 +35,16 @@ def _certify(run: Run, args: Namespace) -> bool:
     from qwen_jax.run.certify import certify
     from qwen_jax.run.recorded import reference_job
 
-    if run.metadata is None or not run.shards:
-        raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
+    stored = list(drawn_samples(run, args.samples, args.seed))
     job = reference_job(run.metadata, args.model_path, args.dataset_path, Path(run.where))
-    record = certify(job, list(_chosen(run, args.samples, args.seed)))
+    record = certify(job, stored)
     _show(run, record)
-    if run.metadata["status"] == "completed":
-        run.place.replace(METADATA_NAME, json_bytes({**run.metadata, "fidelity": record}))
+    obstacle = why_not_recorded(run)
+    if obstacle is None:
+        record_fidelity(run, record)
     else:
-        print("the run is unfinished, so metadata.json is its worker's to write: nothing was recorded")
+        print(f"{obstacle}: nothing was recorded")
     return record["passed"]
-
-
-def _chosen(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Stored samples drawn from all of them, each with the arrays of every kind."""
-    entries = run.metadata["shards"]
-    ends = np.cumsum([entry["samples"] for entry in entries])
-    drawn = np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False)
-    for number, entry in enumerate(entries):
-        first = ends[number] - entry["samples"]
-        places = sorted(int(place - first) for place in drawn if first <= place < ends[number])
-        if places:
-            with run.place.local(entry["filename"]) as path:
-                shard = load_shard(path)
-            yield from (_sample(shard, run.kinds, place) for place in places)
-
-
-def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
-    records = {layer: shard[layer][place] for layer in shard}
-    first = next(iter(records.values()))
-    of_kind = {
-        kind: {
-            layer: records[layer][kind if number else "activation"] for layer in records if layer != EMBEDDING
-        }
-        for number, kind in enumerate(kinds)
-    }
-    if EMBEDDING in records:
-        of_kind[EMBEDDING] = {EMBEDDING: records[EMBEDDING]["activation"]}
-    return {"sample_idx": first["sample_idx"], "token_ids": first["token_ids"], "kinds": of_kind}
 
 
 def _show(run: Run, record: dict[str, Any]) -> None:

@@ -53,11 +53,13 @@ def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
 
 @device_errors()
 def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Recomputes `stored` samples (as reading.shard_samples gives them, with the activations of one kind for each
-    kind: `{"residual": {layer: array}}` under `kinds`) in float32 and compares them layer by layer.
+    """Recomputes `stored` samples in float32 and compares them layer by layer: against our own model, and against
+    Hugging Face's where torch is installed. Returns the fidelity record for metadata.json.
 
-    Against our own model, and against Hugging Face's where torch is installed. Returns the fidelity record for
-    metadata.json. Raises BadDataError where a sample's tokens are not those of the stream's line.
+    job: see recorded.reference_job. stored: of each sample `sample_idx`, `token_ids` int32 [n] of its kept tokens, and
+    `kinds`, `{kind: {layer: [n, hidden]}}`, the embedding as `{"embedding": {"embedding": ...}}`.
+
+    Raises BadDataError where a sample's tokens are not those of the stream's line.
     """
     prompts = _prompts(job, [sample["sample_idx"] for sample in stored])
     references = {"qwen_jax float32": _own_reference(job)}

@@ -2,14 +2,18 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qwen_jax.__main__ import main
-from qwen_jax.errors import BadDataError, ConfigError
+from qwen_jax.commands import certify as command
+from qwen_jax.errors import BadDataError, ConfigError, UsageError
+from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
+from qwen_jax.reading.runs import Run, open_runs
 from qwen_jax.run import recorded
-from tests.reading.conftest import extract
+from tests.reading.conftest import all_rows, extract
 
 
 def fidelity(folder) -> dict:
@@ -109,3 +113,59 @@ def test_weights_are_shared_over_devices_where_this_machine_has_as_many(copy, mo
     monkeypatch.setattr(recorded, "_job", lambda metadata, settings: asked.append(settings))
     recorded.reference_job(metadata, None, None, copy.folder)
     assert asked[0].model_parallel == 2
+
+
+def narrowed(folder: Path, shard: str, metadata_too: bool) -> Run:
+    """A run of one of a worker's shards, with metadata of that shard alone or of all."""
+    (run,) = open_runs(folder)
+    run.shards = [shard]
+    if metadata_too:
+        entries = [entry for entry in run.metadata["shards"] if entry["filename"] == shard]
+        run.metadata = {**run.metadata, "shards": entries}
+    return run
+
+
+@pytest.mark.parametrize("metadata_too", [True, False])
+def test_a_single_shard_is_certified_and_the_whole_runs_metadata_left_alone(
+    copy, monkeypatch, capsys, metadata_too
+):
+    before = (copy.folder / "metadata.json").read_bytes()
+    run = narrowed(copy.folder, "shard_0002.pkl.gz", metadata_too)
+    entry = next(each for each in run.metadata["shards"] if each["filename"] == "shard_0002.pkl.gz")
+    monkeypatch.setattr(command, "open_runs", lambda path: [run])
+    assert main(["certify", str(copy.folder / "shard_0002.pkl.gz"), "--samples", "2"]) == 0
+    assert (copy.folder / "metadata.json").read_bytes() == before
+    assert "nothing was recorded" in capsys.readouterr().out
+    drawn = [sample["sample_idx"] for sample in drawn_samples(run, 99, 0)]
+    assert drawn[0] == entry["first_sample_idx"] and drawn[-1] == entry["last_sample_idx"]
+
+
+def test_an_unfinished_run_is_measured_and_its_metadata_left_to_its_worker(copy, capsys):
+    copy.metadata(lambda metadata: metadata.update(status="in_progress"))
+    before = (copy.folder / "metadata.json").read_bytes()
+    assert main(["certify", str(copy.folder), "--samples", "1"]) == 0
+    assert (copy.folder / "metadata.json").read_bytes() == before
+    assert "nothing was recorded" in capsys.readouterr().out
+
+
+def test_all_samples_are_drawn_once_in_order_and_the_record_is_added_to_the_rest(copy):
+    (run,) = open_runs(copy.folder)
+    drawn = list(drawn_samples(run, 10**6, seed=3))
+    assert len({sample["sample_idx"] for sample in drawn}) == len(drawn) == run.metadata["totals"]["samples"]
+    rows = np.concatenate([sample["kinds"]["residual"][3] for sample in drawn])
+    np.testing.assert_array_equal(rows, all_rows(copy.folder, 3))
+    some = [sample["sample_idx"] for sample in drawn_samples(run, 5, seed=3)]
+    assert len(some) == 5 and some == sorted(some)
+    assert some != [sample["sample_idx"] for sample in drawn_samples(run, 5, seed=4)]
+    assert why_not_recorded(run) is None
+    record_fidelity(run, {"passed": True})
+    assert json.loads((copy.folder / "metadata.json").read_text()) == {
+        **run.metadata,
+        "fidelity": {"passed": True},
+    }
+
+
+def test_shards_without_metadata_are_refused(copy):
+    (copy.folder / "metadata.json").unlink()
+    with pytest.raises(UsageError, match=r"no metadata\.json"):
+        main(["certify", str(copy.folder)])

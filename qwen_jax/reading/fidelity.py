@@ -1,0 +1,66 @@
+"""What certify needs of a run: some of its stored samples, and a place for the result."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.errors import UsageError
+from qwen_jax.reading.runs import METADATA_NAME, Run
+from qwen_jax.shards import EMBEDDING, load_shard
+
+
+def drawn_samples(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """At most `count` stored samples in order, drawn by `seed` from all of the run's; one shard is in memory at a time.
+
+    A sample: `sample_idx`, `token_ids` and `kinds`, `{kind: {layer: [n, hidden] in the stored dtype}}`; the embedding
+    stands under `{"embedding": {"embedding": ...}}`. Raises UsageError for a run without metadata.json or shards.
+    """
+    if run.metadata is None or not run.shards:
+        raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
+    entries = [entry for entry in run.metadata["shards"] if entry["filename"] in run.shards]
+    ends = np.cumsum([entry["samples"] for entry in entries])
+    drawn = np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False)
+    for entry, end in zip(entries, ends, strict=True):
+        first = end - entry["samples"]
+        places = sorted(int(place - first) for place in drawn if first <= place < end)
+        if places:
+            with run.place.local(entry["filename"]) as path:
+                shard = load_shard(path)
+            yield from (_sample(shard, run.kinds, place) for place in places)
+
+
+def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
+    records = {layer: shard[layer][place] for layer in shard}
+    first = next(iter(records.values()))
+    of_kind = {
+        kind: {
+            layer: records[layer][kind if number else "activation"] for layer in records if layer != EMBEDDING
+        }
+        for number, kind in enumerate(kinds)
+    }
+    if EMBEDDING in records:
+        of_kind[EMBEDDING] = {EMBEDDING: records[EMBEDDING]["activation"]}
+    return {"sample_idx": first["sample_idx"], "token_ids": first["token_ids"], "kinds": of_kind}
+
+
+def why_not_recorded(run: Run) -> str | None:
+    """Why metadata.json cannot take the fidelity of what was looked at; None where it can."""
+    if run.metadata["status"] != "completed":
+        return "the run is unfinished, so metadata.json is its worker's to write"
+    if run.shards != [entry["filename"] for entry in _stored_metadata(run)["shards"]]:
+        return "this is only a part of the run, and metadata.json speaks of the whole"
+    return None
+
+
+def record_fidelity(run: Run, record: dict[str, Any]) -> None:
+    """Puts `record` (run.certify.certify) into the run's metadata.json under `fidelity`; the rest stays as it is."""
+    from qwen_jax.storage.local import json_bytes
+
+    run.place.replace(METADATA_NAME, json_bytes({**_stored_metadata(run), "fidelity": record}))
+
+
+def _stored_metadata(run: Run) -> dict[str, Any]:
+    """The file itself: what a run that was opened at one shard knows may be of that shard alone."""
+    return json.loads(run.place.read(METADATA_NAME))
