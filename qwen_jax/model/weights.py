@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, so that safetensors can return it)
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from qwen_jax.errors import ConfigError
@@ -143,14 +143,31 @@ def load_model(
     filled = []
     for path, leaf in nnx.to_flat_state(abstract):
         names, axes = _sources(path, num_layers)
-        letters = axes.replace(" ", "")
         tensors = [_Tensor(handles[checkpoint.location[name]], name, axes, config) for name in names]
-        stacked = path[0] == "blocks"
-        letters = "L" * stacked + letters
-        read = partial(_read_part, tensors, stacked, leaf.dtype)
-        sharding = sharding_of(mesh, letters, config.dims)
-        filled.append((path, leaf.replace(_place(leaf.shape, sharding, read))))
+        read = partial(_read_part, tensors, _is_stacked(path), leaf.dtype)
+        filled.append((path, leaf.replace(_place(leaf.shape, _sharding(path, config, mesh), read))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def parameter_bytes(
+    config: Qwen2Config, num_layers: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, with_head: bool = False
+) -> int:
+    """Bytes of the parameters on each device of `mesh`, as load_model places them; needs no checkpoint."""
+    _, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
+    return sum(
+        math.prod(_sharding(path, config, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for path, leaf in nnx.to_flat_state(abstract)
+    )
+
+
+def _is_stacked(path: tuple[str, ...]) -> bool:
+    return path[0] == "blocks"
+
+
+def _sharding(path: tuple[str, ...], config: Qwen2Config, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Where one of our parameters lies."""
+    _, axes = _sources(path, 0)
+    return sharding_of(mesh, "L" * _is_stacked(path) + axes.replace(" ", ""), config.dims)
 
 
 _SINGLE_TENSORS = {

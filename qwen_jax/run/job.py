@@ -10,7 +10,7 @@ from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.model.attention import resolve_attention
 from qwen_jax.model.capture import ACTIVATION_DTYPES, resolve_dtype
 from qwen_jax.model.config import Qwen2Config, read_config
-from qwen_jax.model.sharding import check_mesh, make_mesh
+from qwen_jax.model.sharding import check_split, make_mesh
 from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
@@ -35,19 +35,16 @@ _TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the settings come to, once model, tokenizer and stream have been looked at."""
+class Outline:
+    """What the settings come to on any machine, before weights and devices are looked at."""
 
     settings: Settings
     source: ModelSource
     config: Qwen2Config
-    checkpoint: Checkpoint
     stream: StreamSummary
     layers: tuple[int, ...]
     dtype: str
     activation_dtype: str
-    attention: str
-    mesh: Mesh
 
     @property
     def bytes_per_token(self) -> int:
@@ -61,34 +58,49 @@ class Job:
         limit = self.settings.max_samples
         return self.stream.lines if limit is None else min(limit, self.stream.lines)
 
+    @property
+    def layers_run(self) -> int:
+        """Layers that are loaded and run: up to the deepest one asked for, but log-probabilities take all."""
+        return self.config.num_layers if self.settings.include_answer else self.layers[-1] + 1
 
-def prepare(settings: Settings) -> Job:
-    """Reads the stream's digest, the model's config and headers; checks every setting against them."""
+
+@dataclass(frozen=True)
+class Job(Outline):
+    """An outline on this machine, its checkpoint opened."""
+
+    checkpoint: Checkpoint
+    attention: str
+    mesh: Mesh
+
+
+def outline(settings: Settings, weights: bool = True) -> Outline:
+    """Reads the stream's digest and the model's config, and checks the settings against them.
+
+    weights: whether a model of the hub is fetched with them.
+    """
     stream = stream_summary(settings.dataset_path)
-    source = fetch_model(settings.model_path, settings.revision)
+    source = fetch_model(settings.model_path, settings.revision, weights)
     config = read_config(source.folder)
     if settings.max_seq_length > config.max_positions:
         raise ConfigError(
             f"--max_seq_length {settings.max_seq_length} is beyond the {config.max_positions} positions that "
             "the model knows"
         )
-    devices = find_devices()
-    mesh = make_mesh(settings.model_parallel)
-    check_mesh(mesh, config)
+    check_split(config, settings.model_parallel)
     dtype = resolve_dtype(settings.dtype)
     activation_dtype = dtype if settings.activation_dtype == "auto" else settings.activation_dtype
-    return Job(
-        settings,
-        source,
-        config,
-        open_checkpoint(source.folder),
-        stream,
-        choose_layers(settings.layers_to_extract, config.num_layers),
-        dtype,
-        activation_dtype,
-        resolve_attention(settings.attention, dtype, devices[0]),
-        mesh,
-    )
+    layers = choose_layers(settings.layers_to_extract, config.num_layers)
+    return Outline(settings, source, config, stream, layers, dtype, activation_dtype)
+
+
+def prepare(settings: Settings) -> Job:
+    """The outline, the checkpoint's headers and this machine's devices; checks every setting against them."""
+    devices = find_devices()
+    mesh = make_mesh(settings.model_parallel)
+    planned = outline(settings)
+    attention = resolve_attention(settings.attention, planned.dtype, devices[0])
+    checkpoint = open_checkpoint(planned.source.folder)
+    return Job(**vars(planned), checkpoint=checkpoint, attention=attention, mesh=mesh)
 
 
 def choose_layers(wanted: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:

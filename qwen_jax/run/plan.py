@@ -1,21 +1,22 @@
 """What a run would write and take, from the stream, the tokenizer and the model's configuration alone."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from qwen_jax.data.batching import BatchShapes, plan_batches, windows
+from qwen_jax.data.batching import Batch, BatchShapes, plan_batches, windows
 from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
-from qwen_jax.data.streams import read_stream, stream_summary
-from qwen_jax.model.capture import ACTIVATION_DTYPES, resolve_dtype
-from qwen_jax.model.config import read_config
-from qwen_jax.model.source import fetch_model
+from qwen_jax.data.streams import read_stream
+from qwen_jax.model.capture import COMPUTE_DTYPES
+from qwen_jax.model.sharding import planned_mesh
+from qwen_jax.model.weights import parameter_bytes
 from qwen_jax.run.devices import find_devices
-from qwen_jax.run.job import choose_layers
+from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
 from qwen_jax.run.plan_flags import Assumptions
-from qwen_jax.run.prompts import PromptMaker
+from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
 from qwen_jax.run.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
@@ -27,13 +28,13 @@ _SEED = 0
 class Plan:
     """Counts of a run; scaled from a sample of the lines where `exact` is false.
 
-    prompt_tokens: what the device computes, without padding; real_share: their share of all positions, padding
-    included, None for a sample of lines. kept_tokens: rows that are stored. Bytes are of activations.
+    prompt_tokens: what the devices compute, without padding; real_share: their share of all positions, padding
+    included, None for a sample of lines. kept_tokens: rows that are stored. Bytes are of activations, but for
+    weight_bytes, of the parameters on each device. step_rows: the most rows that a full step keeps on a device.
     """
 
-    settings: Settings
+    outline: Outline
     assumptions: Assumptions
-    lines: int
     tokenized_lines: int
     samples: int
     skipped: int
@@ -42,10 +43,21 @@ class Plan:
     prompt_tokens: int
     kept_tokens: int
     real_share: float | None
-    bytes_per_token: int
-    activation_dtype: str
-    layers: int
+    step_rows: int
     devices: int
+    weight_bytes: int
+
+    @property
+    def settings(self) -> Settings:
+        return self.outline.settings
+
+    @property
+    def lines(self) -> int:
+        return self.outline.lines
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.outline.bytes_per_token
 
     @property
     def exact(self) -> bool:
@@ -57,7 +69,7 @@ class Plan:
 
     @property
     def compressed_bytes(self) -> int:
-        return round(self.raw_bytes * COMPRESSED_SHARE[self.activation_dtype])
+        return round(self.raw_bytes * COMPRESSED_SHARE[self.outline.activation_dtype])
 
     @property
     def shards(self) -> int:
@@ -67,16 +79,21 @@ class Plan:
         return max(1, round(self.raw_bytes / (self.settings.shard_bytes + self.raw_bytes / self.samples / 2)))
 
     @property
-    def memory_bytes(self) -> int:
-        """Activations on the host; the model and the programs come besides."""
+    def host_bytes(self) -> int:
+        """Activations on the host at most; the programs come besides."""
         settings = self.settings
         return activation_bytes_bound(
             bytes_per_token=self.bytes_per_token,
             max_seq_length=settings.max_seq_length,
-            tokens_per_step=settings.batch_size * settings.max_seq_length * self.devices,
+            tokens_per_step=_shapes(settings, self.devices).tokens_per_step,
             lookahead=settings.lookahead,
             shard_bytes=settings.shard_bytes,
         )
+
+    @property
+    def step_bytes(self) -> int:
+        """Captured activations of one step on each device."""
+        return self.step_rows * self.bytes_per_token
 
     @property
     def hours(self) -> float | None:
@@ -94,12 +111,17 @@ class Plan:
         if self.real_share is not None:
             yield f"  padding     {1 - self.real_share:.1%} of the positions computed"
         yield (
-            f"  activations {self.layers} layers, {' '.join(settings.taps)}, {self.activation_dtype}: "
-            f"{self.bytes_per_token:,} bytes a token"
+            f"  activations {len(self.outline.layers)} layers, {' '.join(settings.taps)}, "
+            f"{self.outline.activation_dtype}: {self.bytes_per_token:,} bytes a token"
         )
         yield f"  raw         {_bytes(self.raw_bytes)} in {self.shards:,} shards"
         yield f"  compressed  about {_bytes(self.compressed_bytes)}"
-        yield f"  memory      activations take at most {_bytes(self.memory_bytes)} of the host's"
+        yield f"  host RAM    at most {_bytes(self.host_bytes)} of activations"
+        weights, step = _bytes(self.weight_bytes), _bytes(self.step_bytes)
+        yield (
+            f"  device RAM  {weights} of weights in {self.outline.dtype}, {step} of a step's activations, on each of "
+            f"{self.devices}"
+        )
         yield from self._costs()
 
     def _costs(self) -> Iterator[str]:
@@ -132,53 +154,95 @@ def _amount(money: float) -> str:
 
 def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
     """Tokenises the stream, or a seeded sample of its lines; loads no weights. Raises what a run would raise."""
-    stream = stream_summary(settings.dataset_path)
-    source = fetch_model(settings.model_path, settings.revision, weights=False)
-    config = read_config(source.folder)
-    tokenizer = load_tokenizer(str(source.folder))
-    make_prompt = PromptMaker(settings, tokenizer, stream.sha256)
-    lines = stream.lines if settings.max_samples is None else min(stream.lines, settings.max_samples)
-    chosen = _choose(lines, assumptions.plan_samples)
-    records = read_stream(settings.dataset_path)
-    results = [make_prompt(sample_idx, record) for sample_idx, record in records if sample_idx in chosen]
-    samples = [result for result in results if isinstance(result, TokenizedSample)]
-    scale = lines / max(len(chosen), 1)
-    devices = len(find_devices()) // settings.model_parallel
-    activation_dtype = settings.activation_dtype
-    if activation_dtype == "auto":
-        activation_dtype = resolve_dtype(settings.dtype)
-    layers = len(choose_layers(settings.layers_to_extract, config.num_layers))
-    arrays = layers * len(settings.activation_types) + settings.include_embedding
+    devices = assumptions.devices or len(find_devices())
+    mesh = planned_mesh(devices, settings.model_parallel)
+    planned = outline(settings, weights=False)
+    chosen = _choose(planned.lines, assumptions.plan_samples)
+    counts = _count(planned, chosen, devices)
+    scale = planned.lines / max(len(chosen), 1)
+    exact = len(chosen) == planned.lines and counts.samples
+    weights = (
+        planned.config,
+        planned.layers_run,
+        COMPUTE_DTYPES[planned.dtype],
+        mesh,
+        settings.include_answer,
+    )
     return Plan(
-        settings,
+        planned,
         assumptions,
-        lines,
         len(chosen),
-        samples=round(len(samples) * scale),
-        skipped=round((len(results) - len(samples)) * scale),
-        shortened=round(sum(sample.dropped_examples > 0 for sample in samples) * scale),
-        truncated=round(sum(sample.truncated for sample in samples) * scale),
-        prompt_tokens=round(sum(len(sample.token_ids) for sample in samples) * scale),
-        kept_tokens=round(sum(sample.n_kept for sample in samples) * scale),
-        real_share=_real_share(settings, samples, devices) if len(chosen) == lines and samples else None,
-        bytes_per_token=arrays * config.hidden_size * ACTIVATION_DTYPES[activation_dtype].dtype.itemsize,
-        activation_dtype=activation_dtype,
-        layers=layers,
+        samples=round(counts.samples * scale),
+        skipped=round(counts.skipped * scale),
+        shortened=round(counts.shortened * scale),
+        truncated=round(counts.truncated * scale),
+        prompt_tokens=round(counts.prompt_tokens * scale),
+        kept_tokens=round(counts.kept_tokens * scale),
+        real_share=counts.prompt_tokens / counts.positions if exact else None,
+        step_rows=counts.step_rows,
         devices=devices,
+        weight_bytes=parameter_bytes(*weights),
     )
 
 
-def _choose(lines: int, count: int | None) -> frozenset[int]:
+def _choose(lines: int, count: int | None) -> Collection[int]:
     if count is None or count >= lines:
-        return frozenset(range(lines))
+        return range(lines)
     return frozenset(np.random.default_rng(_SEED).choice(lines, count, replace=False).tolist())
 
 
-def _real_share(settings: Settings, samples: list[TokenizedSample], devices: int) -> float:
-    shapes = BatchShapes(settings.max_seq_length, settings.batch_size, devices)
-    positions = sum(
-        batch.token_ids.size
-        for window in windows(samples, settings.lookahead * shapes.tokens_per_step)
-        for batch in plan_batches(window, shapes)
-    )
-    return sum(len(sample.token_ids) for sample in samples) / positions
+def _shapes(settings: Settings, devices: int) -> BatchShapes:
+    return BatchShapes(settings.max_seq_length, settings.batch_size, devices // settings.model_parallel)
+
+
+@dataclass
+class _Counts:
+    """What is counted as samples and batches go by; none of them is kept."""
+
+    samples: int = 0
+    skipped: int = 0
+    shortened: int = 0
+    truncated: int = 0
+    prompt_tokens: int = 0
+    kept_tokens: int = 0
+    positions: int = 0
+    step_rows: int = 0
+
+    def add_sample(self, sample: TokenizedSample) -> None:
+        self.samples += 1
+        self.shortened += sample.dropped_examples > 0
+        self.truncated += sample.truncated
+        self.prompt_tokens += len(sample.token_ids)
+        self.kept_tokens += sample.n_kept
+
+    def add_batch(self, batch: Batch, shapes: BatchShapes) -> None:
+        """A sample of the lines fills few batches, so the memory of a step is that of a full one."""
+        length = batch.token_ids.shape[1]
+        kept = length if batch.positions is None else batch.positions.shape[1]
+        self.positions += batch.token_ids.size
+        self.step_rows = max(self.step_rows, max(shapes.row_counts(length)) // shapes.devices * kept)
+
+
+def _count(planned: Outline, chosen: Collection[int], devices: int) -> _Counts:
+    """Everything that the run would make of the chosen lines, one window of samples at a time."""
+    counts, shapes = _Counts(), _shapes(planned.settings, devices)
+    samples = _tokenized(planned, chosen, counts)
+    for window in windows(samples, planned.settings.lookahead * shapes.tokens_per_step):
+        for batch in plan_batches(window, shapes):
+            counts.add_batch(batch, shapes)
+    return counts
+
+
+def _tokenized(planned: Outline, chosen: Collection[int], counts: _Counts) -> Iterator[TokenizedSample]:
+    """The samples of the chosen lines, counted; raises BadDataError past --max_bad_records."""
+    settings = planned.settings
+    make_prompt = PromptMaker(settings, load_tokenizer(str(planned.source.folder)), planned.stream.sha256)
+    bad = BadRecordLimit(settings)
+    records = islice(read_stream(settings.dataset_path), planned.lines)
+    for result in (make_prompt(sample_idx, record) for sample_idx, record in records if sample_idx in chosen):
+        if isinstance(result, TokenizedSample):
+            counts.add_sample(result)
+            yield result
+        else:
+            counts.skipped += 1
+            bad.count(result)

@@ -42,6 +42,28 @@ class PromptMaker:
         return self._selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
 
 
+class BadRecordLimit:
+    """Counts bad records up to --max_bad_records."""
+
+    def __init__(self, settings: Settings, counted: int = 0):
+        self._settings = settings
+        self._counted = counted
+
+    def count(self, sample: SkippedSample) -> None:
+        """Raises BadDataError for one too many."""
+        self._counted += sample.bad_record
+        if self._counted > self._settings.max_bad_records:
+            raise BadDataError(
+                f"{_where(self._settings, sample)}: {sample.reason}; that is bad record number {self._counted}, more "
+                f"than --max_bad_records {self._settings.max_bad_records}; mend the stream or raise the limit"
+            )
+
+
+def _where(settings: Settings, sample: SkippedSample) -> str:
+    """The stream's file and line, as people count."""
+    return f"{settings.dataset_path}, line {sample.sample_idx + 1}"
+
+
 class SampleReader:
     """Tokenises the stream for a run that writes from sample `first` on; keeps what it skips.
 
@@ -59,7 +81,7 @@ class SampleReader:
         self._settings = settings
         self._make_prompt = make_prompt
         self._first = first
-        self._bad = bad_before
+        self._bad = BadRecordLimit(settings, bad_before)
         self._skipped: deque[SkippedSample] = deque()
 
     def __iter__(self) -> Iterator[TokenizedSample]:
@@ -81,12 +103,6 @@ class SampleReader:
         return taken
 
     def _skip(self, sample: SkippedSample) -> None:
-        where = f"{self._settings.dataset_path}, line {sample.sample_idx + 1}"
-        log.warning("%s: skipped: %s", where, sample.reason)
+        log.warning("%s: skipped: %s", _where(self._settings, sample), sample.reason)
         self._skipped.append(sample)
-        self._bad += sample.bad_record
-        if self._bad > self._settings.max_bad_records:
-            raise BadDataError(
-                f"{where}: {sample.reason}; that is bad record number {self._bad}, more than "
-                f"--max_bad_records {self._settings.max_bad_records}; mend the stream or raise the limit"
-            )
+        self._bad.count(sample)

@@ -169,10 +169,9 @@ def load_capture(job: Job) -> Capture:
     """
     settings = job.settings
     use_compilation_cache(settings.compilation_cache_dir)
-    num_layers = job.config.num_layers if settings.include_answer else job.layers[-1] + 1
-    log.info("loading %d of %d layers in %s", num_layers, job.config.num_layers, job.dtype)
+    log.info("loading %d of %d layers in %s", job.layers_run, job.config.num_layers, job.dtype)
     dtype = COMPUTE_DTYPES[job.dtype]
-    model = load_model(job.checkpoint, job.config, num_layers, dtype, job.mesh, settings.include_answer)
+    model = load_model(job.checkpoint, job.config, job.layers_run, dtype, job.mesh, settings.include_answer)
     return Capture(model, job.layers, settings.taps, job.activation_dtype, job.mesh, job.attention)
 
 

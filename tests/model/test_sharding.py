@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.sharding import check_mesh, make_mesh
+from qwen_jax.model.sharding import check_split, make_mesh, planned_mesh
 from tests.model.conftest import SHAPES, build_reference
 
 PROGRAM = """
@@ -17,19 +17,20 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from qwen_jax.model.capture import Capture
 from qwen_jax.model.config import read_config
-from qwen_jax.model.sharding import check_mesh, make_mesh
-from qwen_jax.model.weights import load_model, open_checkpoint
+from qwen_jax.model.sharding import check_split, make_mesh, planned_mesh
+from qwen_jax.model.weights import load_model, open_checkpoint, parameter_bytes
 
 folder, model_parallel = sys.argv[1], int(sys.argv[2])
 config = read_config(folder)
 mesh = make_mesh(model_parallel)
-check_mesh(mesh, config)
+check_split(config, model_parallel)
 model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float32, mesh)
 tokens = np.random.default_rng(7).integers(0, config.vocab_size, (16, 24), np.int32)
 out = Capture(model, tuple(range(config.num_layers)), ["residual"], "float32", mesh)(tokens)
 np.save(sys.argv[3], np.asarray(out.taps["residual"].activations_CBRD))
 per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
-print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device}))
+planned = parameter_bytes(config, config.num_layers, jnp.float32, planned_mesh(len(jax.devices()), model_parallel))
+print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device, "planned": planned}))
 """
 
 
@@ -75,6 +76,7 @@ def test_eight_devices_equal_one(shape, model_parallel, tmp_path):
     one = run(folder, 1, 1, tmp_path / "one.npy")
     many = run(folder, 8, model_parallel, tmp_path / "many.npy")
     assert many["devices"] == 8
+    assert many["planned"] == many["bytes_per_device"] and one["planned"] == one["bytes_per_device"]
     expected, sharded = np.load(tmp_path / "one.npy"), np.load(tmp_path / "many.npy")
     np.testing.assert_allclose(sharded, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     if model_parallel > 1:
@@ -84,9 +86,7 @@ def test_eight_devices_equal_one(shape, model_parallel, tmp_path):
 def test_uneven_splits_are_refused(small):
     with pytest.raises(ConfigError, match="does not divide the 1 local devices"):
         make_mesh(3)
-
-    class Mesh:
-        shape = {"data": 1, "model": 3}  # noqa: RUF012
-
+    with pytest.raises(ConfigError, match="does not divide the 8 devices planned for"):
+        planned_mesh(8, 3)
     with pytest.raises(ConfigError, match="14 heads"):
-        check_mesh(Mesh(), small.config)
+        check_split(small.config, 3)

@@ -1,11 +1,18 @@
 """What the plan foretells is what the run then writes."""
 
+import dataclasses
+import tracemalloc
+
+import numpy as np
 import pytest
+from safetensors import safe_open
 
 from qwen_jax.cli import FlagParser
+from qwen_jax.errors import BadDataError, ConfigError, UsageError
 from qwen_jax.run.flags import add_worker_flags, to_settings
 from qwen_jax.run.plan import make_plan
 from qwen_jax.run.plan_flags import Assumptions
+from tests.run_worker.conftest import arc_lines
 
 
 def plan_of(workspace, *flags, **assumptions):
@@ -59,3 +66,74 @@ def test_time_and_cost(finished):
 def test_a_dry_run_writes_nothing(workspace):
     done = workspace.run("--dry_run", "--plan_samples", "5")
     assert "plan for" in done.stdout and not workspace.output.exists()
+
+
+def test_another_machine_is_planned_for(finished):
+    one = plan_of(finished, "--dtype", "bfloat16")
+    eight = plan_of(finished, "--dtype", "bfloat16", "--model_parallel", "2", devices=8)
+    assert (one.devices, eight.devices) == (1, 8)
+    assert eight.host_bytes > one.host_bytes  # four rows of devices, so four times the tokens a step
+    assert one.weight_bytes / 2 < eight.weight_bytes < 0.8 * one.weight_bytes  # the embedding is not shared
+    assert eight.samples == one.samples and eight.real_share < one.real_share
+    assert "on each of 8" in "\n".join(eight.lines_of_text())
+
+
+def test_the_memory_of_a_device(finished):
+    """Weights up to the deepest layer; as many rows as the largest batch keeps."""
+    with safe_open(finished.model / "model.safetensors", "numpy") as file:
+        sizes = {name: np.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    unused = ("lm_head.weight", "model.norm.weight")
+    all_layers = sum(size for name, size in sizes.items() if name not in unused)
+    first = sum(size for name, size in sizes.items() if "embed" in name or ".layers.0." in name)
+    assert plan_of(finished).weight_bytes == 4 * all_layers
+    assert plan_of(finished, "--layers_to_extract", "0", "--dtype", "bfloat16").weight_bytes == 2 * first
+    answers = plan_of(finished, "--layers_to_extract", "0", "--include_answer")
+    assert answers.weight_bytes == 4 * (all_layers + sizes["model.norm.weight"])
+    full, last = plan_of(finished), plan_of(finished, "--keep_tokens", "last")
+    assert 1000 < full.step_rows <= 2 * 640  # --batch_size 2, --max_seq_length 640
+    assert plan_of(finished, plan_samples=3).step_rows > 1000
+    assert full.step_bytes == full.step_rows * full.bytes_per_token
+    assert last.step_rows < 20
+
+
+@pytest.mark.parametrize(
+    "flags, devices, error, words",
+    [
+        (["--model_parallel", "4"], None, ConfigError, "does not divide the 1 devices planned for"),
+        (["--model_parallel", "3"], 8, ConfigError, "does not divide the 8 devices planned for"),
+        (["--model_parallel", "8"], 8, ConfigError, "cannot split 4 heads"),
+        (["--max_seq_length", "40000"], None, ConfigError, "beyond the 32768 positions"),
+        (["--layers_to_extract", "3"], None, UsageError, "this model has layers 0 to 2"),
+    ],
+)
+def test_what_the_run_refuses_the_plan_refuses(finished, flags, devices, error, words):
+    with pytest.raises(error, match=words):
+        plan_of(finished, *flags, devices=devices)
+
+
+def test_bad_records_beyond_the_limit_are_refused(workspace, tmp_path):
+    stream = tmp_path / "bad.jsonl"
+    stream.write_text("\n".join([*arc_lines(2), "{", "[]", "nothing"]) + "\n")
+    worker = dataclasses.replace(workspace, stream=stream)
+    assert plan_of(worker, "--max_bad_records", "3").skipped == 3
+    with pytest.raises(BadDataError, match=r"line 5: .* bad record number 3, more than --max_bad_records 2"):
+        plan_of(worker, "--max_bad_records", "2")
+
+
+def test_samples_are_not_kept(workspace, tmp_path):
+    """A stream ten times as long takes no more memory."""
+    lines = arc_lines(20)
+
+    def peak(times: int) -> int:
+        stream = tmp_path / f"{times}.jsonl"
+        stream.write_text("\n".join(lines * times) + "\n")
+        worker = dataclasses.replace(workspace, stream=stream)
+        plan_of(worker)  # what is loaded once
+        tracemalloc.start()
+        plan_of(worker)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    few, many = peak(2), peak(20)
+    assert many < 1.5 * few
