@@ -61,8 +61,7 @@ def synthetic_batches(gigabytes: float, dtype: str) -> list[tuple[Batch, Capture
         values = rng.normal(size=(LAYERS, ROWS, LENGTH, HIDDEN)).astype(np.float32)
         values = values.astype(ml_dtypes.bfloat16).astype(dtype)
         norms = np.ones((LAYERS, ROWS, LENGTH), np.float32)
-        means, squares = np.zeros((2, LAYERS, ROWS, HIDDEN), np.float32)
-        tap = Tap(values, norms, means, squares)
+        tap = Tap(values, norms, *np.zeros((3, LAYERS, ROWS, HIDDEN), np.float32))
         batches.append((Batch(np.zeros((ROWS, LENGTH), np.int32), samples), Captured({"residual": tap})))
     return batches
 

@@ -39,14 +39,15 @@ class Tap(NamedTuple):
     """What one tap saw of a batch; R kept rows a sample, those past a sample's own count mean nothing.
 
     activations_CBRD: in the stored dtype. The rest is float32, of these stored values: norms_CBR the rows'
-    Euclidean norms, mean_CBD and squares_CBD each channel's mean, and sum of squared distances from it, over
-    a sample's rows.
+    Euclidean norms; of each channel over a sample's rows mean_CBD the mean, squares_CBD the sum of squared
+    distances from it, and max_abs_CBD the largest absolute value.
     """
 
     activations_CBRD: jax.Array
     norms_CBR: jax.Array
     mean_CBD: jax.Array
     squares_CBD: jax.Array
+    max_abs_CBD: jax.Array
 
 
 class Captured(NamedTuple):
@@ -75,7 +76,8 @@ def summarise(stored_CBRD: jax.Array, counts_B: jax.Array) -> Tap:
     shift_CBD = total(apart_CBRD) / n_B1
     squares_CBD = total(jnp.square(apart_CBRD)) - n_B1 * jnp.square(shift_CBD)
     norms_CBR = jnp.linalg.norm(x_CBRD, axis=-1)
-    return Tap(stored_CBRD, norms_CBR, rough_CBD + shift_CBD, jnp.maximum(squares_CBD, 0))
+    max_abs_CBD = jnp.where(counts_here_BR1, jnp.abs(x_CBRD), 0).max(axis=2)
+    return Tap(stored_CBRD, norms_CBR, rough_CBD + shift_CBD, jnp.maximum(squares_CBD, 0), max_abs_CBD)
 
 
 class Capture:

@@ -116,13 +116,17 @@ def _plot_shares(axes: Any, metadata: Sequence[dict[str, Any]]) -> None:
 
 
 def _plot_massive(axes: Any, stats: KindStats) -> None:
-    rms_CD = np.sqrt(np.square(stats.mean_CD) + stats.variance_CD)
-    ratio_CD = rms_CD / np.median(rms_CD, axis=1, keepdims=True)
+    ratio_CD = stats.max_abs_CD / stats.median_rms_C[:, None]
     axes.plot(stats.layers, ratio_CD.max(axis=1), marker="o", label="largest channel")
     axes.axhline(MASSIVE, linestyle="--", color="gray", label=f"massive: {MASSIVE:g} x median")
     for layer, channel, ratio in _massive(stats, ratio_CD):
         axes.annotate(f" {channel}", (layer, ratio), fontsize="small")
-    axes.set(title="Massive channels", xlabel="layer", ylabel="rms / median channel's rms", yscale="log")
+    axes.set(
+        title="Massive channels",
+        xlabel="layer",
+        ylabel="largest |value| / median channel's rms",
+        yscale="log",
+    )
     _whole_ticks(axes.xaxis)
     axes.legend()
 

@@ -44,6 +44,7 @@ class SampleTap:
     norms_CR: np.ndarray
     mean_CD: np.ndarray
     squares_CD: np.ndarray
+    max_abs_CD: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class FilledShard:
                 [tap.norms_CR for tap in taps],
                 [tap.mean_CD for tap in taps],
                 [tap.squares_CD for tap in taps],
+                [tap.max_abs_CD for tap in taps],
             )
 
         return {name: of(name) for name in self.samples[0].taps}
@@ -165,6 +167,7 @@ def unpad(batch: Batch, captured: Captured, first: int) -> Iterator[CapturedSamp
                 keep(tap.norms_CBR[:, row, : sample.n_kept]),
                 np.copy(tap.mean_CBD[:, row]),
                 np.copy(tap.squares_CBD[:, row]),
+                np.copy(tap.max_abs_CBD[:, row]),
             )
             for name, tap in taps.items()
         }

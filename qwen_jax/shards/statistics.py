@@ -20,7 +20,11 @@ log = logging.getLogger(__name__)
 
 STATS_NAME = "stats.safetensors"
 MASSIVE = 100.0
-"""A channel is massive where its root mean square exceeds the median channel's by this factor."""
+"""A channel is massive where its largest absolute value exceeds the median channel's root mean square by this factor.
+
+Its largest value, since massive activations stand at few tokens of a prompt (Sun et al. 2024)."""
+_PARTS = {"mean": 2, "variance": 2, "max_abs": 2, "norm_mean": 1, "norm_max": 1}
+"""The tensors of a kind in a statistics file, in the order of KindStats' arrays, and their dimensions."""
 
 
 def shard_stats_name(number: int) -> str:
@@ -32,14 +36,16 @@ def shard_stats_name(number: int) -> str:
 class KindStats:
     """Statistics of the stored rows of one kind (residual, attn, mlp, embedding), C captured layers.
 
-    layers: of each entry; none for the embedding. count: rows. mean_CD, variance_CD: float64, of each channel,
-    the variance over all rows (not the sample variance). norm_mean_C, norm_max_C: of the rows' Euclidean norms.
+    layers: of each entry; none for the embedding. count: rows. All float64: of each channel mean_CD, variance_CD over
+    all rows (not the sample variance) and max_abs_CD, the largest absolute value; norm_mean_C, norm_max_C of the
+    rows' Euclidean norms.
     """
 
     layers: tuple[int, ...]
     count: int
     mean_CD: np.ndarray
     variance_CD: np.ndarray
+    max_abs_CD: np.ndarray
     norm_mean_C: np.ndarray
     norm_max_C: np.ndarray
 
@@ -50,14 +56,22 @@ class KindStats:
         norms: Sequence[np.ndarray],
         means: Sequence[np.ndarray],
         squares: Sequence[np.ndarray],
+        max_abs: Sequence[np.ndarray],
     ) -> Self:
-        """From each sample's norms_CR, mean_CD and squares_CD (see model.capture.Tap), summed in float64 in order."""
+        """From each sample's norms_CR, mean_CD, squares_CD and max_abs_CD (see model.capture.Tap), summed in float64
+        in order."""
         counts_S = np.array([norms_CR.shape[1] for norms_CR in norms])
         mean_CD, variance_CD = _pool(counts_S, np.stack(means), np.stack(squares) / counts_S[:, None, None])
+        max_abs_CD = np.max(max_abs, axis=0).astype(np.float64)
         total_C = sum(norms_CR.sum(axis=1, dtype=np.float64) for norms_CR in norms)
         largest_C = np.max([norms_CR.max(axis=1) for norms_CR in norms], axis=0).astype(np.float64)
         count = int(counts_S.sum())
-        return cls(tuple(layers), count, mean_CD, variance_CD, total_C / count, largest_C)
+        return cls(tuple(layers), count, mean_CD, variance_CD, max_abs_CD, total_C / count, largest_C)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """In the order of _PARTS."""
+        return self.mean_CD, self.variance_CD, self.max_abs_CD, self.norm_mean_C, self.norm_max_C
 
     def merge(self, other: Self) -> Self:
         """The statistics of both sets of rows together; raises BadDataError for other layers or widths."""
@@ -70,14 +84,22 @@ class KindStats:
         mean_CD, variance_CD = _pool(
             counts, np.stack([self.mean_CD, other.mean_CD]), np.stack([self.variance_CD, other.variance_CD])
         )
+        max_abs_CD = np.maximum(self.max_abs_CD, other.max_abs_CD)
         norm_mean_C = (self.norm_mean_C * self.count + other.norm_mean_C * other.count) / counts.sum()
         norm_max_C = np.maximum(self.norm_max_C, other.norm_max_C)
-        return type(self)(self.layers, int(counts.sum()), mean_CD, variance_CD, norm_mean_C, norm_max_C)
+        return type(self)(
+            self.layers, int(counts.sum()), mean_CD, variance_CD, max_abs_CD, norm_mean_C, norm_max_C
+        )
+
+    @property
+    def median_rms_C(self) -> np.ndarray:
+        """The median channel's root mean square."""
+        return np.median(np.sqrt(np.square(self.mean_CD) + self.variance_CD), axis=1)
 
     def massive_channels(self, entry: int) -> list[int]:
-        """Channels of the `entry`th layer whose root mean square is above MASSIVE times the median one."""
-        rms_D = np.sqrt(np.square(self.mean_CD[entry]) + self.variance_CD[entry])
-        return np.flatnonzero(rms_D > MASSIVE * np.median(rms_D)).tolist()
+        """Channels of the `entry`th layer whose largest absolute value is above MASSIVE times the median channel's
+        root mean square."""
+        return np.flatnonzero(self.max_abs_CD[entry] > MASSIVE * self.median_rms_C[entry]).tolist()
 
     def layer_norms(self) -> dict[str, dict[str, float]]:
         """Mean and maximum norm, by layer index as a string."""
@@ -131,13 +153,14 @@ def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[st
 
 def _recompute(layers: Sequence[int], records_CS: Sequence[Sequence[Mapping]], key: str) -> KindStats:
     """One layer and sample at a time, since in float64 a shard is four times its size."""
-    norms, means, squares = [], [], []
+    norms, means, squares, max_abs = [], [], [], []
     for of_sample in zip(*records_CS, strict=True):
         rows = [record[key].astype(np.float64) for record in of_sample]
         norms.append(np.stack([np.linalg.norm(rows_RD, axis=1) for rows_RD in rows]))
         means.append(np.stack([rows_RD.mean(axis=0) for rows_RD in rows]))
         squares.append(np.stack([rows_RD.var(axis=0) * len(rows_RD) for rows_RD in rows]))
-    return KindStats.of_samples(layers, norms, means, squares)
+        max_abs.append(np.stack([np.abs(rows_RD).max(axis=0) for rows_RD in rows]))
+    return KindStats.of_samples(layers, norms, means, squares, max_abs)
 
 
 def merge_stats(stats: Sequence[Stats]) -> Stats:
@@ -154,14 +177,16 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
 
 
 def stats_bytes(stats: Stats) -> bytes:
-    """The content of a statistics file: for each kind the tensors `KIND.mean`, `KIND.variance` [layers, hidden]
-    and `KIND.norm_mean`, `KIND.norm_max` [layers], all float64, and in its metadata the kinds, layers and counts."""
+    """The content of a statistics file: for each kind the tensors `KIND.mean`, `KIND.variance`, `KIND.max_abs` [layers,
+    hidden] and `KIND.norm_mean`, `KIND.norm_max` [layers], all float64, and in its metadata the kinds, layers and
+    counts."""
     from safetensors.numpy import save
 
-    tensors = {}
-    for kind, entry in stats.items():
-        tensors[f"{kind}.mean"], tensors[f"{kind}.variance"] = entry.mean_CD, entry.variance_CD
-        tensors[f"{kind}.norm_mean"], tensors[f"{kind}.norm_max"] = entry.norm_mean_C, entry.norm_max_C
+    tensors = {
+        f"{kind}.{part}": array
+        for kind, entry in stats.items()
+        for part, array in zip(_PARTS, entry.arrays, strict=True)
+    }
     about = {kind: {"layers": list(entry.layers), "count": entry.count} for kind, entry in stats.items()}
     # One entry: safetensors writes several in an order that changes from run to run.
     return save(tensors, metadata={"stats": json.dumps(about)})
@@ -176,18 +201,22 @@ def parse_stats(data: bytes, name: str) -> Stats:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about: Mapping = json.loads(header["__metadata__"]["stats"])
-        return {
-            kind: KindStats(
-                tuple(entry["layers"]),
-                int(entry["count"]),
-                *(tensors[f"{kind}.{part}"] for part in ("mean", "variance", "norm_mean", "norm_max")),
-            )
-            for kind, entry in about.items()
-        }
+        if not about:
+            raise ValueError("no kind")
+        return {kind: _parse_kind(kind, entry, tensors) for kind, entry in about.items()}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadDataError(
             f"{name} is not a whole statistics file ({error!r}); `python -m qwen_jax stats` makes it again"
         ) from error
+
+
+def _parse_kind(kind: str, about: Mapping, tensors: Mapping[str, np.ndarray]) -> KindStats:
+    arrays = [tensors[f"{kind}.{part}"] for part in _PARTS]
+    shape = (len(about["layers"]) or 1, *arrays[0].shape[1:])
+    for array, (part, dimensions) in zip(arrays, _PARTS.items(), strict=True):
+        if (array.dtype, array.shape, array.ndim) != (np.float64, shape[:dimensions], dimensions):
+            raise ValueError(f"{kind}.{part} is {array.dtype}{list(array.shape)}")
+    return KindStats(tuple(about["layers"]), int(about["count"]), *arrays)
 
 
 def first_whole(copies: Iterable[tuple[bytes, str]], rows: int) -> Stats | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qwen_jax.model.capture import Capture
+from qwen_jax.model.capture import Capture, summarise
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
 from qwen_jax.model.sharding import make_mesh
@@ -138,3 +138,21 @@ def test_the_program_is_as_long_for_one_layer_as_for_forty(small):
     one, forty = program(1), program(40)
     assert one.count("dot_general") == forty.count("dot_general") > 0
     assert one.count("\n") == forty.count("\n")
+
+
+def test_a_tap_sums_up_the_rows_that_count_and_no_other():
+    """Against float64; the last rows of a sample and whole dummy samples hold what must not be seen."""
+    rng = np.random.default_rng(0)
+    stored = rng.normal(300.0, 1.0, (2, 3, 50, 8)).astype(np.float32)
+    counts = np.array([50, 7, 0], np.int32)
+    for sample, count in enumerate(counts):
+        stored[:, sample, count:] = -1e6
+    stored[1, 1, 3, 5] = -4000.0
+    tap = summarise(jnp.asarray(stored), jnp.asarray(counts))
+    for sample, count in enumerate(counts[:2]):
+        rows = stored[:, sample, :count].astype(np.float64)
+        np.testing.assert_allclose(tap.mean_CBD[:, sample], rows.mean(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(tap.squares_CBD[:, sample], rows.var(axis=1) * count, rtol=1e-5)
+        np.testing.assert_array_equal(tap.max_abs_CBD[:, sample], np.abs(rows).max(axis=1))
+    assert tap.max_abs_CBD[1, 1, 5] == 4000
+    assert not np.any(tap.max_abs_CBD[:, 2])

@@ -201,9 +201,14 @@ def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
     tokenized = TokenizedSample(
         index, tokens, roles, None, f"prompt {index}", f"task {index}", False, 0, n_tokens
     )
-    norms_CT, mean_CD = np.linalg.norm(activations_CTD, axis=-1), activations_CTD.mean(axis=1)
-    squares_CD = activations_CTD.var(axis=1) * n_tokens
-    return CapturedSample(tokenized, {"residual": SampleTap(activations_CTD, norms_CT, mean_CD, squares_CD)})
+    tap = SampleTap(
+        activations_CTD,
+        np.linalg.norm(activations_CTD, axis=-1),
+        activations_CTD.mean(axis=1),
+        activations_CTD.var(axis=1) * n_tokens,
+        np.abs(activations_CTD).max(axis=1),
+    )
+    return CapturedSample(tokenized, {"residual": tap})
 
 
 def commit(committer: Committer, shard: FilledShard) -> None:

@@ -34,7 +34,7 @@ class FakeDevice:
         self.started += 1
         stored_CBRD = np.repeat(tokens_BT[None, :, :, None], 2, axis=-1).astype(np.float32)
         channel_CBD = np.zeros((1, len(tokens_BT), 2), np.float32)
-        return Captured({"residual": Tap(stored_CBRD, stored_CBRD[..., 0], channel_CBD, channel_CBD)})
+        return Captured({"residual": Tap(stored_CBRD, stored_CBRD[..., 0], *[channel_CBD] * 3)})
 
 
 def run(lengths: list[int], device: FakeDevice, first: int = 0) -> Iterator[CapturedSample]:
