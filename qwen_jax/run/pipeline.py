@@ -91,6 +91,8 @@ class CapturedSample:
             extras["token_positions"] = source.positions
         if self.answer_logprobs is not None:
             extras["answer_logprobs"] = self.answer_logprobs
+            extras["answer_token_ids"] = source.token_ids[source.answer_positions]
+            extras["answer_positions"] = source.answer_positions
         return extras
 
 

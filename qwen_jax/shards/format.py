@@ -19,9 +19,11 @@ RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "
 """What every record holds, in this order."""
 ROW_KEYS = ("token_positions", "token_roles", "token_cells")
 KIND_KEYS = ("residual", "attn", "mlp")
-OPTIONAL_KEYS = (*ROW_KEYS, "answer_logprobs", *KIND_KEYS)
-"""What a record may hold besides: ROW_KEYS, int32 arrays over its rows; `answer_logprobs`, float32; KIND_KEYS,
-activations of further kinds."""
+ANSWER_KEYS = ("answer_logprobs", "answer_token_ids", "answer_positions")
+OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS)
+"""What a record may hold besides: ROW_KEYS, int32 arrays over its rows; ANSWER_KEYS, one entry for each token of the
+answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 places in the prompt;
+KIND_KEYS, activations of further kinds."""
 EMBEDDING = "embedding"
 """The key of the embedding's records beside the layers."""
 
@@ -44,7 +46,7 @@ class Sample:
         text_preview: the first characters of the prompt.
         task_id: the task's name in the dataset.
         extras: further arrays for the record, one for all layers: some of ROW_KEYS, int32 [n_tokens, ...], and
-            `answer_logprobs`, float32 [n].
+            ANSWER_KEYS, [n] all.
         kinds: where several kinds are stored, all of them by name (KIND_KEYS), each like `activations`, which
             is the first.
         embedding: [n_tokens, hidden], where the embedding is stored.
@@ -241,10 +243,21 @@ def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, hidden: int) -
         )
     for name, array in sample.extras.items():
         by_row = name in ROW_KEYS and array.dtype == np.int32 and len(array) == shape[0]
-        if not by_row and not (name == "answer_logprobs" and array.dtype == np.float32):
+        if not by_row and not _is_of_answer(name, array):
             raise ShardError(
                 f"sample {sample.sample_idx} cannot store {name} as {array.dtype}{list(array.shape)}"
             )
+    if not _answers_agree(sample.extras):
+        raise ShardError(f"sample {sample.sample_idx} has {', '.join(ANSWER_KEYS)} of different lengths")
+
+
+def _is_of_answer(name: str, array: np.ndarray) -> bool:
+    dtype = np.float32 if name == "answer_logprobs" else np.int32
+    return name in ANSWER_KEYS and array.dtype == dtype and array.ndim == 1
+
+
+def _answers_agree(arrays: Mapping[str, np.ndarray]) -> bool:
+    return len({len(arrays[key]) for key in ANSWER_KEYS if key in arrays}) < 2
 
 
 class _Memo:
@@ -437,6 +450,8 @@ def _check_arrays(record: dict[str, Any]) -> None:
     for key in record.keys() & set(OPTIONAL_KEYS):
         if not _is_optional_array(key, record[key], activation):
             raise MalformedError(f"has a record whose {key} is no such array over its tokens")
+    if not _answers_agree(record):
+        raise MalformedError(f"has a record with {', '.join(ANSWER_KEYS)} of different lengths")
 
 
 def _is_optional_array(key: str, array: Any, activation: np.ndarray) -> bool:
@@ -444,7 +459,7 @@ def _is_optional_array(key: str, array: Any, activation: np.ndarray) -> bool:
         return False
     if key in KIND_KEYS:
         return (array.dtype, array.shape) == (activation.dtype, activation.shape)
-    if key == "answer_logprobs":
-        return array.dtype == np.float32 and array.ndim == 1
+    if key in ANSWER_KEYS:
+        return _is_of_answer(key, array)
     width = (4,) if key == "token_cells" else ()
     return array.dtype == np.int32 and array.shape == (len(activation), *width)

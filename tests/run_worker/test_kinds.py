@@ -3,7 +3,9 @@
 import gzip
 import json
 import pickle
+import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from qwen_jax.data.arc import parse_line
 from qwen_jax.data.layouts import PROMPT_FORMATS, answer_segment
 from qwen_jax.roles import ANSWER, TEST_INPUT
 from qwen_jax.shards import load_shard
-from tests.hf_reference import load_reference, reference_taps
+from qwen_jax.shards.format import ANSWER_KEYS
+from tests.hf_reference import load_reference, make_reference, reference_taps, save_reference
 from tests.run_worker.conftest import tree
 from tests.run_worker.test_truth import TOLERANCE, records
 
@@ -65,16 +68,42 @@ def test_answers_follow_the_prompt_and_their_log_probabilities_are_hugging_faces
         cells = record["token_cells"][is_answer & (record["token_cells"][:, 0] >= 0)]
         assert cells[:, 3].tolist() == [colour for row in task.test[0]["output"] for colour in row]
         assert is_answer[-is_answer.sum() :].all() and len(shown.text) >= is_answer.sum() > 0
-        with torch.no_grad():
-            tokens = torch.from_numpy(record["token_ids"].astype(np.int64))[None]
-            theirs = torch.log_softmax(model(tokens).logits[0, :-1], dim=-1)
-        expected = theirs[torch.arange(tokens.shape[1] - 1), tokens[0, 1:]].numpy()[is_answer[1:]]
-        np.testing.assert_allclose(record["answer_logprobs"], expected, rtol=0, atol=2e-4)
+        theirs = next_token_logprobs(model, record["token_ids"])
+        np.testing.assert_allclose(record["answer_logprobs"], theirs[is_answer[1:]], rtol=0, atol=2e-4)
+        assert record["answer_positions"].tolist() == np.flatnonzero(is_answer).tolist()
+        np.testing.assert_array_equal(record["answer_token_ids"], record["token_ids"][is_answer])
+
+
+def next_token_logprobs(model, token_ids: np.ndarray) -> np.ndarray:
+    """Hugging Face's natural log-probability of each token but the first."""
+    tokens = torch.from_numpy(token_ids.astype(np.int64))
+    with torch.no_grad():
+        theirs = torch.log_softmax(model(tokens[None]).logits[0, :-1], dim=-1)
+    return theirs[torch.arange(len(tokens) - 1), tokens[1:]].numpy()
+
+
+def test_answers_are_matched_to_tokens_where_rows_are_dropped_and_the_head_is_untied(workspace, tmp_path):
+    model = save_reference(make_reference(64, 96, 3, 4, 2, 512, False), tmp_path / "untied")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(workspace.model / name, model / name)
+    flags = ("--include_answer", "--layers_to_extract", "0", "--max_seq_length", "1500", "--max_samples", "4")
+    full, last = (replace(workspace, model=model).elsewhere(name) for name in ("full", "last"))
+    full.run(*flags)
+    last.run(*flags, "--keep_tokens", "last:2")
+    reference = load_reference(model)
+    pairs = list(zip(records(full)[0], records(last)[0], strict=True))
+    assert len(pairs) == 4
+    for whole, short in pairs:
+        places = short["answer_positions"]
+        assert len(places) > 2 == len(short["token_ids"])
+        np.testing.assert_array_equal(short["answer_token_ids"], whole["token_ids"][places])
+        theirs = next_token_logprobs(reference, whole["token_ids"])[places - 1]
+        np.testing.assert_allclose(short["answer_logprobs"], theirs, rtol=0, atol=2e-4)
 
 
 def test_without_include_answer_nothing_shows_it(finished):
     for record in records(finished)[0]:
-        assert "answer_logprobs" not in record and ANSWER not in record["token_roles"]
+        assert not record.keys() & set(ANSWER_KEYS) and ANSWER not in record["token_roles"]
 
 
 def float64_statistics(worker, kind: str, layer) -> dict[str, np.ndarray]:

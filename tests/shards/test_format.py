@@ -186,3 +186,39 @@ def test_shards_start_without_jax():
         "import sys, qwen_jax.shards; sys.exit('jax' in sys.modules or 'google.cloud.storage' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+ANSWER = {
+    "answer_logprobs": np.zeros(3, np.float32),
+    "answer_token_ids": np.arange(3, dtype=np.int32),
+    "answer_positions": np.arange(2, 5, dtype=np.int32),
+}
+
+
+def test_answers_are_read_as_they_were_written():
+    shard = load_shard(io.BytesIO(shard_bytes([replace(make_sample(0), extras=ANSWER)])))
+    for layer in LAYERS:
+        for key, array in ANSWER.items():
+            assert shard[layer][0][key].dtype == array.dtype
+            np.testing.assert_array_equal(shard[layer][0][key], array)
+
+
+@pytest.mark.parametrize(
+    "key, array",
+    [
+        ("answer_logprobs", np.zeros(3, np.int32)),
+        ("answer_logprobs", np.zeros((3, 1), np.float32)),
+        ("answer_token_ids", np.zeros(3, np.float32)),
+        ("answer_token_ids", np.zeros(2, np.int32)),
+        ("answer_positions", np.zeros((3, 2), np.int32)),
+        ("answer_positions", np.zeros(4, np.int32)),
+    ],
+)
+def test_answers_of_another_shape_are_neither_written_nor_read(key, array):
+    with pytest.raises(ShardError, match=key):
+        shard_bytes([replace(make_sample(0), extras={**ANSWER, key: array})])
+    shard = load_shard(io.BytesIO(shard_bytes([replace(make_sample(0), extras=ANSWER)])))
+    for records in shard.values():
+        records[0][key] = array
+    with pytest.raises(ShardError, match=key):
+        load_shard(io.BytesIO(gzip.compress(pickle.dumps(shard, 4))))
