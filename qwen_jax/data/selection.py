@@ -15,7 +15,10 @@ _Rule = Callable[[TokenizedSample, np.ndarray], np.ndarray]
 
 
 class TokenSelection:
-    """The tokens to keep of each sample: a function of the stream and the settings alone."""
+    """The tokens to keep of each sample: a function of the stream and the settings alone.
+
+    role_names: the roles that keep_tokens names.
+    """
 
     def __init__(
         self,
@@ -30,6 +33,7 @@ class TokenSelection:
         the sample's index it seeds random:P. Raises UsageError for another keep_tokens.
         """
         self.keep_tokens = keep_tokens
+        self.role_names: tuple[str, ...] = ()
         self._seed = int(stream_sha256[:16], 16)
         self._skip_first = skip_first
         self._special_ids = list(special_ids)
@@ -67,6 +71,7 @@ class TokenSelection:
                 return lambda sample, positions: positions[self._draw(sample, len(positions)) < share]
             case "role", True:
                 roles = RoleSet(value.split(","))
+                self.role_names = roles.names
                 return lambda sample, positions: positions[roles.mask(sample.roles[positions])]
         raise _unreadable(text)
 

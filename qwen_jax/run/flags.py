@@ -10,6 +10,7 @@ from qwen_jax.data.prompts import OVERLONG_POLICIES
 from qwen_jax.data.selection import TokenSelection
 from qwen_jax.data.streams import stream_name
 from qwen_jax.errors import UsageError
+from qwen_jax.roles import ANSWER, role_name
 from qwen_jax.run.settings import WORKER_ID_VARIABLES, Settings, bucket_url, resolve_worker_id, worker_folder
 
 TAPS = ("residual", "attn", "mlp")
@@ -85,7 +86,14 @@ def to_settings(args: dict[str, Any]) -> Settings:
     kinds = tuple(args.pop("activation_type"))
     if len(set(kinds)) != len(kinds):
         raise UsageError(f"--activation_type names a kind twice: {' '.join(kinds)}")
-    TokenSelection(args["keep_tokens"])  # complains about what it cannot read, before jax is loaded
+    selection = TokenSelection(
+        args["keep_tokens"]
+    )  # complains about what it cannot read, before jax is loaded
+    if role_name(ANSWER) in selection.role_names and not args["include_answer"]:
+        raise UsageError(
+            f"--keep_tokens {selection.keep_tokens}: prompts have no answer; pass --include_answer, or leave that "
+            "role out"
+        )
     return Settings(
         activation_types=kinds,
         worker_id=worker_id,

@@ -209,6 +209,20 @@ def test_random_rows_are_the_same_after_a_kill(workspace, finished):
     assert min(r["token_positions"][0] for r in records(whole)[0]) >= 5
 
 
+@pytest.mark.parametrize("roles", ["role:answer", "role:test_input,answer"])
+def test_the_role_of_answers_is_refused_where_prompts_have_none(workspace, roles):
+    done = workspace.run("--keep_tokens", roles, expect=2)
+    assert "prompts have no answer; pass --include_answer" in done.stderr
+    assert not workspace.output.exists()
+
+
+def test_answers_alone_are_kept(workspace):
+    flags = ("--include_answer", "--max_seq_length", "1500", "--max_samples", "3")
+    workspace.run("--keep_tokens", "role:answer", "--layers_to_extract", "0", *flags)
+    for record in records(workspace)[0]:
+        assert set(record["token_roles"]) == {ANSWER}
+
+
 def test_a_role_that_no_prompt_has_leaves_an_empty_run(workspace):
     workspace.run("--keep_tokens", "role:system", "--max_samples", "2")
     metadata = json.loads((workspace.output / "metadata.json").read_text())
