@@ -20,7 +20,7 @@ from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
 from qwen_jax.run.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
-"""Compressed bytes of a raw byte, measured on a trained model's residual stream (docs/reading.md)."""
+"""Compressed bytes of a raw byte, measured on the demo model's residual stream (docs/reading.md)."""
 _SEED = 0
 
 
