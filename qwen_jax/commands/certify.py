@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.cli import FlagParser, non_negative_int, positive_int
+from qwen_jax.commands.arguments import add_path
 from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
 from qwen_jax.reading.runs import Run, open_runs
 
@@ -18,7 +19,7 @@ BEYOND_TOLERANCE = 1
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("path", help="worker's folder, folder of these, one shard, or gs:// address")
+    add_path(parser)
     parser.flag("samples", "stored samples to recompute, of each worker", default=8, type=positive_int)
     parser.flag("seed", "which samples", default=0, type=non_negative_int)
     parser.flag("model_path", "the model, where it is no longer where the run had it")

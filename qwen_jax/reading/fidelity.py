@@ -1,6 +1,5 @@
 """What certify needs of a run: some of its stored samples, and a place for the result."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,14 +18,14 @@ def drawn_samples(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """
     if run.metadata is None or not run.shards:
         raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
-    entries = [entry for entry in run.metadata["shards"] if entry["filename"] in run.shards]
-    ends = np.cumsum([entry["samples"] for entry in entries])
+    counts = [run.entry(name)["samples"] for name in run.shards]
+    ends = np.cumsum(counts)
     drawn = np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False)
-    for entry, end in zip(entries, ends, strict=True):
-        first = end - entry["samples"]
+    for name, count_here, end in zip(run.shards, counts, ends, strict=True):
+        first = end - count_here
         places = sorted(int(place - first) for place in drawn if first <= place < end)
         if places:
-            with run.place.local(entry["filename"]) as path:
+            with run.place.local(name) as path:
                 shard = load_shard(path)
             yield from (_sample(shard, run.kinds, place) for place in places)
 
@@ -49,8 +48,8 @@ def why_not_recorded(run: Run) -> str | None:
     """Why metadata.json cannot take the fidelity of what was looked at; None where it can."""
     if run.metadata["status"] != "completed":
         return "the run is unfinished, so metadata.json is its worker's to write"
-    if run.shards != [entry["filename"] for entry in _stored_metadata(run)["shards"]]:
-        return "this is only a part of the run, and metadata.json speaks of the whole"
+    if run.is_part:
+        return "this is one shard, and metadata.json speaks of the whole run"
     return None
 
 
@@ -58,9 +57,4 @@ def record_fidelity(run: Run, record: dict[str, Any]) -> None:
     """Puts `record` (run.certify.certify) into the run's metadata.json under `fidelity`; the rest stays as it is."""
     from qwen_jax.storage.local import json_bytes
 
-    run.place.replace(METADATA_NAME, json_bytes({**_stored_metadata(run), "fidelity": record}))
-
-
-def _stored_metadata(run: Run) -> dict[str, Any]:
-    """The file itself: what a run that was opened at one shard knows may be of that shard alone."""
-    return json.loads(run.place.read(METADATA_NAME))
+    run.place.replace(METADATA_NAME, json_bytes({**run.metadata, "fidelity": record}))
