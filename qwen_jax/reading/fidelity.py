@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen_jax.errors import UsageError
 from qwen_jax.reading.runs import METADATA_NAME, Run
-from qwen_jax.shards import EMBEDDING, load_shard
+from qwen_jax.shards import EMBEDDING, load_shard, record_keys
 
 
 def drawn_samples(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -34,10 +34,8 @@ def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
     records = {layer: shard[layer][place] for layer in shard}
     first = next(iter(records.values()))
     of_kind = {
-        kind: {
-            layer: records[layer][kind if number else "activation"] for layer in records if layer != EMBEDDING
-        }
-        for number, kind in enumerate(kinds)
+        kind: {layer: record[key] for layer, record in records.items() if layer != EMBEDDING}
+        for kind, key in record_keys(kinds).items()
     }
     if EMBEDDING in records:
         of_kind[EMBEDDING] = {EMBEDDING: records[EMBEDDING]["activation"]}

@@ -57,14 +57,9 @@ def shard_samples(
     """The samples of one shard, as iter_samples gives them."""
     with run.place.local(name) as file:
         shard = shards.load_shard(file, layers=layers)
-    key = _record_key(run, kind)
+    key = shards.record_keys(run.kinds).get(kind or run.kinds[0], kind)
     for records in zip(*shard.values(), strict=True):
         yield _sample(dict(zip(shard, records, strict=True)), run.worker_id, key)
-
-
-def _record_key(run: Run, kind: str | None) -> str:
-    """Where a record has its rows of a kind: the main kind's are always under `activation`."""
-    return "activation" if kind in (None, run.kinds[0]) else kind
 
 
 def _sample(records: Mapping[Layer, dict], worker_id: int | None, key: str) -> dict[str, Any]:

@@ -8,7 +8,15 @@ import numpy as np
 from qwen_jax.errors import BadDataError
 from qwen_jax.reading.runs import Run
 from qwen_jax.roles import role_name
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, OPTIONAL_KEYS, RECORD_KEYS, ShardError, load_shard
+from qwen_jax.shards import (
+    EMBEDDING,
+    KIND_KEYS,
+    OPTIONAL_KEYS,
+    RECORD_KEYS,
+    ShardError,
+    load_shard,
+    record_keys,
+)
 from qwen_jax.shards.ledger import shard_number
 from qwen_jax.shards.statistics import KindStats, parse_stats, shard_stats_name
 
@@ -117,10 +125,11 @@ class ShardFaults:
         else:
             if data is None:
                 yield f"has no {name} beside it"
-        norms = self._entry["layer_norms"]
-        for number, kind in enumerate([*self._run.kinds, EMBEDDING]):
-            if kind in stats or not number:
-                yield from _of_kind(shard, kind, number == 0, stats.get(kind), {} if number else norms)
+        norms = self._entry["layer_norms"]  # of the main kind
+        for kind, key in {**record_keys(self._run.kinds), EMBEDDING: "activation"}.items():
+            if kind in stats or norms:
+                yield from _of_kind(shard, kind, key, stats.get(kind), norms)
+            norms = {}
 
 
 def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
@@ -142,11 +151,11 @@ def _raw_bytes(shard: Shard) -> int:
 
 
 def _of_kind(
-    shard: Shard, kind: str, is_main: bool, stats: KindStats | None, norms: Mapping[str, Mapping[str, float]]
+    shard: Shard, kind: str, key: str, stats: KindStats | None, norms: Mapping[str, Mapping[str, float]]
 ) -> Iterator[str]:
-    """Mean and largest norm of each layer's rows as stated, and the channels' means and variances."""
+    """Mean and largest norm of each layer's rows as stated, and the channels' means and variances. key: of a record,
+    where it has the kind's rows."""
     layers = [EMBEDDING] if kind == EMBEDDING else [layer for layer in shard if layer != EMBEDDING]
-    key = "activation" if is_main or kind == EMBEDDING else kind
     if stats is not None and (list(stats.layers) or [EMBEDDING]) != layers:
         yield f"the statistics of {kind} are of layers {list(stats.layers)}"
         return
@@ -177,6 +186,9 @@ def _of_channels(
     squares, stated = np.square(norms_R).mean(), float((np.square(mean_D) + variance_D).sum())
     if not (apart_D <= _TOLERANCE * scale_D).all():
         yield f"{where}: the mean of channel {int(apart_D.argmax())} is not that in its statistics"
+    differ_D = np.abs(rows_RD).max(axis=0) != stats.max_abs_CD[place]
+    if differ_D.any():
+        yield f"{where}: the largest value of channel {int(differ_D.argmax())} is not that in its statistics"
     if not _close(squares, stated):
         yield f"{where}: the variances in its statistics are not those of its rows"
     for what, found, said in (

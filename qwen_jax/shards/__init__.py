@@ -10,6 +10,7 @@ from qwen_jax.shards.format import (
     ShardError,
     ShardInfo,
     load_shard,
+    record_keys,
     write_shard,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "ShardError",
     "ShardInfo",
     "load_shard",
+    "record_keys",
     "write_shard",
 ]

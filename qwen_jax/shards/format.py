@@ -27,6 +27,13 @@ KIND_KEYS, activations of further kinds."""
 EMBEDDING = "embedding"
 """The key of the embedding's records beside the layers."""
 
+
+def record_keys(kinds: Sequence[str]) -> dict[str, str]:
+    """The key under which a record holds the rows of each kind. kinds: what is stored of a layer, the main kind first,
+    whose rows are always under `activation`."""
+    return {kind: kind if number else "activation" for number, kind in enumerate(kinds)}
+
+
 _RECORD_COST = 512
 
 

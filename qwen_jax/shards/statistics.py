@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.shards.format import EMBEDDING
+from qwen_jax.shards.format import EMBEDDING, record_keys
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +144,7 @@ def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[st
     """
     layers = [layer for layer in shard if layer != EMBEDDING]
     records = [shard[layer] for layer in layers]
-    keys = {kind: kind if number else "activation" for number, kind in enumerate(kinds)}
-    stats = {kind: _recompute(layers, records, key) for kind, key in keys.items()}
+    stats = {kind: _recompute(layers, records, key) for kind, key in record_keys(kinds).items()}
     if EMBEDDING in shard:
         stats[EMBEDDING] = _recompute([], [shard[EMBEDDING]], "activation")
     return stats

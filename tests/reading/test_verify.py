@@ -188,7 +188,7 @@ PLANTED = {
         edited(2, set_value(9e3)),
         [
             "shard_0002.pkl.gz: layer 3 has (mean|max) norm",
-            "residual, layer 3: the mean of channel 5 is not that in its statistics",
+            "residual, layer 3: the (mean|largest value) of channel 5 is not that in its statistics",
             "residual, layer 3: the (variances|mean norm|largest norm)",
         ],
     ),
@@ -298,6 +298,10 @@ PLANTED = {
     "variances wrong": (
         lambda copy: change_stats(copy, variance_CD=lambda variance_CD: variance_CD * 1.01),
         ["the variances in its statistics are not", NOT_THE_SUM],
+    ),
+    "largest values wrong": (
+        lambda copy: change_stats(copy, max_abs_CD=lambda max_abs_CD: max_abs_CD * 1.01),
+        [r"residual, layer \d: the largest value of channel 0 is not that in its statistics", NOT_THE_SUM],
     ),
     "summary wrong": (
         noted(lambda m: m["statistics"]["residual"]["1"].update(norm_mean=1.0)),
