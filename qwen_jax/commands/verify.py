@@ -10,7 +10,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from qwen_jax.cli import FlagParser
+from qwen_jax.cli import FlagParser, positive_int
 from qwen_jax.commands.arguments import add_paths
 from qwen_jax.reading.runs import Bucket, Run, open_runs
 from qwen_jax.reading.verify import Fault, Verified, verify_runs
@@ -21,6 +21,7 @@ FAULTS_FOUND = 1
 def add_flags(parser: FlagParser) -> None:
     add_paths(parser)
     parser.flag("streams", "streams.json of the workers' streams: none may be missing")
+    parser.flag("jobs", "shards to read, and to hold in memory, at a time", default=2, type=positive_int)
     parser.switch("repair", "extract bad or missing shards again, exactly as they were")
     parser.flag("model_path", "with --repair: the model, where it is no longer where the run had it")
     parser.flag("dataset_path", "with --repair: the stream, likewise")
@@ -44,7 +45,7 @@ def run(args: Namespace) -> int:
 def _verify(args: Namespace) -> tuple[list[Run], Verified]:
     """Reads all and prints the faults."""
     runs = [run for path in args.paths for run in open_runs(path, damaged_too=True)]
-    verified = verify_runs(runs, args.streams)
+    verified = verify_runs(runs, args.streams, args.jobs)
     for fault in verified.faults:
         print(fault)
     return runs, verified

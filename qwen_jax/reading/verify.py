@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -49,14 +50,15 @@ class Verified:
     samples: int
 
 
-def verify_runs(runs: Sequence[Run], streams: str | Path | None = None) -> Verified:
+def verify_runs(runs: Sequence[Run], streams: str | Path | None = None, jobs: int = 1) -> Verified:
     """Reads everything at `runs` (open_runs with damaged_too).
 
-    streams: the `streams.json` that the workers' streams were made with, to check that no worker is missing. Holds
-    one shard in memory at a time. Raises BadDataError for what is no streams.json.
+    streams: the `streams.json` that the workers' streams were made with, to check that no worker is missing. jobs:
+    shards that are read, and held in memory, at a time. Raises BadDataError for what is no streams.json.
     """
     checks = [_RunCheck(run) for run in runs]
-    faults = [fault for check in checks for fault in check.faults()]
+    with ThreadPoolExecutor(jobs) as pool:
+        faults = [fault for check in checks for fault in check.faults(pool)]
     described = [run for run in runs if run.metadata is not None]
     faults += _unlike_workers(described)
     if streams is not None:
@@ -72,22 +74,29 @@ class _RunCheck:
         self._run = run
         self.samples = 0
 
-    def faults(self) -> list[Fault]:
+    def faults(self, pool: Executor) -> list[Fault]:
         run = self._run
-        if run.metadata is None and not run.is_part:
-            what = "is missing, so that missing samples cannot be seen"
-            if run.damage:
-                what = f"{run.damage}; start the worker again, which mends it"
-            found = [Fault(f"{run.where}/{METADATA_NAME}", what)]
-            return [*found, *(fault for name in run.shards for fault in self._of_shard(name)[0])]
+        faults, stored = [], []
+        for check, found in zip(*self._of_shards(pool), strict=True):
+            shard = check.name if check.can_be_made_again else None
+            faults += [Fault(f"{run.where}/{check.name}", what, run, shard) for what in found]
+            stored += check.indices or check.recorded_indices()
+            self.samples += len(check.indices)
         if run.is_part:
-            return self._of_shard(run.shards[0])[0]
-        faults, stored = list(self._files()), []
-        for name in run.shards:
-            of_shard, indices = self._of_shard(name)
-            faults += of_shard
-            stored += indices
-        return [*faults, *_bookkeeping(run, stored), *_sums(run), *_statistics(run)]
+            return faults
+        if run.metadata is None:
+            return [self._without_metadata(), *faults]
+        return [*self._files(), *faults, *_bookkeeping(run, stored), *_sums(run), *_statistics(run)]
+
+    def _of_shards(self, pool: Executor) -> tuple[list[ShardFaults], Iterator[list[str]]]:
+        checks = [ShardFaults(self._run, name) for name in self._run.shards]
+        return checks, pool.map(ShardFaults.find, checks)
+
+    def _without_metadata(self) -> Fault:
+        what = "is missing, so that missing samples cannot be seen"
+        if self._run.damage:
+            what = f"{self._run.damage}; start the worker again, which mends it"
+        return Fault(f"{self._run.where}/{METADATA_NAME}", what)
 
     def _files(self) -> Iterator[Fault]:
         """Shards that nobody lists, and a checkpoint that says something else."""
@@ -100,16 +109,6 @@ class _RunCheck:
         checkpoint_name = f"checkpoint_worker_{run.worker_id}.json"
         if checkpoint_name in names:
             yield from _checkpoint(run, checkpoint_name)
-
-    def _of_shard(self, name: str) -> tuple[list[Fault], list[int]]:
-        """Its faults and its samples; those that its entry stands for, where it cannot be read."""
-        check = ShardFaults(self._run, name)
-        found, where = check.find(), f"{self._run.where}/{name}"
-        shard = name if check.can_be_made_again else None
-        self.samples += len(check.indices)
-        return [
-            Fault(where, what, self._run, shard) for what in found
-        ], check.indices or check.recorded_indices()
 
 
 def _checkpoint(run: Run, name: str) -> Iterator[Fault]:

@@ -33,7 +33,7 @@ class ShardFaults:
 
     def __init__(self, run: Run, name: str):
         self._run = run
-        self._name = name
+        self.name = name
         self._entry = run.entry(name)
         self.indices: list[int] = []
         self.can_be_made_again = False
@@ -53,7 +53,7 @@ class ShardFaults:
             if found:
                 self.can_be_made_again = True
                 return found
-            with self._run.place.local(self._name) as path:
+            with self._run.place.local(self.name) as path:
                 shard = load_shard(path)
         except ShardError as error:
             return [str(error)]
@@ -69,7 +69,7 @@ class ShardFaults:
         if self._entry is None:
             return []
         try:
-            size, crc32c = self._run.place.describe(self._name)
+            size, crc32c = self._run.place.describe(self.name)
         except BadDataError:
             return ["is missing"]
         if size != self._entry["bytes"]:
@@ -115,7 +115,7 @@ class ShardFaults:
 
     def _against_statistics(self, shard: Shard) -> Iterator[str]:
         """Against the norms in metadata.json, and the file of the shard's statistics."""
-        name = shard_stats_name(shard_number(self._name))
+        name = shard_stats_name(shard_number(self.name))
         data = self._run.place.read(name)
         stats: Mapping[str, KindStats] = {}
         try:

@@ -20,9 +20,9 @@ from tests.reading.conftest import DEMO, STREAMS, Copy, extract
 from tests.run_worker.conftest import tree
 
 
-def faults(*paths, streams=STREAMS) -> list[str]:
+def faults(*paths, streams=STREAMS, jobs=2) -> list[str]:
     runs = [run for path in paths for run in open_runs(path, damaged_too=True)]
-    return [str(fault) for fault in verify_runs(runs, streams).faults]
+    return [str(fault) for fault in verify_runs(runs, streams, jobs).faults]
 
 
 def test_a_whole_run_has_none(clean):
@@ -346,6 +346,16 @@ def test_a_planted_fault_is_found_and_no_other(copy, name):
     for pattern in expected:
         assert any(re.search(pattern, fault) for fault in found), (pattern, found)
     assert [fault for fault in found if not any(re.search(pattern, fault) for pattern in expected)] == []
+
+
+def test_faults_come_in_the_order_of_the_shards_however_many_are_read_at_a_time(copy):
+    for number in (1, 2, 3, 4):
+        flip(copy.folder / f"shard_000{number}.pkl.gz")
+    found = faults(copy.folder, jobs=1)
+    assert [fault.partition(": has crc32c")[0][-18:] for fault in found] == [
+        f"/shard_000{number}.pkl.gz" for number in (1, 2, 3, 4)
+    ]
+    assert faults(copy.folder, jobs=4) == found
 
 
 def test_the_faults_of_other_workers_are_still_named(copy, clean):
