@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.errors import ConfigError
+from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.reading.runs import Run
 from qwen_jax.reading.samples import shard_samples
 from qwen_jax.reading.statistics import merged_stats
@@ -28,45 +28,48 @@ class _Drawn:
     shards: int = 0
 
 
-def plot_runs(runs: Sequence[Run], output: str | Path) -> None:
+def plot_runs(runs: Sequence[Run], output: str | Path, kind: str | None = None) -> None:
     """Writes a picture (PNG, or what the ending says) of all `runs` together.
 
     Norms and lengths come from at most MAX_SHARDS shards, drawn by a fixed seed, as the title says; the statistics of
-    channels from all rows. Raises ConfigError where matplotlib is missing.
+    channels from all rows. kind: which of several stored kinds; None is the main one. Raises ConfigError where
+    matplotlib is missing, UsageError for a kind that is not stored.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plot needs matplotlib: pip install matplotlib") from error
-    drawn = _draw(runs)
-    stats = next(iter(merged_stats(runs).values()))
+    merged = merged_stats(runs)
+    kind = kind or next(iter(merged))
+    if kind not in merged:
+        raise UsageError(f"kind {kind} is not stored; there is {', '.join(merged)}")
+    stats, drawn = merged[kind], _draw(runs, kind)
     figure = Figure(figsize=(10, 8), dpi=100, layout="constrained")
     norms, lengths, shares, massive = figure.subplots(2, 2).flat
-    _plot_norms(norms, drawn)
+    _plot_norms(norms, drawn, kind)
     _plot_lengths(lengths, drawn)
-    _plot_shares(shares, [run.metadata for run in runs if run.metadata])
-    _plot_massive(massive, stats)
+    _plot_shares(shares, runs)
+    _plot_massive(massive, stats, kind)
     total = sum(len(run.shards) for run in runs)
     figure.suptitle(
-        f"{_name(runs)}\n{stats.count:,} rows; norms and lengths from {drawn.shards} of {total} shards"
+        f"{kind}: {_name(runs[0])}\n{stats.count:,} rows; norms and lengths from {drawn.shards} of {total} shards"
     )
     figure.savefig(output)
 
 
-def _name(runs: Sequence[Run]) -> str:
-    if runs[0].metadata is None:
-        return runs[0].where
-    kind, model = runs[0].kinds[0], runs[0].metadata["model"]["name"]
-    return f"{kind}, {model.rstrip('/').rpartition('/')[2] or model}"
+def _name(run: Run) -> str:
+    """The model as the hub has it, the last two parts of a folder's path; else where the shards are."""
+    name = run.where if run.metadata is None else run.metadata["model"]["name"]
+    return "/".join(name.rstrip("/").split("/")[-2:])
 
 
-def _draw(runs: Sequence[Run]) -> _Drawn:
+def _draw(runs: Sequence[Run], kind: str) -> _Drawn:
     shards = [(run, name) for run in runs for name in run.shards]
     rng = np.random.default_rng(_SEED)
     chosen = rng.permutation(len(shards))[:MAX_SHARDS]
     drawn = _Drawn(shards=len(chosen))
     for number in sorted(chosen):
-        for sample in shard_samples(*shards[number]):
+        for sample in shard_samples(*shards[number], kind=kind):
             n_rows = len(sample["token_ids"])
             drawn.lengths.append(n_rows)
             rows = rng.choice(n_rows, min(_ROWS_A_SAMPLE, n_rows), replace=False)
@@ -77,7 +80,7 @@ def _draw(runs: Sequence[Run]) -> _Drawn:
     return drawn
 
 
-def _plot_norms(axes: Any, drawn: _Drawn) -> None:
+def _plot_norms(axes: Any, drawn: _Drawn, kind: str) -> None:
     layers = sorted(drawn.norms)
     low, median, high = np.transpose(
         [np.percentile(np.concatenate(drawn.norms[layer]), [5, 50, 95]) for layer in layers]
@@ -85,7 +88,7 @@ def _plot_norms(axes: Any, drawn: _Drawn) -> None:
     axes.fill_between(layers, low, high, alpha=0.3, label="5 to 95 %")
     axes.plot(layers, median, marker="o", label="median")
     scale = "log" if high.max() > 20 * low.min() else "linear"
-    axes.set(title="Norm of a row", xlabel="layer", ylabel="Euclidean norm", yscale=scale)
+    axes.set(title=f"Norm of a row, {kind}", xlabel="layer", ylabel="Euclidean norm", yscale=scale)
     _whole_ticks(axes.xaxis)
     axes.legend()
 
@@ -93,10 +96,28 @@ def _plot_norms(axes: Any, drawn: _Drawn) -> None:
 def _plot_lengths(axes: Any, drawn: _Drawn) -> None:
     axes.hist(drawn.lengths, bins=min(40, max(5, len(set(drawn.lengths)) // 2)))
     axes.set(title="Length of samples", xlabel="kept tokens", ylabel="samples")
+    _whole_ticks(axes.xaxis)
     _whole_ticks(axes.yaxis)
 
 
-def _plot_shares(axes: Any, metadata: Sequence[dict[str, Any]]) -> None:
+def _plot_shares(axes: Any, runs: Sequence[Run]) -> None:
+    """Of those runs that have metadata; of a whole run even where one shard of it was opened."""
+    metadata = [run.metadata for run in runs if run.metadata]
+    axes.set(title=f"Stream lines{_of_which(runs, len(metadata))}")
+    if metadata:
+        _plot_bars(axes, metadata)
+        return
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, "not recorded: no metadata.json", ha="center", transform=axes.transAxes)
+
+
+def _of_which(runs: Sequence[Run], recorded: int) -> str:
+    if 0 < recorded < len(runs):
+        return f" of {recorded} of {len(runs)} workers"
+    return " of the whole run" if recorded and any(run.is_part for run in runs) else ""
+
+
+def _plot_bars(axes: Any, metadata: Sequence[dict[str, Any]]) -> None:
     def total(key: str) -> int:
         return sum(each["totals"][key] for each in metadata)
 
@@ -111,18 +132,18 @@ def _plot_shares(axes: Any, metadata: Sequence[dict[str, Any]]) -> None:
     bars = axes.barh(list(parts), [100 * count / lines for count in parts.values()])
     axes.bar_label(bars, [f" {100 * count / lines:.1f} % ({count:,})" for count in parts.values()])
     axes.invert_yaxis()
-    axes.set(title="Stream lines", xlabel="% of lines", xlim=(0, 135))
+    axes.set(xlabel="% of lines", xlim=(0, 135))
     axes.set_xticks(range(0, 101, 20))
 
 
-def _plot_massive(axes: Any, stats: KindStats) -> None:
+def _plot_massive(axes: Any, stats: KindStats, kind: str) -> None:
     ratio_CD = stats.max_abs_CD / stats.median_rms_C[:, None]
-    axes.plot(stats.layers, ratio_CD.max(axis=1), marker="o", label="largest channel")
+    axes.plot(stats.layers, ratio_CD.max(axis=1), marker="o", label="largest value")
     axes.axhline(MASSIVE, linestyle="--", color="gray", label=f"massive: {MASSIVE:g} x median")
     for layer, channel, ratio in _massive(stats, ratio_CD):
         axes.annotate(f" {channel}", (layer, ratio), fontsize="small")
     axes.set(
-        title="Massive channels",
+        title=f"Massive channels, {kind}",
         xlabel="layer",
         ylabel="largest |value| / median channel's rms",
         yscale="log",
@@ -141,4 +162,4 @@ def _massive(stats: KindStats, ratio_CD: np.ndarray) -> Iterator[tuple[int, int,
 def _whole_ticks(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -254,7 +254,7 @@ def test_plot_draws_a_picture(clean, tmp_path, capsys):
     text = (tmp_path / "run.svg").read_text()
     assert all(
         f"<!-- {words} -->" in text
-        for words in ("Norm of a row", "Euclidean norm", "kept tokens", "% of lines")
+        for words in ("Norm of a row, residual", "Euclidean norm", "kept tokens", "% of lines")
     )
 
 
