@@ -5,29 +5,12 @@ python examples/train_dictionary_learning.py activations --layer 11 --output dic
 """
 
 import argparse
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import trainSAE
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qwen_jax.reading import iter_activations
-
-
-def batches(path: str, layer: int, size: int, epochs: int) -> Iterator[torch.Tensor]:
-    """Shuffled rows of the layer."""
-    for rows in iter_activations(path, layer, size, shuffle_buffer=64 * size, epochs=epochs):
-        yield torch.from_numpy(rows)
-
-
-def unexplained(autoencoder: torch.nn.Module, rows: torch.Tensor) -> float:
-    """The share of the rows' variance that the reconstruction misses: 1 is as good as their mean."""
-    with torch.no_grad():
-        left = (autoencoder(rows) - rows).square().sum()
-    return float(left / (rows - rows.mean(0)).square().sum())
+from recipe import held_out_rows, report, training_rows, unexplained
 
 
 def main() -> None:
@@ -44,9 +27,19 @@ def main() -> None:
     parser.add_argument("--output", default="dictionary", help="folder for the trained autoencoder")
     args = parser.parse_args()
 
-    probe = next(iter(batches(args.path, args.layer, args.batch_size, 1)))
+    torch.manual_seed(0)
+    losses: list[float] = []
+
+    class Trainer(TopKTrainer):
+        """dictionary_learning's trainer, which keeps the losses: trainSAE makes it and does not give it back."""
+
+        def update(self, step: int, x: torch.Tensor) -> float:
+            losses.append(super().update(step, x))
+            return losses[-1]
+
+    probe = held_out_rows(args.path, args.layer, 4096)
     trainer = {
-        "trainer": TopKTrainer,
+        "trainer": Trainer,
         "activation_dim": probe.shape[1],
         "dict_size": args.dict_size,
         "k": args.k,
@@ -57,7 +50,7 @@ def main() -> None:
         "warmup_steps": min(100, args.steps // 10),
     }
     trainSAE(
-        data=batches(args.path, args.layer, args.batch_size, epochs=10_000),
+        data=training_rows(args.path, args.layer, args.batch_size, epochs=10_000),
         trainer_configs=[trainer],
         steps=args.steps,
         save_dir=args.output,
@@ -65,10 +58,9 @@ def main() -> None:
         normalize_activations=True,
         device=args.device,
     )
-    before = unexplained(AutoEncoderTopK(probe.shape[1], args.dict_size, args.k), probe)
     trained = Path(args.output) / "trainer_0" / "ae.pt"
-    after = unexplained(AutoEncoderTopK.from_pretrained(str(trained), k=args.k), probe)
-    print(f"unexplained variance: {before:.3f} before, {after:.3f} after; 1 is as good as the mean")
+    before = unexplained(AutoEncoderTopK(probe.shape[1], args.dict_size, args.k), probe)
+    report(losses, before, unexplained(AutoEncoderTopK.from_pretrained(str(trained), k=args.k), probe))
     print(f"saved in {trained}")
 
 

@@ -1,35 +1,32 @@
 #!/usr/bin/env python3
 """Trains a sparse autoencoder with SAELens on one layer's shards. Needs: pip install sae-lens
 
+What is saved takes activations as they are stored: the scale that it was trained at is folded into its weights.
+
 python examples/train_saelens.py activations --layer 11 --output sae
 """
 
 import argparse
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from recipe import held_out_rows, report, training_rows, unexplained
 from sae_lens import SAE, StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qwen_jax.reading import iter_activations
 
+class Trainer(SAETrainer):
+    """SAELens' trainer, which keeps the losses."""
 
-def batches(path: str, layer: int, size: int, epochs: int, scale: float) -> Iterator[torch.Tensor]:
-    """Shuffled rows of the layer, scaled, in random order."""
-    for rows in iter_activations(path, layer, size, shuffle_buffer=64 * size, epochs=epochs):
-        if len(rows) == size:
-            yield torch.from_numpy(rows * scale)
+    def __init__(self, **kwargs: object):
+        super().__init__(**kwargs)
+        self.losses: list[float] = []
 
-
-def unexplained(sae: torch.nn.Module, rows: torch.Tensor) -> float:
-    """The share of the rows' variance that the reconstruction misses: 1 is as good as their mean."""
-    with torch.no_grad():
-        left = (sae(rows) - rows).square().sum()
-    return float(left / (rows - rows.mean(0)).square().sum())
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        output = super().step(batch)
+        self.losses.append(output.loss.item())
+        return output
 
 
 def main() -> None:
@@ -46,29 +43,34 @@ def main() -> None:
     parser.add_argument("--output", default="sae", help="folder for the trained SAE")
     args = parser.parse_args()
 
-    first = next(iter(iter_activations(args.path, args.layer, args.batch_size, shuffle_buffer=4096, seed=1)))
-    scale = float((first.shape[1] / (first**2).sum(axis=1).mean()) ** 0.5)  # mean squared norm: the width
-    probe = torch.from_numpy(first * scale)
+    torch.manual_seed(0)
+    probe = held_out_rows(args.path, args.layer, 4096)
     sae = StandardTrainingSAE(
-        StandardTrainingSAEConfig(d_in=first.shape[1], d_sae=args.d_sae, l1_coefficient=args.l1)
+        StandardTrainingSAEConfig(
+            d_in=probe.shape[1],
+            d_sae=args.d_sae,
+            l1_coefficient=args.l1,
+            normalize_activations="expected_average_only_in",
+            metadata=SAEMetadata(hook_name=f"blocks.{args.layer}.hook_resid_post"),
+        )
     )
     before = unexplained(sae, probe)
-    trainer = SAETrainer(
+    trainer = Trainer(
         cfg=SAETrainerConfig(
             total_training_samples=args.samples,
             train_batch_size_samples=args.batch_size,
+            n_batches_for_norm_estimate=16,
             lr=args.lr,
             lr_end=args.lr / 10,
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,
-        data_provider=batches(args.path, args.layer, args.batch_size, epochs=10_000, scale=scale),
+        data_provider=training_rows(args.path, args.layer, args.batch_size, epochs=10_000),
     )
     trainer.fit()
     sae.save_inference_model(args.output)
-    after = unexplained(SAE.load_from_disk(args.output), probe)
-    print(f"unexplained variance: {before:.3f} before, {after:.3f} after; 1 is as good as the mean")
-    print(f"saved in {args.output}; multiply activations by {scale:.6g} before they go in")
+    report(trainer.losses, before, unexplained(SAE.load_from_disk(args.output), probe))
+    print(f"saved in {args.output}; it takes activations as they are stored")
 
 
 if __name__ == "__main__":

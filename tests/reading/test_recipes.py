@@ -34,27 +34,44 @@ def peer(*arguments: object) -> str:
     return done.stdout
 
 
-def unexplained(output: str) -> tuple[float, float]:
-    before, after = re.search(r"variance: ([\d.]+) before, ([\d.]+) after", output).groups()
-    return float(before), float(after)
+def check(output: str) -> None:
+    """The loss falls from each part of the training to the next, and samples that were not trained on are told apart
+    better than by their mean, which the untrained autoencoder is not."""
+    print(output)
+    losses = [float(loss) for loss in re.search(r"loss by .*: (.*)", output).group(1).split()]
+    assert len(losses) == 10 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 3
+    before, after = re.search(r"of held-out samples: ([\d.]+) before, ([\d.]+) after", output).groups()
+    assert float(after) < 0.5 < 1 < float(before)
+
+
+LOADED = """
+import sys, torch
+sys.path[:0] = ["examples"]
+from recipe import held_out_rows, training_rows, unexplained
+from sae_lens import SAE
+
+sae = SAE.load_from_disk(sys.argv[2])
+held_out = held_out_rows(sys.argv[1], 2, 4096)
+trained = torch.cat(list(training_rows(sys.argv[1], 2, 512, epochs=1)))
+print(unexplained(sae, held_out), sae.cfg.metadata.hook_name)
+print(len({tuple(row) for row in held_out.tolist()} & {tuple(row) for row in trained.tolist()}))
+"""
 
 
 def test_sae_lens_trains_on_shards(run_folder, tmp_path):
     flags = ("--layer", 2, "--d_sae", 256, "--samples", 300_000, "--batch_size", 512)
-    output = peer("examples/train_saelens.py", run_folder, *flags, "--output", tmp_path / "sae")
-    before, after = unexplained(output)
-    print(output)
-    assert after < 0.5 < before
+    check(peer("examples/train_saelens.py", run_folder, *flags, "--output", tmp_path / "sae"))
+    left, hook, common = peer("-c", LOADED, run_folder, tmp_path / "sae").split()
+    assert float(left) < 0.5 and hook == "blocks.2.hook_resid_post"  # it takes rows as they are stored
+    # Samples begin with the same tokens, so they share those rows, and no others.
+    assert int(common) < 100
 
 
 def test_dictionary_learning_trains_on_shards(run_folder, tmp_path):
     flags = ("--layer", 2, "--dict_size", 256, "--k", 16, "--steps", 300, "--batch_size", 512)
-    output = peer(
-        "examples/train_dictionary_learning.py", run_folder, *flags, "--output", tmp_path / "dictionary"
+    check(
+        peer("examples/train_dictionary_learning.py", run_folder, *flags, "--output", tmp_path / "dictionary")
     )
-    before, after = unexplained(output)
-    print(output)
-    assert after < 0.5 < before
 
 
 STORE = """
