@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.shards import KIND_KEYS, Sample, load_shard, write_shard
+from qwen_jax.shards.format import ANSWER_KEYS, ROW_KEYS
 from qwen_jax.shards.ledger import parse_metadata
 from qwen_jax.storage.checksum import file_crc32c
 from tests.run_worker.starts import ROOT, Start
@@ -92,11 +93,7 @@ def samples_of(shard: dict[int, list[dict]]) -> list[Sample]:
 
     def sample(records: tuple[dict, ...]) -> Sample:
         first = records[0]
-        extras = {
-            key: first[key]
-            for key in ("token_positions", "token_roles", "token_cells", "answer_logprobs")
-            if key in first
-        }
+        extras = {key: first[key] for key in (*ROW_KEYS, *ANSWER_KEYS) if key in first}
         kinds = {kind: [record[kind] for record in records] for kind in KIND_KEYS if kind in first}
         arrays = [record["activation"] for record in records]
         about = (first["token_ids"], first["text_preview"], first["task_id"])
