@@ -105,7 +105,10 @@ def test_a_straggler_is_computed_alone():
 
 @pytest.mark.parametrize("name", ["arc_training_200.jsonl", "barc_rows_200.jsonl"])
 def test_real_tasks_leave_little_padding(name):
-    """At the defaults (2048 tokens, 4 rows, look-ahead 4), at least 93 % of the computed positions are real."""
+    """At the defaults (2048 tokens, 4 rows, look-ahead 4), at least 93 % of the computed positions are real.
+
+    On more devices a batch has at least a row for each, so that less can be chosen.
+    """
     if not REAL.is_dir():
         pytest.skip("the Qwen2.5 tokenizer and the tasks are not beside this checkout")
     encoder = PromptEncoder(load_tokenizer(str(REAL)))
@@ -114,16 +117,17 @@ def test_real_tasks_leave_little_padding(name):
         encoder.encode(i, parse_record(task_from_row(parse_row_line(row), "examples", "x")))
         for i, (_, row) in source
     ]
-    real_shapes = BatchShapes(2048, 4)
     ready = [each for each in encoded if isinstance(each, TokenizedSample)]
-    batches = [
-        batch
-        for window in windows(ready, 4 * real_shapes.tokens_per_step)
-        for batch in plan_batches(window, real_shapes)
-    ]
     real = sum(len(each.token_ids) for each in ready)
-    share = real / sum(batch.token_ids.size for batch in batches)
-    padded = real / (len(ready) * 2048)
-    print(f"{name}: {share:.3f} real, {padded:.3f} if padded to 2048, {len(batches)} batches, "
-          f"{len({batch.token_ids.shape for batch in batches})} shapes")  # fmt: skip
-    assert share >= 0.93
+    print(f"{name}: {real / (len(ready) * 2048):.3f} real if padded to 2048")
+    for devices, least in ((1, 0.93), (4, 0.9), (8, 0.9)):
+        device_shapes = BatchShapes(2048, 4, devices)
+        batches = [
+            batch
+            for window in windows(ready, 4 * device_shapes.tokens_per_step)
+            for batch in plan_batches(window, device_shapes)
+        ]
+        share = real / sum(batch.token_ids.size for batch in batches)
+        shapes_used = len({batch.token_ids.shape for batch in batches})
+        print(f"{devices} devices: {share:.3f} real, {len(batches)} batches, {shapes_used} shapes")
+        assert share >= least
