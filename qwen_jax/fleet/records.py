@@ -1,13 +1,16 @@
 """What a worker leaves for those who watch it: `progress.json`. Nothing in a resume reads it."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
-RUNNING, ENDED, FAILED, TERMINATED = "running", "ended", "failed", "terminated"
+STARTING, RUNNING, ENDED, FAILED, TERMINATED = "starting", "running", "ended", "failed", "terminated"
+STATUSES = (STARTING, RUNNING, ENDED, FAILED, TERMINATED)
 HISTORY_POINTS = 120
-"""The most points of the throughput history that a record keeps."""
+"""The most points of the throughput history that a record keeps: of this start, and of earlier ones."""
+_LARGEST_COUNT = 10**15
+_LARGEST_TIME = 1e11
+_LONGEST_MESSAGE = 500
 
 
 def progress_name(worker_id: int | None = None) -> str:
@@ -15,12 +18,20 @@ def progress_name(worker_id: int | None = None) -> str:
     return "progress.json" if worker_id is None else f"progress_worker_{worker_id}.json"
 
 
+def one_line(text: str) -> str:
+    """Somebody else's words, fit for a terminal: one line, without control characters, not endless."""
+    words = "".join(each if each.isprintable() else " " for each in text).split()
+    line = " ".join(words)
+    return line if len(line) <= _LONGEST_MESSAGE else f"{line[:_LONGEST_MESSAGE]} ..."
+
+
 @dataclass
 class ProgressRecord:
     """One worker's progress. Times are seconds since 1970, of the worker's clock; counts are of the whole run, but
     tokens and raw_bytes, which are of this start.
 
-    exit_code: once it has ended. history: [time, samples_done, tokens] points of this start.
+    exit_code: once it has ended. history: [time, samples_done, tokens] points of this start. earlier: those of the
+    starts before it, whose tokens go on from start to start.
     """
 
     worker_id: int
@@ -36,6 +47,7 @@ class ProgressRecord:
     message: str = ""
     exit_code: int | None = None
     history: list[list[float]] = field(default_factory=list)
+    earlier: list[list[float]] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -54,6 +66,12 @@ class ProgressRecord:
         done, seconds = last[1] - first[1], last[0] - first[0]
         return (self.samples_total - self.samples_done) * seconds / done if done > 0 else None
 
+    @property
+    def whole_history(self) -> list[list[float]]:
+        """Of all starts; tokens go on from start to start."""
+        before = self.earlier[-1][2] if self.earlier else 0
+        return [*self.earlier, *([when, samples, before + tokens] for when, samples, tokens in self.history)]
+
     def add_point(self, now: float) -> None:
         """Adds where it is now to the history; when that is full, every second point goes, now and from then on."""
         points = self.history
@@ -63,44 +81,65 @@ class ProgressRecord:
         if len(points) > HISTORY_POINTS:
             self.history = points[::2]
 
+    def go_on_from(self, before: Self | None) -> None:
+        """Takes over what an earlier start left: its history, and its counts while this one has none."""
+        if before is None:
+            return
+        points = before.whole_history
+        while len(points) > HISTORY_POINTS:
+            points = [*points[:-1:2], points[-1]]
+        self.earlier = points
+        if not self.samples_total:
+            self.samples_done, self.samples_total = before.samples_done, before.samples_total
+            self.shards, self.last_shard_at = before.shards, before.last_shard_at
+
     def to_bytes(self) -> bytes:
         return (json.dumps(asdict(self)) + "\n").encode()
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Reads a record back; raises ValueError for anything that no worker writes."""
-        values = json.loads(data)
+        try:
+            values = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("is nested without end") from error
         if not isinstance(values, dict) or set(values) != {each.name for each in fields(cls)}:
             raise ValueError("has other keys than a progress record")
         record = cls(**values)
-        counts = (
-            record.worker_id,
-            record.samples_done,
-            record.samples_total,
-            record.shards,
-            record.exit_code or 0,
-        )
-        times = (
-            record.started_at,
-            record.updated_at,
-            record.last_shard_at or 0,
-            record.tokens,
-            record.raw_bytes,
-        )
-        points = record.history if isinstance(record.history, list) else [None]
-        good = (
-            all(type(count) is int and count >= 0 for count in counts)
-            and all(_is_number(value) for value in times)
-            and all(isinstance(text, str) for text in (record.status, record.message))
-            and all(
-                isinstance(point, list) and len(point) == 3 and all(map(_is_number, point))
-                for point in points
-            )
-        )
-        if not good:
+        if not record._is_possible():
             raise ValueError("holds values that no worker writes")
+        record.message = one_line(record.message)
         return record
 
+    def _is_possible(self) -> bool:
+        counts = (self.worker_id, self.samples_done, self.samples_total, self.shards, self.tokens)
+        times = (self.started_at, self.updated_at)
+        return (
+            all(map(_is_count, (*counts, self.raw_bytes)))
+            and (self.exit_code is None or _is_count(self.exit_code))
+            and all(_is_number(value, _LARGEST_TIME) for value in times)
+            and (self.last_shard_at is None or _is_number(self.last_shard_at, _LARGEST_TIME))
+            and self.samples_done <= self.samples_total
+            and self.status in STATUSES
+            and isinstance(self.message, str)
+            and _is_history(self.history)
+            and _is_history(self.earlier)
+        )
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST_COUNT
+
+
+def _is_number(value: object, largest: float) -> bool:
+    return type(value) in (int, float) and 0 <= value <= largest  # nan is not
+
+
+def _is_history(points: object) -> bool:
+    return isinstance(points, list) and all(
+        isinstance(point, list)
+        and len(point) == 3
+        and _is_number(point[0], _LARGEST_TIME)
+        and all(_is_number(value, _LARGEST_COUNT) for value in point[1:])
+        for point in points
+    )

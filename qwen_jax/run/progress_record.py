@@ -1,29 +1,50 @@
-"""Writes the worker's progress record: at most once a minute, from a thread of its own, at best effort."""
+"""Writes the worker's progress record: once a minute, from a thread of its own, at best effort."""
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError, WriterConflictError
-from qwen_jax.fleet.records import ENDED, FAILED, RUNNING, TERMINATED, ProgressRecord, progress_name
+from qwen_jax.fleet.records import ENDED, FAILED, RUNNING, STARTING, TERMINATED, ProgressRecord, progress_name
+from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.run.settings import Settings
 from qwen_jax.storage.local import atomic_write
 from qwen_jax.storage.opening import open_store
+from qwen_jax.storage.store import Store
 
 log = logging.getLogger(__name__)
 
 INTERVAL_VARIABLE = "PROGRESS_INTERVAL_S"
 _DEFAULT_INTERVAL_S = 60.0
 _LAST_WRITE_S = 2.0
+_LEAVING_WORD_S = 20.0
 
 
-def record_interval(environment: dict[str, str]) -> float:
+@dataclass(frozen=True)
+class RecordPlaces:
+    """Where a worker's record goes: beside its checkpoint (None: no local one) and to the bucket. output_dir: its
+    lock says, as that of checkpoint_dir does, whether the worker runs."""
+
+    worker_id: int
+    output_dir: Path
+    checkpoint_dir: Path | None
+    bucket_url: str | None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        folder = settings.checkpoint_dir if settings.checkpointing else None
+        return cls(settings.worker_id, settings.output_dir, folder, settings.bucket_url)
+
+
+def record_interval(environment: Mapping[str, str]) -> float:
     """Seconds between records; 0 writes none. Raises UsageError for what is no number."""
     text = environment.get(INTERVAL_VARIABLE, "")
     try:
@@ -37,53 +58,76 @@ def record_interval(environment: dict[str, str]) -> float:
 
 def record_writer(settings: Settings) -> "ProgressWriter":
     """For the worker of these settings; nothing is done yet."""
+    return _writer(RecordPlaces.of(settings), record_interval(os.environ))
 
+
+def _writer(places: RecordPlaces, interval_s: float, last_write_s: float = _LAST_WRITE_S) -> "ProgressWriter":
     def nothing_yet() -> ProgressRecord:
         now = time.time()
-        return ProgressRecord(settings.worker_id, RUNNING, 0, 0, 0, 0, 0, now, now)
+        return ProgressRecord(places.worker_id, STARTING, 0, 0, 0, 0, 0, started_at=now, updated_at=now)
 
-    folder = settings.checkpoint_dir if settings.checkpointing else None
-    return ProgressWriter(nothing_yet, folder, settings.bucket_url, record_interval(dict(os.environ)))
+    return ProgressWriter(
+        places.worker_id, nothing_yet, places.checkpoint_dir, places.bucket_url, interval_s, last_write_s
+    )
 
 
-def leave_failure(settings: Settings, message: str, exit_code: int) -> None:
-    """Leaves a record of a worker that is not started, because of `message`."""
+def leave_failure(places: RecordPlaces, message: str, exit_code: int) -> None:
+    """Leaves a record of a worker that is not started, because of `message`; none where that worker runs."""
     error = ToolkitError(message)
     error.exit_code = exit_code
-    with suppress(ToolkitError), record_writer(settings):
+    interval = _DEFAULT_INTERVAL_S
+    with suppress(UsageError):
+        interval = record_interval(os.environ)
+    folders = [places.output_dir, *([places.checkpoint_dir] if places.checkpoint_dir else [])]
+    with (
+        suppress(ToolkitError),
+        _writer(places, interval, _LEAVING_WORD_S),
+        exclusive_folders(folders, places.worker_id),
+    ):
         raise error
 
 
 class ProgressWriter:
-    """Writes records from `follow` to the end of the `with` block, and a last one that says how it ended.
+    """Writes records from `begin` to the end of the `with` block, and a last one that says how it ended.
 
-    A block that fails before `follow` leaves a record too. After a WriterConflictError there is none: it is then the
+    A block that fails before `begin` leaves a record too. After a WriterConflictError there is none: it is then the
     other writer's. Whatever goes wrong with records is logged once and otherwise ignored; the end waits for the last
-    one no longer than two seconds.
+    one no longer than `last_write_s`.
     """
 
     def __init__(
         self,
+        worker_id: int,
         snapshot: Callable[[], ProgressRecord],
         folder: Path | None,
         bucket_url: str | None,
         interval_s: float,
+        last_write_s: float = _LAST_WRITE_S,
     ):
         """snapshot: the record until `follow` gives another. folder: of the checkpoint, None for no local record."""
-        self._snapshot = snapshot
+        self._worker_id = worker_id
+        self._source = (STARTING, snapshot)
         self._folder = folder
         self._bucket_url = bucket_url
         self._interval_s = interval_s
+        self._last_write_s = last_write_s
+        self._wake = threading.Event()
         self._stop = threading.Event()
         self._give_up = threading.Event()
         self._ended_as: tuple[str, str, int | None] | None = (ENDED, "", 0)
         self._complained = False
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
+    def begin(self) -> None:
+        """From now on there is a record: of a worker that starts."""
+        if self._interval_s and not self._has_begun:
+            self._thread.start()
+
     def follow(self, snapshot: Callable[[], ProgressRecord]) -> None:
-        """From now on the record is this one, at every interval."""
-        self._snapshot = snapshot
-        self._begin()
+        """From now on the record is this one, at once and at every interval."""
+        self._source = (RUNNING, snapshot)
+        self.begin()
+        self._wake.set()
 
     def __enter__(self) -> Self:
         return self
@@ -93,58 +137,77 @@ class ProgressWriter:
     ) -> None:
         if error is not None:
             self._ended_as = _ending(error)
-            if not self._has_begun:
-                self._begin()
         self._stop.set()
+        self._wake.set()
+        if error is not None and self._ended_as is not None:
+            self.begin()
         if self._has_begun:
-            self._thread.join(_LAST_WRITE_S)
+            self._thread.join(self._last_write_s)
         self._give_up.set()
 
     @property
     def _has_begun(self) -> bool:
         return self._thread.ident is not None
 
-    def _begin(self) -> None:
-        if self._interval_s:
-            self._thread.start()
-
     def _run(self) -> None:
         history: list[list[float]] = []
+        before = self._at_best_effort(self._record_before)
         ended = False
         while not ended:
-            ended = self._stop.wait(self._interval_s)
-            outcome = self._ended_as if ended else (RUNNING, "", None)
+            ended = self._stop.is_set()
+            status, snapshot = self._source
+            outcome = self._ended_as if ended else (status, "", None)
             if outcome is None:
                 return
-            record = self._snapshot()
+            record = snapshot()
             record.status, record.message, record.exit_code = outcome
             record.history = history
-            record.add_point(time.time())
-            history = record.history
+            if status == RUNNING:
+                record.add_point(time.time())
+                history = record.history
+            record.go_on_from(before)
             self._write(record)
+            if not ended:
+                self._wake.wait(self._interval_s)
+                self._wake.clear()
+
+    def _record_before(self) -> ProgressRecord | None:
+        """What an earlier start left here, or else in the bucket."""
+        path = self._folder and self._folder / progress_name(self._worker_id)
+        data = None
+        if path is not None and path.is_file():
+            data = path.read_bytes()
+        elif self._store is not None and (stored := self._store.get_bytes(progress_name())):
+            data = stored[0]
+        with suppress(ValueError):
+            if data is not None and (record := ProgressRecord.parse(data)).worker_id == self._worker_id:
+                return record
+        return None
+
+    @cached_property
+    def _store(self) -> Store | None:
+        """Of the records alone, so that its waits and retries are nobody else's."""
+        return open_store(self._bucket_url, stop=self._give_up) if self._bucket_url is not None else None
 
     def _write(self, record: ProgressRecord) -> None:
         data = record.to_bytes()
-        for write in (self._write_locally, self._write_to_bucket):
-            try:
-                write(record.worker_id, data)
-            except Exception as error:  # noqa: BLE001  (a record must never fail a run)
-                if not self._complained and not self._give_up.is_set():
-                    log.warning(
-                        "the progress record cannot be written (%s); nothing else depends on it", error
-                    )
-                self._complained = True
+        self._at_best_effort(lambda: self._write_locally(data))
+        self._at_best_effort(lambda: self._store and self._store.put_bytes(progress_name(), data))
 
-    def _write_locally(self, worker_id: int, data: bytes) -> None:
+    def _at_best_effort(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  (a record must never fail a run)
+            if not self._complained and not self._give_up.is_set():
+                log.warning("the progress record cannot be kept (%s); nothing else depends on it", error)
+            self._complained = True
+            return None
+
+    def _write_locally(self, data: bytes) -> None:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self._folder / progress_name(worker_id)) as file:
+            with atomic_write(self._folder / progress_name(self._worker_id)) as file:
                 file.write(data)
-
-    def _write_to_bucket(self, worker_id: int, data: bytes) -> None:
-        if self._bucket_url is not None:
-            # A store of its own, so that its waits and retries are nobody else's.
-            open_store(self._bucket_url, stop=self._give_up).put_bytes(progress_name(), data)
 
 
 def _ending(error: BaseException) -> tuple[str, str, int] | None:

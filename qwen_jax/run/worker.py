@@ -1,23 +1,20 @@
 """One worker, from its settings to a completed run."""
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Event
-from typing import TextIO
 
 from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.data.prompts import load_tokenizer
-from qwen_jax.errors import TerminatedError, WriterConflictError
+from qwen_jax.errors import TerminatedError
 from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.devices import device_errors
+from qwen_jax.run.exclusive import exclusive
 from qwen_jax.run.failpoints import arm, failpoint
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
@@ -45,12 +42,13 @@ def extract(settings: Settings, stop: Event) -> Ledger:
     arm(os.environ)
     watch_for_notice()
     reuse_freed_memory()
-    with record_writer(settings) as records, device_errors():
+    # The lock comes first: a second start must touch neither the device nor the record of the one that runs.
+    with record_writer(settings) as records, exclusive(settings), device_errors():
+        records.begin()
         job = prepare(settings)
-        with exclusive(settings):
-            committer = open_committer(job, stop)
-            if committer.ledger.status != COMPLETED:
-                run(job, committer, stop, records)
+        committer = open_committer(job, stop)
+        if committer.ledger.status != COMPLETED:
+            run(job, committer, stop, records)
     return committer.ledger
 
 
@@ -93,35 +91,6 @@ def open_places(settings: Settings, stop: Event) -> Places:
             leftover.unlink()
     store = open_store(settings.bucket_url, stop=stop) if settings.bucket_url else None
     return Places(settings.output_dir, checkpoint_path, settings.checkpoint_name, store)
-
-
-@contextmanager
-def exclusive(settings: Settings) -> Iterator[None]:
-    """Holds the worker's folders for this process; raises WriterConflictError if another has them."""
-    folders = [settings.output_dir, *([settings.checkpoint_dir] if settings.checkpointing else [])]
-    files = []
-    try:
-        for folder in dict.fromkeys(folder.resolve() for folder in folders):
-            files.append(_lock(folder, settings.worker_id))
-        yield
-    finally:
-        for file in files:
-            file.close()
-
-
-def _lock(folder: Path, worker_id: int) -> TextIO:
-    path = folder / f".worker_{worker_id}.lock"
-    with storage_errors("write in", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise WriterConflictError(
-            f"another process on this machine runs worker {worker_id} in {folder}; stop it, or use another id"
-        ) from error
-    return file
 
 
 def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) -> None:

@@ -91,7 +91,9 @@ def test_a_torn_checkpoint_is_a_problem(tmp_path, text):
 
 
 def test_a_worker_that_failed_before_it_knew_its_stream(tmp_path):
-    put(tmp_path, 0, record(0, status=FAILED, samples_total=0, message="no such folder"), None)
+    put(
+        tmp_path, 0, record(0, status=FAILED, samples_done=0, samples_total=0, message="no such folder"), None
+    )
     (state,) = states(tmp_path, 1)
     assert (state.state, state.total, state.share) == ("failed", None, None)
     assert "no such folder" in "\n".join(details([state])) and "no such folder" in make_page([state], NOW)
@@ -125,8 +127,16 @@ def test_torn_records_and_metadata_are_as_if_absent(tmp_path, text):
         {"tokens": float("nan")},
         {"samples_done": -1},
         {"samples_done": True},
+        {"samples_done": 6251},
         {"message": 5},
+        {"status": "dancing"},
+        {"exit_code": ""},
+        {"last_shard_at": ""},
+        {"updated_at": 1e300},
+        {"tokens": 1.5},
         {"history": [[1, 2]]},
+        {"history": [[1, 2, 1e300]]},
+        {"earlier": [[1, 2, float("nan")]]},
     ],
 )
 def test_impossible_records_are_as_if_absent(change):

@@ -1,18 +1,32 @@
 """Records say how a worker is doing, and nothing about them can hurt its run."""
 
 import json
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from qwen_jax.errors import ConfigError, TerminatedError, UsageError, WriterConflictError
 from qwen_jax.fleet.records import ProgressRecord
 from qwen_jax.run.progress_record import ProgressWriter, record_interval
-from tests.fleet.fleets import record
+from tests.fake_gcs import FakeGcs, Fault
+from tests.fleet.fleets import NOW, record
 from tests.run_worker.conftest import cloud, inputs, server, tree, workspace  # noqa: F401  (fixtures)
 
 
 def written(folder) -> ProgressRecord:
     return ProgressRecord.parse((folder / "progress_worker_3.json").read_bytes())
+
+
+def wait_for(folder: Path, is_there: Callable[[ProgressRecord], bool]) -> ProgressRecord:
+    """The first record in `folder` of which that holds."""
+    deadline = time.monotonic() + 20
+    while True:
+        if (folder / "progress_worker_3.json").exists() and is_there(written(folder)):
+            return written(folder)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def snapshot() -> ProgressRecord:
@@ -29,7 +43,7 @@ def snapshot() -> ProgressRecord:
 )
 def test_the_last_record_says_how_it_ended(tmp_path, error, status, message):
     try:
-        with ProgressWriter(snapshot, tmp_path, None, 1e6) as writer:
+        with ProgressWriter(3, snapshot, tmp_path, None, 1e6) as writer:
             writer.follow(snapshot)
             if error is not None:
                 raise error
@@ -39,10 +53,10 @@ def test_the_last_record_says_how_it_ended(tmp_path, error, status, message):
 
 
 def test_an_end_before_the_run_leaves_a_record_only_if_it_is_a_failure(tmp_path):
-    with ProgressWriter(snapshot, tmp_path / "new", None, 1e6):
+    with ProgressWriter(3, snapshot, tmp_path / "new", None, 1e6):
         pass
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError), ProgressWriter(snapshot, tmp_path / "new", None, 1e6):
+    with pytest.raises(ConfigError), ProgressWriter(3, snapshot, tmp_path / "new", None, 1e6):
         raise ConfigError("other settings")
     assert (written(tmp_path / "new").message, written(tmp_path / "new").exit_code) == ("other settings", 78)
 
@@ -50,7 +64,7 @@ def test_an_end_before_the_run_leaves_a_record_only_if_it_is_a_failure(tmp_path)
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_a_conflict_leaves_the_record_to_the_other_writer(tmp_path, has_begun):
     (tmp_path / "progress_worker_3.json").write_text("the other's")
-    with pytest.raises(WriterConflictError), ProgressWriter(snapshot, tmp_path, None, 1e6) as writer:
+    with pytest.raises(WriterConflictError), ProgressWriter(3, snapshot, tmp_path, None, 1e6) as writer:
         if has_begun:
             writer.follow(snapshot)
         raise WriterConflictError("another writer")
@@ -65,7 +79,7 @@ def test_records_are_written_while_it_runs_to_both_places(tmp_path):
         seen.append(len(seen))
         return record(3, samples_done=len(seen), history=[])
 
-    with ProgressWriter(snapshot, tmp_path, bucket.as_uri(), 0.01) as writer:
+    with ProgressWriter(3, snapshot, tmp_path, bucket.as_uri(), 0.01) as writer:
         writer.follow(counting)
         while len(seen) < 5:
             writer._stop.wait(0.01)
@@ -73,6 +87,61 @@ def test_records_are_written_while_it_runs_to_both_places(tmp_path):
     assert last.to_bytes() == (tmp_path / "progress_worker_3.json").read_bytes()
     assert last.samples_done == len(seen)
     assert (last.history[0][1], last.history[-1][1]) == (1, len(seen))
+
+
+def test_a_start_and_a_run_are_seen_at_once(tmp_path):
+    with ProgressWriter(3, snapshot, tmp_path, None, 1e6) as writer:
+        writer.begin()
+        starts = wait_for(tmp_path, lambda seen: True)
+        assert (starts.status, starts.exit_code, starts.history) == ("starting", None, [])
+        writer.follow(snapshot)
+        runs = wait_for(tmp_path, lambda seen: seen.status == "running")
+        assert len(runs.history) == 1
+
+
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_a_start_goes_on_where_the_record_of_the_last_one_ends(tmp_path, place):
+    """Its counts until it has its own; its history, with tokens that go on."""
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    before = record(3, status="failed", message="gone", exit_code=75)
+    old = tmp_path / "progress_worker_3.json" if place == "local" else bucket / "progress.json"
+    old.write_bytes(before.to_bytes())
+
+    def nothing_yet() -> ProgressRecord:
+        return ProgressRecord(3, "starting", 0, 0, 0, 0, 0, started_at=NOW, updated_at=NOW)
+
+    def anew() -> ProgressRecord:
+        return record(3, history=[], tokens=70)
+
+    with ProgressWriter(3, nothing_yet, tmp_path, bucket.as_uri(), 1e6) as writer:
+        writer.begin()
+        starts = wait_for(tmp_path, lambda seen: seen.status == "starting")
+        assert (starts.samples_done, starts.samples_total) == (before.samples_done, before.samples_total)
+        assert (starts.shards, starts.message, starts.history) == (before.shards, "", [])
+        writer.follow(anew)
+        runs = wait_for(tmp_path, lambda seen: seen.status == "running")
+    assert runs.earlier == starts.earlier == before.history
+    assert runs.whole_history[-1][1:] == [anew().samples_done, before.history[-1][2] + 70]
+
+
+@pytest.mark.parametrize("old", ["", "{", record(4).to_bytes().decode()])
+def test_what_lies_there_of_old_cannot_hurt(tmp_path, old):
+    (tmp_path / "progress_worker_3.json").write_text(old)
+    with ProgressWriter(3, snapshot, tmp_path, None, 1e6) as writer:
+        writer.follow(snapshot)
+    assert (written(tmp_path).status, written(tmp_path).earlier) == ("ended", [])
+
+
+def test_the_end_waits_two_seconds_for_a_bucket_that_does_not_answer(tmp_path, monkeypatch):
+    with FakeGcs() as silent:
+        silent.faults.append(Fault("stall", times=99))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", silent.url)
+        monkeypatch.setenv("GCS_RETRY_BUDGET_S", "0")
+        with ProgressWriter(3, snapshot, None, "gs://bucket/tpu_3", 60) as writer:
+            writer.follow(snapshot)
+            before = time.monotonic()
+        assert time.monotonic() - before < 10
 
 
 def test_what_goes_wrong_is_said_once_and_hurts_nothing(tmp_path, caplog):
@@ -83,11 +152,11 @@ def test_what_goes_wrong_is_said_once_and_hurts_nothing(tmp_path, caplog):
         seen.append(1)
         return snapshot()
 
-    with ProgressWriter(snapshot, tmp_path, "gs://", 0.01) as writer:
+    with ProgressWriter(3, snapshot, tmp_path, "gs://", 0.01) as writer:
         writer.follow(counting)
         while len(seen) < 4:
             writer._stop.wait(0.01)
-    assert caplog.text.count("the progress record cannot be written") == 1
+    assert caplog.text.count("the progress record cannot be kept") == 1
 
 
 def test_a_run_leaves_a_record_and_the_same_shards(cloud, workspace):  # noqa: F811

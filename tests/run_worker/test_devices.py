@@ -5,9 +5,12 @@ from dataclasses import replace
 import jax
 import pytest
 
-from qwen_jax.errors import ConfigError, DeviceError
-from qwen_jax.run import devices
+from extract_activations import main
+from qwen_jax.errors import ConfigError, DeviceError, WriterConflictError
+from qwen_jax.fleet.records import ProgressRecord, progress_name
+from qwen_jax.run import devices, job, worker
 from qwen_jax.run.devices import device_errors, find_devices
+from qwen_jax.run.exclusive import exclusive_folders
 
 
 @pytest.fixture
@@ -53,3 +56,22 @@ def test_what_a_device_reports(said, kind, code):
     with pytest.raises(kind) as raised, device_errors():
         raise jax.errors.JaxRuntimeError(said)
     assert raised.value.exit_code == code and said.splitlines()[0] in str(raised.value)
+
+
+def test_a_second_start_of_a_running_worker_touches_neither_the_device_nor_its_record(workspace, monkeypatch):
+    def busy() -> list[jax.Device]:
+        raise DeviceError("the TPU is in use")
+
+    monkeypatch.setattr(job, "find_devices", busy)
+    monkeypatch.setattr(worker, "reuse_freed_memory", lambda: None)  # for good, in this process
+    monkeypatch.setenv("PROGRESS_INTERVAL_S", "60")
+    record = workspace.checkpoint.with_name(progress_name(5))
+    with exclusive_folders([workspace.output, record.parent], 5):
+        record.write_text("of the worker that runs")
+        with pytest.raises(WriterConflictError, match="another process on this machine"):
+            main(workspace.command()[2:])
+    assert record.read_text() == "of the worker that runs"
+    with pytest.raises(DeviceError):
+        main(workspace.command()[2:])
+    left = ProgressRecord.parse(record.read_bytes())
+    assert (left.status, left.exit_code, left.message) == ("failed", 75, "the TPU is in use")
