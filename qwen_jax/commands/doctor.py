@@ -9,13 +9,45 @@ Exit code 0 when nothing fails, else that of the first failure, as a worker woul
 
 import os
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
-from qwen_jax.cli import FlagParser
+from qwen_jax.cli import FlagParser, parse_bool
+from qwen_jax.errors import UsageError
 from qwen_jax.run.flags import add_worker_flags, to_settings
 from qwen_jax.run.plan_flags import add_plan_flags, take_assumptions
+from qwen_jax.run.settings import Settings, bucket_url, resolve_worker_id, worker_folder
 
 ENV_FOR_ALL = True
 _RETRY_S = "20"
+_PLACES = (
+    *("worker_id", "output_dir", "checkpoint_dir", "no_checkpointing"),
+    *("upload_to_gcs", "gcs_bucket", "gcs_prefix", "quick", "dry_run"),
+)
+"""Flags that say where a record goes, and whether one is left."""
+
+
+class Parser(FlagParser):
+    """Leaves word of a start whose flags or variables are wrong, where these at least say where."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self._given = list(args or [])
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        _leave_word({name: self._word(name) for name in _PLACES}, dict(os.environ), message)
+        super().error(message)
+
+    def _word(self, name: str) -> Any:
+        """What stands behind a flag, True where that is nothing; else its variable's word, else its default."""
+        for word, following in zip(self._given, [*self._given[1:], "--"], strict=True):
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+                return value if equals else following.startswith("--") or following
+        variables = {action.dest: variable for action, variable in self._env_flags}
+        return os.environ.get(variables.get(name, "")) or self.get_default(name)
 
 
 def add_flags(parser: FlagParser) -> None:
@@ -27,23 +59,59 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    values = vars(args)
+    values, words, environment = vars(args), dict(vars(args)), dict(os.environ)
     quick, is_dry = values.pop("quick"), values.pop("dry_run")
-    values.pop("verbose")
-    take_assumptions(values)
-    settings = to_settings(values)
-    os.environ.setdefault("GCS_RETRY_BUDGET_S", _RETRY_S)  # a worker waits longer
-    from qwen_jax.run.doctor import FAIL, Finding, examine
-    from qwen_jax.run.progress_record import leave_failure
+    try:
+        settings = _settings(values)
+    except UsageError as error:
+        _leave_word(words, environment, str(error))
+        raise
+    from qwen_jax.run.doctor import FAIL, PASS, Finding, examine
+    from qwen_jax.run.progress_record import RecordPlaces, leave_failure
 
     failed: Finding | None = None
     for finding in examine(settings, quick=quick):
-        if not quick or finding.outcome == FAIL:
+        if not quick or finding.outcome != PASS:
             print(finding, flush=True)
         if finding.outcome == FAIL:
             failed = failed or finding
     if failed is None:
         return 0
     if quick and not is_dry:
-        leave_failure(settings, failed.text, failed.exit_code)
+        leave_failure(RecordPlaces.of(settings), failed.text, failed.exit_code)
     return failed.exit_code
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    """The worker's, with what it would refuse at its start refused here; raises UsageError."""
+    values.pop("verbose")
+    take_assumptions(values)
+    settings = to_settings(values)
+    from qwen_jax.run.progress_record import record_interval
+
+    record_interval(os.environ)
+    os.environ.setdefault("GCS_RETRY_BUDGET_S", _RETRY_S)  # a worker waits longer
+    return settings
+
+
+def _leave_word(words: Mapping[str, Any], environment: dict[str, str], message: str) -> None:
+    """A record of a usage error, where worker and folders are known; of quick checks only."""
+    if not _is_on(words["quick"]) or _is_on(words["dry_run"]):
+        return
+    from qwen_jax.run.progress_record import RecordPlaces, leave_failure
+
+    with suppress(UsageError):
+        worker = resolve_worker_id(words["worker_id"], environment)
+        checkpoints = None if _is_on(words["no_checkpointing"]) else Path(words["checkpoint_dir"])
+        url = None
+        if _is_on(words["upload_to_gcs"]) and words["gcs_bucket"]:
+            url = bucket_url(words["gcs_bucket"], words["gcs_prefix"], worker)
+        output = worker_folder(Path(words["output_dir"]), worker)
+        os.environ.setdefault("GCS_RETRY_BUDGET_S", _RETRY_S)
+        leave_failure(RecordPlaces(worker, output, checkpoints, url), message, UsageError.exit_code)
+
+
+def _is_on(word: Any) -> bool:
+    with suppress(ValueError):
+        return parse_bool(str(word))
+    return True  # somebody meant something by it

@@ -1,6 +1,7 @@
 """Looks whether a worker would run here, before it is started: each check gives one line, and what to do."""
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -11,13 +12,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from pathlib import Path
 
 from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.streams import read_stream, stream_summary
-from qwen_jax.errors import ConfigError, StorageError, ToolkitError
+from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError
+from qwen_jax.model.source import fetch_model
+from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.plan_flags import Assumptions
 from qwen_jax.run.settings import Settings
+from qwen_jax.shards.ledger import METADATA_NAME, CheckpointRecord, DamagedError, parse_checkpoint
 from qwen_jax.storage.local import storage_errors
 from qwen_jax.storage.opening import open_store
 from qwen_jax.storage.store import PreconditionFailedError
@@ -96,12 +101,18 @@ def _is_installed(name: str) -> bool:
 
 
 def _stream_begins(settings: Settings) -> str:
-    first = next(read_stream(settings.dataset_path), None)
-    if first is None:
-        raise Doubt(f"{settings.dataset_path} is empty: nothing to do")
-    if isinstance(first[1], BadRecord):
-        raise Doubt(f"{settings.dataset_path}: line 1 is bad: {first[1]}")
-    return f"{settings.dataset_path} can be read"
+    limit, path = settings.max_bad_records, settings.dataset_path
+    lines = [
+        record for _, record in islice(read_stream(path), min(limit + 1, settings.max_samples or limit + 1))
+    ]
+    if not lines:
+        raise Doubt(f"{path} is empty: nothing to do")
+    bad = [record for record in lines if isinstance(record, BadRecord)]
+    if len(bad) > limit:
+        raise BadDataError(f"{path}: its first {len(bad)} lines are bad, line 1: {bad[0]}; make it again")
+    if bad and bad[0] is lines[0]:
+        raise Doubt(f"{path}: line 1 is bad: {bad[0]}")
+    return f"{path} can be read"
 
 
 def _folders(settings: Settings) -> str:
@@ -118,13 +129,79 @@ def _folders(settings: Settings) -> str:
 
 
 def _model_folder(settings: Settings) -> str:
+    """As far as it can be looked at without jax and the network."""
     folder = Path(settings.model_path).expanduser()
-    if not folder.is_dir():
+    if not folder.is_dir() and not settings.model_path.startswith((".", "/", "~")):
         return f"{settings.model_path} comes from the Hugging Face Hub"
-    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    fetch_model(settings.model_path, settings.revision)  # complains of a folder that is not there
+    names = ("config.json", "tokenizer.json")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("weights (*.safetensors)")
     if missing:
         raise ConfigError(f"{folder} lacks {' and '.join(missing)}; give a complete checkpoint")
+    for name in names:
+        _read_json(folder / name)
     return f"{folder} is a model's folder"
+
+
+def _read_json(path: Path) -> None:
+    """Raises ConfigError for what is torn."""
+    with storage_errors("read", path):
+        data = path.read_bytes()
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); fetch the model again") from error
+
+
+def _checkpoint_fits(settings: Settings) -> str:
+    """The local checkpoint is this worker's, of a run with these settings, as far as they say without jax."""
+    path = settings.checkpoint_dir / settings.checkpoint_name
+    with storage_errors("read", path):
+        data = path.read_bytes() if settings.checkpointing and path.is_file() else None
+    if data is None or settings.force_restart:
+        return "none to go on from here"
+    record = _parsed(data, settings)
+    plain = {name for name in record.fingerprint if hasattr(settings, name)} - {"activation_dtype"}
+    check_fingerprint(
+        {"worker_id": record.worker_id} | {name: record.fingerprint[name] for name in sorted(plain)},
+        {"worker_id": settings.worker_id} | {name: getattr(settings, name) for name in sorted(plain)},
+        f"the checkpoint {path}",
+    )
+    return f"goes on after {record.total_shards} shards"
+
+
+def _parsed(data: bytes, settings: Settings) -> CheckpointRecord:
+    """Raises Doubt for a damaged checkpoint that may be rebuilt, ConfigError for one that cannot."""
+    try:
+        return parse_checkpoint(data)
+    except DamagedError as error:
+        if settings.bucket_url is None and not (settings.output_dir / METADATA_NAME).is_file():
+            raise ConfigError(
+                f"the checkpoint is damaged ({error}), and there is no {METADATA_NAME} to rebuild it from; "
+                "restore one of them, or pass --force_restart to overwrite it all"
+            ) from error
+        raise Doubt(f"the checkpoint is damaged ({error}); the worker rebuilds it") from error
+
+
+def _checkpoint(settings: Settings) -> str:
+    """The same, and of the bucket's the whole fingerprint."""
+    local = _checkpoint_fits(settings)
+    if settings.bucket_url is None or settings.force_restart:
+        return local
+    stored = open_store(settings.bucket_url).get_bytes(settings.checkpoint_name)
+    if stored is None:
+        return "none in the bucket: a new run"
+    from qwen_jax.run.job import make_fingerprint, prepare
+
+    record = _parsed(stored[0], settings)
+    check_fingerprint(
+        {"worker_id": record.worker_id, **record.fingerprint},
+        {"worker_id": settings.worker_id, **make_fingerprint(prepare(settings))},
+        f"the checkpoint in {settings.bucket_url}",
+    )
+    return f"goes on after {record.total_shards} shards in the bucket"
 
 
 def _devices(settings: Settings) -> str:
@@ -170,6 +247,25 @@ def _disk(settings: Settings) -> str:
             f"{text} in {settings.output_dir}; free some space, or upload with --delete_local_after_upload"
         )
     return text
+
+
+def _credentials(settings: Settings) -> str:
+    if not (settings.bucket_url or "").startswith("gs://"):
+        raise Doubt("no Cloud Storage bucket: none needed")
+    open_store(settings.bucket_url)  # complains where there are none
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        return "an emulator of Cloud Storage needs none"
+    import google.auth
+    import google.auth.exceptions
+    from google.auth.transport.requests import Request
+
+    try:
+        found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
+        found.refresh(Request())
+    except google.auth.exceptions.GoogleAuthError as error:
+        said = str(error).splitlines()[0]
+        raise StorageError(f"the login is refused ({said}); gcloud auth application-default login") from error
+    return f"logged in as {getattr(found, 'service_account_email', '') or 'a user'}"
 
 
 def _bucket(settings: Settings) -> str:
@@ -251,6 +347,7 @@ QUICK: dict[str, Check] = {
     "stream": _stream_begins,
     "folders": _folders,
     "model": _model_folder,
+    "checkpoint": _checkpoint_fits,
 }
 THOROUGH: dict[str, Check] = {
     "python": _python,
@@ -259,7 +356,9 @@ THOROUGH: dict[str, Check] = {
     "devices": _devices,
     "model": _model,
     "disk": _disk,
+    "credentials": _credentials,
     "bucket": _bucket,
+    "checkpoint": _checkpoint,
     "region": _region,
     "clock": _clock,
 }

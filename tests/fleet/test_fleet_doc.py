@@ -1,4 +1,4 @@
-"""docs/fleet.md shows commands with their real output: each is run, with a fleet in the middle of its work."""
+"""docs/fleet.md shows commands with their real output: each is run, the monitor's with a fleet in the middle of its work."""
 
 import re
 import shutil
@@ -16,18 +16,29 @@ from tests.scripts.conftest import ROOT
 SHOWN = re.findall(r"^```\n\$ (.*)\n((?:.*\n)*?)```$", (ROOT / "docs" / "fleet.md").read_text(), re.M)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with the checkout's files and the checkpoints of a made-up fleet."""
-    folder = tmp_path_factory.mktemp("place")
+def checkout(folder: Path) -> Path:
+    """The checkout's files, with an environment."""
     for path in ROOT.iterdir():
         if path.name not in ("activations", "checkpoints", "data") and not path.name.startswith("."):
             (folder / path.name).symlink_to(path)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """Before anything has run."""
+    return checkout(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory) -> Path:
+    """With the files of a made-up fleet."""
+    folder = checkout(tmp_path_factory.mktemp("busy"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fleets, "NOW", time.time())
         fleets.make_fleet(folder)
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
     return folder
 
 
@@ -38,10 +49,11 @@ def test_every_engine_and_the_monitor_are_shown():
 
 
 @pytest.mark.parametrize("command, output", SHOWN, ids=[command[-40:] for command, _ in SHOWN])
-def test_a_command_prints_what_is_shown(place, fakes, command, output):
+def test_a_command_prints_what_is_shown(bare, busy, fakes, command, output):
     if "kubernetes" in command and shutil.which("kubectl") is None:
         pytest.skip("kubectl is not on the PATH")
     environment = fakes.environment(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
+    place = busy if "check_all" in command else bare
     command = command.replace("python -m", f"{sys.executable} -m")
     done = subprocess.run(["bash", "-c", command], cwd=place, env=environment, capture_output=True, text=True)
     printed = re.sub(r"write in \S+qwen_jax/xla", "write in ~/.cache/qwen_jax/xla", done.stdout)

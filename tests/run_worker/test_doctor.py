@@ -1,5 +1,6 @@
 """The doctor sees what is wrong before a worker does, and says so with the worker's exit code."""
 
+import json
 import os
 import shutil
 import threading
@@ -10,9 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from qwen_jax.__main__ import main
+from qwen_jax.errors import UsageError
 from qwen_jax.fleet.records import ProgressRecord
 from qwen_jax.run import devices, doctor
+from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.storage.folder import FolderStore
+from qwen_jax.storage.gcs import GcsStore
 from tests.fake_gcs import FakeGcs, Fault
 from tests.scripts.conftest import ROOT, setting_variables
 
@@ -117,6 +121,122 @@ def test_a_quick_failure_is_left_where_the_fleet_looks(patient, bucket):
     (data,) = bucket.tree().values()
     left = ProgressRecord.parse(data)
     assert (left.status, left.exit_code, left.message) == ("failed", 78, failures["model"])
+
+
+@pytest.mark.parametrize(
+    "variables, flags, words",
+    [
+        ({"MAX_SEQ_LENGTH": "abc"}, (), "environment variable MAX_SEQ_LENGTH"),
+        ({}, ("--batch_size", "0"), "--batch_size"),
+        ({}, ("--no_such_flag",), "--no_such_flag"),
+        ({"KEEP_TOKENS": "most"}, (), "most"),
+        ({"PROGRESS_INTERVAL_S": "often"}, (), "PROGRESS_INTERVAL_S"),
+    ],
+)
+def test_word_is_left_of_a_usage_error_too(patient, bucket, variables, flags, words):
+    for name, value in ({"PROGRESS_INTERVAL_S": "60"} | variables).items():
+        patient.monkeypatch.setenv(name, value)
+    for more in (("--dry_run",), ()):
+        assert bucket.tree() == {}
+        with pytest.raises((SystemExit, UsageError)):
+            patient.examine("--quick", *flags, *more)
+    left = ProgressRecord.parse(bucket.tree()["activations/tpu_0/progress.json"])
+    assert (left.worker_id, left.status, left.exit_code) == (0, "failed", 2) and words in left.message
+    here = patient.root / "checkpoints" / "progress_worker_0.json"
+    assert here.read_bytes() == bucket.tree()["activations/tpu_0/progress.json"]
+
+
+def test_no_word_is_left_of_a_worker_that_runs(patient):
+    """A second start with a slip in it: the record stays that of the first."""
+    patient.monkeypatch.setenv("PROGRESS_INTERVAL_S", "60")
+    with exclusive_folders([patient.root / "out" / "worker_0"], 0):
+        assert patient.failures("--quick", "--model_path", "/nowhere")[0] == 78
+    assert not list(patient.root.rglob("progress_*"))
+
+
+def break_a_model(folder, how: str) -> None:
+    shutil.copytree(DEMO / "model", folder)
+    if how == "weights":
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    else:
+        path = folder / how
+        path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("weights", "lacks weights"),
+        ("tokenizer.json", "tokenizer.json is damaged"),
+        ("config.json", "config.json is damaged"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole(patient, how, words):
+    break_a_model(patient.root / "model", how)
+    code, failures = patient.failures("--quick", "--model_path", str(patient.root / "model"))
+    assert code == 78 and words in failures["model"]
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "../nowhere", "~/nowhere"])
+def test_a_path_that_leads_nowhere_is_no_hub_id(patient, path):
+    code, failures = patient.failures("--quick", "--model_path", path)
+    assert code == 78 and "no such folder" in failures["model"]
+
+
+@pytest.mark.parametrize("limit, outcome, code", [("0", "fail", 65), ("1", "note", 0)])
+def test_a_stream_that_begins_with_no_json(patient, limit, outcome, code):
+    """It fails where the worker would."""
+    stream = patient.root / "stream.jsonl"
+    stream.write_text("<html>\n" + STREAM.read_text())
+    flags = ("--quick", "--dataset_path", str(stream), "--max_bad_records", limit)
+    found = patient.examine(*flags)
+    assert found[0] == code and found[1]["stream"][0] == outcome and "line" in found[1]["stream"][1]
+
+
+@pytest.mark.parametrize(
+    "change, outcome, words",
+    [
+        ({"worker_id": 7}, "fail", "worker_id: was 7, is 0"),
+        ({"fingerprint": {"overlong": "skip"}}, "fail", "overlong: was 'skip', is 'drop_examples'"),
+        ({"total_shards": -1}, "fail", "--force_restart"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(patient, change, outcome, words):
+    fields = {"worker_id": 0, "total_shards": 1, "last_processed_sample_idx": 5, "status": "in_progress"}
+    path = patient.root / "checkpoints" / "checkpoint_worker_0.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(fields | {"fingerprint": {"overlong": "drop_examples"}}))
+    assert patient.failures("--quick") == (0, {})
+    path.write_text(json.dumps(fields | {"fingerprint": {}} | change))
+    code, found = patient.examine("--quick")
+    assert code == 78 and found["checkpoint"][0] == outcome and words in found["checkpoint"][1]
+    assert patient.failures("--quick", "--force_restart") == (0, {})
+
+
+def test_a_damaged_checkpoint_is_rebuilt_where_that_can_be(patient):
+    path = patient.root / "checkpoints" / "checkpoint_worker_0.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    (patient.root / "out" / "worker_0").mkdir(parents=True)
+    (patient.root / "out" / "worker_0" / "metadata.json").touch()
+    code, found = patient.examine("--quick")
+    assert code == 0 and "the worker rebuilds it" in found["checkpoint"][1]
+
+
+def test_a_foreign_checkpoint_in_the_bucket(patient, bucket):
+    fields = {"worker_id": 0, "total_shards": 1, "last_processed_sample_idx": 5, "status": "in_progress"}
+    store = GcsStore("bucket", "activations/tpu_0")
+    store.put_bytes("checkpoint_worker_0.json", json.dumps(fields | {"fingerprint": {}}).encode())
+    code, failures = patient.failures()
+    assert code == 78 and "stream_sha256: was None" in failures["checkpoint"]
+
+
+def test_without_credentials(patient):
+    patient.monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere.json")
+    code, found = patient.examine("--upload_to_gcs", "--gcs_bucket", "bucket")
+    assert code == 75 and found["credentials"][0] == "fail"
+    assert "gcloud auth application-default login" in found["credentials"][1]
 
 
 def test_quick_is_silent_where_all_is_well(patient):
