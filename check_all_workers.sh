@@ -3,7 +3,7 @@
 #
 #   ./check_all_workers.sh                       workers 0 to NUM_WORKERS-1 (32)
 #   ./check_all_workers.sh 64                    workers 0 to 63
-#   ./check_all_workers.sh --bucket gs://BUCKET/PREFIX --html fleet.html
+#   ./check_all_workers.sh --bucket gs://BUCKET --html fleet.html
 #   ./check_all_workers.sh --help                all flags
 #
 # Needs Python 3.11 or newer; --bucket also the packages of .venv (./launch_worker.sh makes it).

@@ -1,15 +1,16 @@
 """Progress of every worker: the guide's lines, totals, and where workers leave progress records a table with
-failed and stalled ones first. check_all_workers.sh is this command.
+failed, stalled and slow ones first. check_all_workers.sh is this command.
 
 Exit code 0 when all workers are complete, 1 while some still run or have not started, 2 when some are failed, stalled
 or unreadable.
 
   ./check_all_workers.sh                              checkpoints in CHECKPOINT_DIR, workers 0 to NUM_WORKERS-1
   ./check_all_workers.sh 64 --watch 30                workers 0 to 63, again every 30 s
-  ./check_all_workers.sh --bucket gs://your-bucket/activations --html fleet.html
+  ./check_all_workers.sh --bucket gs://your-bucket --html fleet.html
 """
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -18,8 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qwen_jax.cli import FlagParser, positive_float
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import StorageError, UsageError
 from qwen_jax.fleet.monitor import (
+    NOT_STARTED,
     STALLED_AFTER_S,
     BucketSource,
     LocalSource,
@@ -28,6 +30,7 @@ from qwen_jax.fleet.monitor import (
     details,
     exit_code,
     look,
+    mark_slow,
     totals_line,
 )
 from qwen_jax.fleet.page import make_page
@@ -44,7 +47,7 @@ def add_flags(parser: FlagParser) -> None:
     parser.flag("num_workers", "number of workers", default=32, type=number_of_workers)
     parser.flag("checkpoint_dir", "folder of checkpoint and progress files", default="./checkpoints")
     parser.flag("output_dir", "folder of shards, for sizes and norms", default="./activations")
-    parser.flag("bucket", "read the bucket instead: gs://BUCKET/PREFIX, above tpu_0, tpu_1, ...", env="")
+    parser.flag("bucket", "read the bucket instead: gs://BUCKET, or gs://BUCKET/PREFIX above tpu_0", env="")
     parser.flag(
         "stalled_after",
         "seconds without a sign of life or a sample",
@@ -59,22 +62,56 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    source: Source = LocalSource(Path(args.checkpoint_dir), Path(args.output_dir))
-    if args.bucket:
-        source = BucketSource(args.bucket if "://" in args.bucket else f"gs://{args.bucket}/activations")
+    source, place = _source(args)
     count = args.number or args.num_workers
     while True:
-        now = time.time()
-        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-            looks = [pool.submit(look, source, worker, now, args.stalled_after) for worker in range(count)]
-        states = [each.result() for each in looks]
-        _print(states, args.json)
-        if args.html:
-            _write_page(Path(args.html), make_page(states, now, args.watch))
-        code = exit_code(states)
-        if not args.watch or code == 0:
+        code = None
+        try:
+            code = _look_once(args, source, place, count)
+        except StorageError as error:
+            if not args.watch:
+                raise
+            print(f"not seen this time: {error}", file=sys.stderr, flush=True)
+        if code == 0 or (code is not None and not args.watch):
             return code
         time.sleep(args.watch)
+
+
+def _source(args: Namespace) -> tuple[Source, str]:
+    """Where to look, and its name."""
+    if not args.bucket:
+        return LocalSource(Path(args.checkpoint_dir), Path(args.output_dir)), args.checkpoint_dir
+    url = shards_url(args.bucket, os.environ.get("GCS_PREFIX") or "activations")
+    return BucketSource(url), url
+
+
+def shards_url(bucket: str, prefix: str) -> str:
+    """What lies above tpu_0, tpu_1, ...: a bucket's name alone, with gs:// or without, means its `prefix`."""
+    url = (bucket if "://" in bucket else f"gs://{bucket}").rstrip("/")
+    is_name = url.startswith("gs://") and "/" not in url.removeprefix("gs://")
+    return f"{url}/{prefix.strip('/')}" if is_name else url
+
+
+def _look_once(args: Namespace, source: Source, place: str, count: int) -> int:
+    now = time.time()
+    states = mark_slow(_look_at_all(source, count, now, args.stalled_after))
+    _print(states, args.json)
+    if args.html:
+        _write_page(Path(args.html), make_page(states, now, args.watch))
+    if all(state.state == NOT_STARTED for state in states):
+        advice = "other places: --bucket gs://BUCKET/PREFIX, or --checkpoint_dir"
+        print(f"nothing of any worker was found in {place}; {advice}", file=sys.stderr, flush=True)
+    return exit_code(states)
+
+
+def _look_at_all(source: Source, count: int, now: float, stalled_after_s: float) -> list[WorkerState]:
+    """Raises the first error; who has not been looked at by then, is not."""
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+        looks = [pool.submit(look, source, worker, now, stalled_after_s) for worker in range(count)]
+        try:
+            return [each.result() for each in looks]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _print(states: list[WorkerState], as_json: bool) -> None:

@@ -1,18 +1,26 @@
 """The state of every worker, from checkpoints, progress records and metadata, wherever these lie."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_jax.fleet.records import FAILED, RUNNING, TERMINATED, ProgressRecord, progress_name
+from qwen_jax.fleet.records import FAILED, RUNNING, STARTING, TERMINATED, ProgressRecord, progress_name
 
 NOT_STARTED, IN_PROGRESS, COMPLETED = "not_started", "in_progress", "completed"
-STALLED, UNREADABLE = "stalled", "unreadable"
+STALLED, UNREADABLE, SLOW = "stalled", "unreadable", "slow"
 PROBLEMS = (FAILED, STALLED, UNREADABLE)
 """States that need somebody, worst first."""
+ALIVE = (IN_PROGRESS, SLOW)
 STALLED_AFTER_S = 900.0
+_SLOW_FACTOR = 2.0
+_SLOW_BY_S = 600.0
+_ENOUGH_TO_COMPARE = 3
+_BUDGET_S, _ANSWER_S = 20.0, 15.0
+"""A person waits, and looks again: less than a worker's patience."""
+_LARGEST_NORM, _MOST_LAYERS, _MOST_BYTES, _MOST_SAMPLES = 1e30, 10_000, 10**18, 10**15
 
 
 class Source(Protocol):
@@ -51,7 +59,7 @@ class BucketSource:
         from qwen_jax.storage.opening import open_store
 
         self._url = url.rstrip("/")
-        self._store = open_store(self._url)
+        self._store = open_store(self._url, budget_s=_BUDGET_S, timeout_s=_ANSWER_S)
 
     def _get(self, name: str) -> bytes | None:
         stored = self._store.get_bytes(name)
@@ -85,7 +93,8 @@ class WorkerState:
 
     durable, shards: stream lines dealt with and shards, by the checkpoint. samples: lines dealt with, those on their
     way too. total: lines of the stream; None where nobody says. bytes: compressed, in the shards. since_shard_s:
-    seconds since the last shard was handed over. message: of a problem. layer_norms: mean norm by layer.
+    seconds since the last shard was handed over. message: of a problem, or what else there is to know.
+    layer_norms: mean norm by layer.
     """
 
     worker: int
@@ -108,7 +117,22 @@ class WorkerState:
         """Of the stream, 0 to 1."""
         if self.state == COMPLETED:
             return 1.0
-        return self.samples / self.total if self.total else None
+        return min(self.samples / self.total, 1.0) if self.total else None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is known, in words, for a table or a page."""
+        total = "?" if self.total is None else self.total
+        known = {
+            "samples": f"{self.samples}/{total}",
+            "%": None if self.share is None else f"{100 * self.share:.1f}",
+            "shards": str(self.shards),
+            "GB": None if self.bytes is None else f"{self.bytes / 1e9:.2f}",
+            "tokens/s": None if self.tokens_per_second is None else f"{self.tokens_per_second:.0f}",
+            "ETA": None if self.eta_s is None else duration(self.eta_s),
+            "last shard": None if self.since_shard_s is None else f"{duration(self.since_shard_s)} ago",
+        }
+        return {name: words for name, words in known.items() if words is not None}
 
     def guide_line(self) -> str:
         """As docs/guide.md shows it."""
@@ -123,34 +147,43 @@ def look(source: Source, worker: int, now: float, stalled_after_s: float = STALL
     """The worker's state at `now` (seconds since 1970). A worker is stalled when its record is older than
     `stalled_after_s`, or shows no sample in that time."""
     data = source.checkpoint(worker)
-    record = _progress(source.progress(worker))
+    record = _progress(source.progress(worker), worker)
     size, norms = _metadata(source.metadata(worker))
     samples, shards, shown = 0, 0, ""
     if data is not None:
         try:
-            samples, shards, shown = _checkpoint(data)
+            samples, shards, shown = _checkpoint(data, worker)
         except (ValueError, RecursionError):
             return WorkerState(worker, UNREADABLE, message=source.checkpoint_place(worker))
-    if record is None:
-        state = shown if shown == COMPLETED else IN_PROGRESS if shown else NOT_STARTED
-        return WorkerState(worker, state, shown, samples, samples, shards, bytes=size, layer_norms=norms)
-    state, message = _judge(record, shown, now, stalled_after_s)
-    lively = state == IN_PROGRESS and record.status == RUNNING
-    return WorkerState(
+    seen = WorkerState(
         worker,
-        state,
-        shown or IN_PROGRESS,
-        samples,
-        max(samples, record.samples_done) if state != COMPLETED else samples,
-        shards,
-        record.samples_total or None,
-        size,
-        record.tokens_per_second if lively else None,
-        record.eta_s if lively else None,
-        None if record.last_shard_at is None else max(0.0, now - record.last_shard_at),
-        message,
-        record.history,
-        norms,
+        state=shown if shown == COMPLETED else IN_PROGRESS if shown else NOT_STARTED,
+        shown=shown,
+        durable=samples,
+        samples=samples,
+        shards=shards,
+        bytes=size,
+        layer_norms=norms,
+    )
+    return seen if record is None else _with_record(seen, record, now, stalled_after_s)
+
+
+def _with_record(
+    seen: WorkerState, record: ProgressRecord, now: float, stalled_after_s: float
+) -> WorkerState:
+    state, message = _judge(record, seen.shown, now, stalled_after_s)
+    lively = state == IN_PROGRESS and record.status == RUNNING
+    return replace(
+        seen,
+        state=state,
+        shown=seen.shown or IN_PROGRESS,
+        samples=seen.samples if state == COMPLETED else max(seen.samples, record.samples_done),
+        total=record.samples_total or None,
+        tokens_per_second=record.tokens_per_second if lively else None,
+        eta_s=record.eta_s if lively else None,
+        since_shard_s=None if record.last_shard_at is None else max(0.0, now - record.last_shard_at),
+        message=message,
+        history=record.whole_history,
     )
 
 
@@ -168,46 +201,72 @@ def _judge(record: ProgressRecord, shown: str, now: float, stalled_after_s: floa
     if record.status == RUNNING and earlier and earlier[-1][1] == record.samples_done:
         since = next(point[0] for point in record.history if point[1] == record.samples_done)
         return STALLED, f"no sample for {duration(record.updated_at - since)}"
-    return IN_PROGRESS, ""
+    return IN_PROGRESS, "starting: model, stream and what is stored" if record.status == STARTING else ""
 
 
-def _checkpoint(data: bytes) -> tuple[int, int, str]:
-    """Samples, shards and status; raises ValueError for what no worker writes."""
+def mark_slow(states: Sequence[WorkerState]) -> list[WorkerState]:
+    """Those that get on, but will keep all others waiting, as SLOW: their time left is far above the median's."""
+    left = [state.eta_s for state in states if state.state == IN_PROGRESS and state.eta_s is not None]
+    if len(left) < _ENOUGH_TO_COMPARE:
+        return list(states)
+    usual = statistics.median(left)
+    return [
+        replace(
+            state,
+            state=SLOW,
+            message=f"{duration(state.eta_s)} left, the median worker has {duration(usual)}",
+        )
+        if state.state == IN_PROGRESS and _is_far_above(state.eta_s, usual)
+        else state
+        for state in states
+    ]
+
+
+def _is_far_above(left: float | None, usual: float) -> bool:
+    return left is not None and left > _SLOW_FACTOR * usual and left > usual + _SLOW_BY_S
+
+
+def _checkpoint(data: bytes, worker: int) -> tuple[int, int, str]:
+    """Samples, shards and status; raises ValueError for what this worker does not write."""
     fields = json.loads(data)
-    if not isinstance(fields, dict):
-        raise ValueError("no object")
+    if not isinstance(fields, dict) or fields.get("worker_id", worker) != worker:
+        raise ValueError("no object of this worker's")
     samples, shards = fields.get("total_samples_processed"), fields.get("total_shards")
     status = fields.get("status", IN_PROGRESS)
-    if not all(type(count) is int and 0 <= count < 10**15 for count in (samples, shards)):
+    if not all(type(count) is int and 0 <= count < _MOST_SAMPLES for count in (samples, shards)):
         raise ValueError("no counts")
-    if not (
-        isinstance(status, str)
-        and status.isascii()
-        and status.replace("_", "a").isalpha()
-        and status.islower()
-    ):
+    if status not in (IN_PROGRESS, COMPLETED):
         raise ValueError("no status")
     return samples, shards, status
 
 
-def _progress(data: bytes | None) -> ProgressRecord | None:
+def _progress(data: bytes | None, worker: int) -> ProgressRecord | None:
+    """None for what is not whole, and for another worker's."""
     try:
-        return None if data is None else ProgressRecord.parse(data)
-    except (ValueError, TypeError, RecursionError):
+        record = None if data is None else ProgressRecord.parse(data)
+    except ValueError:
         return None
+    return record if record is not None and record.worker_id == worker else None
 
 
 def _metadata(data: bytes | None) -> tuple[int | None, dict[str, float]]:
-    """Compressed bytes and mean norms; nothing where the file is not whole."""
+    """Compressed bytes and mean norms; nothing where the file is not one of ours, whole."""
     try:
         fields: Any = json.loads(data) if data is not None else {}
-        norms = {str(layer): float(norm["mean"]) for layer, norm in fields["layer_norms"].items()}
-        return int(fields["totals"]["bytes"]), norms
+        norms = {int(layer): float(norm["mean"]) for layer, norm in fields["layer_norms"].items()}
+        size = fields["totals"]["bytes"]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None, {}
+    is_possible = type(size) is int and 0 <= size < _MOST_BYTES
+    are_possible = all(
+        0 <= layer < _MOST_LAYERS and 0 <= mean < _LARGEST_NORM for layer, mean in norms.items()
+    )
+    if not is_possible or not are_possible:
+        return None, {}
+    return size, {str(layer): mean for layer, mean in norms.items()}
 
 
-def totals_line(states: list[WorkerState]) -> str:
+def totals_line(states: Sequence[WorkerState]) -> str:
     """As docs/guide.md shows it."""
     completed = sum(state.state == COMPLETED for state in states)
     started = sum(bool(state.shown) for state in states)
@@ -217,34 +276,31 @@ def totals_line(states: list[WorkerState]) -> str:
     )
 
 
-def problems_first(states: list[WorkerState]) -> list[WorkerState]:
-    """Failed, stalled and unreadable workers, then the others, each by id."""
-    order = {state: place for place, state in enumerate(PROBLEMS)}
+def problems_first(states: Sequence[WorkerState]) -> list[WorkerState]:
+    """Failed, stalled and unreadable workers, then slow ones, then the others, each by id."""
+    order = {state: place for place, state in enumerate((*PROBLEMS, SLOW))}
     return sorted(states, key=lambda state: (order.get(state.state, len(order)), state.worker))
 
 
-_ROW = "{:>6} {:<12} {:>15} {:>6} {:>6} {:>8} {:>9} {:>8} {}"
+_COLUMNS = {"samples": 15, "%": 6, "shards": 6, "GB": 8, "tokens/s": 9, "ETA": 8, "last shard": 0}
 
 
-def details(states: list[WorkerState]) -> Iterator[str]:
+def details(states: Sequence[WorkerState]) -> Iterator[str]:
     """A table of what is known beyond the guide's lines; nothing where no worker has left a record."""
     known = [state for state in problems_first(states) if state.total is not None or state.state in PROBLEMS]
     if all(state.total is None and state.state != FAILED for state in known):
         return
     yield ""
-    yield _ROW.format("worker", "state", "samples", "%", "shards", "GB", "tokens/s", "ETA", "last shard")
+    yield _row("worker", "state", {name: name for name in _COLUMNS})
     for state in known:
-        share = "" if state.share is None else f"{100 * state.share:.1f}"
-        size = "" if state.bytes is None else f"{state.bytes / 1e9:.2f}"
-        speed = "" if state.tokens_per_second is None else f"{state.tokens_per_second:.0f}"
-        eta = "" if state.eta_s is None else duration(state.eta_s)
-        ago = "" if state.since_shard_s is None else f"{duration(state.since_shard_s)} ago"
-        count = f"{state.samples}/{'?' if state.total is None else state.total}"
-        yield _ROW.format(
-            state.worker, state.state, count, share, state.shards, size, speed, eta, ago
-        ).rstrip()
+        yield _row(str(state.worker), state.state, state.facts)
         if state.message:
             yield f"{'':>6} {state.message}"
+
+
+def _row(worker: str, state: str, facts: dict[str, str]) -> str:
+    cells = " ".join(f"{facts.get(name, ''):>{width}}" for name, width in _COLUMNS.items())
+    return f"{worker:>6} {state:<12} {cells}".rstrip()
 
 
 def duration(seconds: float) -> str:
@@ -256,7 +312,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 36 * 3600 else f"{seconds / 86400:.1f} d"
 
 
-def exit_code(states: list[WorkerState]) -> int:
+def exit_code(states: Sequence[WorkerState]) -> int:
     """0: all workers are complete; 2: one is failed, stalled or unreadable; 1: otherwise."""
     if any(state.state in PROBLEMS for state in states):
         return 2

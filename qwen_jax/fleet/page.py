@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from qwen_jax.fleet.monitor import COMPLETED, PROBLEMS, WorkerState, duration, problems_first
+from qwen_jax.fleet.monitor import ALIVE, COMPLETED, PROBLEMS, SLOW, WorkerState, duration, problems_first
 
 _STYLE = """
-:root { color-scheme: light dark; --bar: #3b78c3; --bad: #c0392b; --done: #2e8b57; --line: #8884; }
+:root { color-scheme: light dark; --bar: #3b78c3; --bad: #c0392b; --slow: #b7791f; --done: #2e8b57; --line: #8884; }
 body { font: 15px/1.4 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 1rem; }
 h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem; }
 .sub { opacity: .75; margin: .1rem 0 1rem; }
@@ -16,13 +16,16 @@ h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1.05rem; margin: 1.5rem 0 .
 .tile { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem .7rem; }
 .tile b { display: block; font-size: 1.3rem; }
 .problem { border-left: .3rem solid var(--bad); padding: .2rem .6rem; margin: .4rem 0; overflow-wrap: anywhere; }
-.worker { display: grid; grid-template-columns: 3.2rem 1fr; gap: .1rem .6rem; padding: .35rem 0;
+.problem.slow { border-color: var(--slow); }
+.worker { display: grid; grid-template-columns: 3.2rem 1fr 4rem; gap: .1rem .6rem; padding: .35rem 0;
   border-top: 1px solid var(--line); }
+.share { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { background: var(--line); border-radius: .3rem; height: 1.1rem; overflow: hidden; align-self: center; }
 .bar i { display: block; height: 100%; background: var(--bar); }
 .completed i { background: var(--done); } .failed i, .stalled i, .unreadable i { background: var(--bad); }
-.facts { grid-column: 2; font-size: .85rem; opacity: .85; }
-.failed .facts b, .stalled .facts b, .unreadable .facts b { color: var(--bad); }
+.slow i { background: var(--slow); }
+.facts { grid-column: 2 / 4; font-size: .85rem; opacity: .85; overflow-wrap: anywhere; }
+.failed .facts b, .stalled .facts b, .unreadable .facts b { color: var(--bad); } .slow .facts b { color: var(--slow); }
 svg { width: 100%; max-width: 42rem; height: auto; } svg text { font-size: 12px; fill: currentColor; }
 """
 
@@ -41,9 +44,9 @@ def make_page(states: Sequence[WorkerState], now: float, refresh_s: float | None
             _tiles(states),
             _problems(states),
             _throughput(states),
-            "<h2>Workers</h2>",
-            *map(_worker, problems_first(list(states))),
             _norms(states),
+            "<h2>Workers</h2>",
+            *map(_worker, problems_first(states)),
             "</body></html>",
             "",
         ]
@@ -51,77 +54,100 @@ def make_page(states: Sequence[WorkerState], now: float, refresh_s: float | None
 
 
 def _tiles(states: Sequence[WorkerState]) -> str:
-    known = [state for state in states if state.total]
-    total = sum(state.total for state in known)
-    share = f"{100 * sum(state.samples for state in known) / total:.1f} %" if total else "?"
     speeds = [state.tokens_per_second for state in states if state.tokens_per_second is not None]
-    etas = [state.eta_s for state in states if state.eta_s is not None]
     size = sum(state.bytes or 0 for state in states)
-    tiles = {
-        "of the samples": share,
-        "completed": f"{sum(state.state == COMPLETED for state in states)} of {len(states)}",
-        "with problems": str(sum(state.state in PROBLEMS for state in states)),
-        "tokens/s": f"{sum(speeds):,.0f}" if speeds else "?",
-        "slowest is done in": duration(max(etas)) if etas else "?",
-        "GB stored": f"{size / 1e9:,.1f}",
-    }
-    cells = "".join(f'<div class="tile"><b>{escape(value)}</b>{name}</div>' for name, value in tiles.items())
+    tiles = [
+        _progress_tile(states),
+        (f"{sum(state.state == COMPLETED for state in states)} of {len(states)}", "completed"),
+        (str(sum(state.state in PROBLEMS for state in states)), "with problems"),
+        (f"{sum(speeds):,.0f}" if speeds else "?", "tokens/s"),
+        _end_tile(states),
+        (f"{size / 1e9:,.1f}", "GB stored"),
+    ]
+    cells = "".join(f'<div class="tile"><b>{escape(value)}</b>{name}</div>' for value, name in tiles)
     return f'<div class="tiles">{cells}</div>'
 
 
+def _progress_tile(states: Sequence[WorkerState]) -> tuple[str, str]:
+    """Over all workers; a stream of unknown length counts as long as the mean of the others."""
+    totals = [state.total for state in states if state.total]
+    if not totals:
+        return "?", "of the samples"
+    everything = sum(totals) * len(states) / len(totals)
+    share = min(sum(state.samples for state in states) / everything, 1.0)
+    guessed = len(states) - len(totals)
+    note = f"; {guessed} streams of unknown length" if guessed else ""
+    return f"{100 * share:.1f} %", f"of the samples{note}"
+
+
+def _end_tile(states: Sequence[WorkerState]) -> tuple[str, str]:
+    """When the last of those that run is done, and how many others are not on their way there."""
+    etas = [state.eta_s for state in states if state.eta_s is not None]
+    others = sum(state.state != COMPLETED and state.eta_s is None for state in states)
+    note = f"; {others} others give no time" if others else ""
+    return duration(max(etas)) if etas else "?", f"until the last that runs is done{note}"
+
+
 def _problems(states: Sequence[WorkerState]) -> str:
-    found = [state for state in problems_first(list(states)) if state.state in PROBLEMS]
+    found = [state for state in problems_first(states) if state.state in (*PROBLEMS, SLOW)]
     lines = [
-        f'<div class="problem"><b>Worker {state.worker} {state.state}</b>: {escape(state.message or "?")}</div>'
+        f'<div class="problem {state.state}"><b>Worker {state.worker} {state.state}</b>: '
+        f"{escape(state.message or '?')}</div>"
         for state in found
     ]
     return "<h2>Problems</h2>" + "".join(lines) if lines else ""
 
 
 def _worker(state: WorkerState) -> str:
-    share = state.share or 0.0
-    total = "?" if state.total is None else f"{state.total:,}"
-    facts = [
+    width = 100 * (state.share or 0.0)
+    facts = dict(state.facts)
+    share = facts.pop("%", None)
+    if state.state == COMPLETED:
+        facts.pop("last shard", None)
+    words = [
         f"<b>{state.state.replace('_', ' ')}</b>",
-        f"{state.samples:,} of {total} samples",
-        f"{state.shards} shards",
+        *(_WORDS[name].format(text) for name, text in facts.items()),
     ]
-    if state.bytes is not None:
-        facts.append(f"{state.bytes / 1e9:.2f} GB")
-    if state.tokens_per_second is not None:
-        facts.append(f"{state.tokens_per_second:,.0f} tokens/s")
-    if state.eta_s is not None:
-        facts.append(f"{duration(state.eta_s)} left")
-    if state.since_shard_s is not None and state.state != COMPLETED:
-        facts.append(f"last shard {duration(state.since_shard_s)} ago")
     return (
         f'<div class="worker {state.state}"><span>{state.worker}</span>'
-        f'<div class="bar" title="{100 * share:.1f} %"><i style="width:{100 * share:.1f}%"></i></div>'
-        f'<div class="facts">{" · ".join(facts)}</div></div>'
+        f'<div class="bar"><i style="width:{width:.1f}%"></i></div>'
+        f'<span class="share">{"?" if share is None else f"{share} %"}</span>'
+        f'<div class="facts">{" · ".join(words)}</div></div>'
     )
 
 
+_WORDS = {
+    "samples": "{} samples",
+    "shards": "{} shards",
+    "GB": "{} GB",
+    "tokens/s": "{} tokens/s",
+    "ETA": "{} left",
+    "last shard": "last shard {}",
+}
+_STEPS = 60
+
+
 def _throughput(states: Sequence[WorkerState]) -> str:
-    """All workers' tokens/s over time, in up to 60 steps."""
+    """All workers' tokens/s over time, in up to 60 steps, as far as all that run have reported.
+
+    It begins where a quarter of them had: one that lay idle for days must not squeeze the others' hours.
+    """
     histories = [state.history for state in states if len(state.history) > 1]
+    live = [state.history for state in states if len(state.history) > 1 and state.state in ALIVE] or histories
     if not histories:
         return ""
-    first, last = min(history[0][0] for history in histories), max(history[-1][0] for history in histories)
-    steps = 60
-    width = max((last - first) / steps, 1.0)
-    speeds = [
-        sum(
-            _tokens_at(history, first + (step + 1) * width) - _tokens_at(history, first + step * width)
-            for history in histories
-        )
-        / width
-        for step in range(int((last - first) / width))
-    ]
+    first = sorted(history[0][0] for history in live)[len(live) // 4]
+    last = (min if live is not histories else max)(history[-1][0] for history in live)
+    width = max((last - first) / _STEPS, 1.0)
+    ends = [first + step * width for step in range(int((last - first) / width) + 1)]
+    totals = [sum(_tokens_at(history, when) for history in histories) for when in ends]
+    speeds = [(after - before) / width for before, after in itertools.pairwise(totals)]
     if len(speeds) < 2:
         return ""
     hours = [step * width / 3600 for step in range(len(speeds))]
+    began = datetime.fromtimestamp(first, UTC).strftime("%Y-%m-%d %H:%M UTC")
     return "<h2>Throughput</h2>" + _chart(
-        [("all workers", hours, speeds)], "hours since the first record", "tokens/s"
+        [("all workers", hours, speeds)], f"hours since {began}", "tokens/s"
     )
 
 

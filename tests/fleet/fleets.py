@@ -9,22 +9,22 @@ NOW = 1_800_000_000.0
 TOTAL = 6250
 
 
-def record(worker: int, **changes) -> ProgressRecord:
-    """A healthy worker, two hours into its run."""
-    speed = 900 + 10 * worker
-    done = 2000 + 60 * worker
+def record(worker: int, *, pace: float = 1.0, **changes) -> ProgressRecord:
+    """A worker two hours into its run; healthy, or at `pace` times a healthy one's speed."""
+    speed = round(pace * (900 + 10 * worker))
+    done = round(pace * (2000 + 60 * worker))
     history = [[NOW - 7200 + 60 * n, done * n // 120, float(speed * 60 * n)] for n in range(121)][1:]
     made = ProgressRecord(
         worker,
         RUNNING,
-        done,
-        TOTAL,
-        12,
-        speed * 7200,
-        10**9,
-        NOW - 7200,
-        NOW - 20,
-        NOW - 300,
+        samples_done=done,
+        samples_total=TOTAL,
+        shards=12,
+        tokens=speed * 7200,
+        raw_bytes=10**9,
+        started_at=NOW - 7200,
+        updated_at=NOW - 20,
+        last_shard_at=NOW - 300,
         history=history,
     )
     for key, value in changes.items():
@@ -49,7 +49,9 @@ def put(root: Path, worker: int, seen: ProgressRecord | None, durable: dict | No
     if seen is not None:
         (root / "checkpoints" / progress_name(worker)).write_bytes(seen.to_bytes())
     if durable is not None:
-        (root / "checkpoints" / f"checkpoint_worker_{worker}.json").write_text(json.dumps(durable))
+        (root / "checkpoints" / f"checkpoint_worker_{worker}.json").write_text(
+            json.dumps({"worker_id": worker} | durable)
+        )
         (folder / "metadata.json").write_text(json.dumps(metadata(worker)))
 
 
@@ -60,7 +62,7 @@ def make_fleet(root: Path) -> None:
     for worker in (3, 4, 9):
         done = record(worker, status=ENDED, samples_done=TOTAL)
         put(root, worker, done, checkpoint(TOTAL, 40, "completed"))
-    put(root, 11, record(11, samples_done=240), checkpoint(200, 1))
+    put(root, 11, record(11, pace=0.09), checkpoint(200, 1))
     failed = record(7, status=FAILED, message="gs://bucket/activations/tpu_7: 403 <Forbidden> & no more")
     put(root, 7, failed, checkpoint(2100, 11))
     put(root, 17, record(17, updated_at=NOW - 5400), checkpoint(2900, 12))

@@ -1,4 +1,4 @@
-"""docs/fleet.md shows commands with their real output: each is run, the monitor's with a fleet in the middle of its work."""
+"""docs/fleet.md shows commands with their real output: each is run, the monitor in the middle of a fleet's work."""
 
 import re
 import shutil
