@@ -30,9 +30,16 @@ from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import TerminatedError, UsageError
 from qwen_jax.fleet import hardware, kubernetes, local, skypilot
 from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.gcloud import QUEUED, VM, Vms
+from qwen_jax.fleet.gcloud import QUEUED, VM, FirstAlone, Vms
 from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
-from qwen_jax.fleet.workers import listed, number_of_workers, parse_workers
+from qwen_jax.fleet.workers import (
+    SECONDS,
+    bucket_name,
+    listed,
+    number_of_workers,
+    parse_workers,
+    without_secrets,
+)
 
 _TOOLS = {
     "gcloud": ("gcloud", "install the Google Cloud CLI"),
@@ -50,7 +57,7 @@ def add_flags(parser: FlagParser) -> None:
     parser.switch("dry_run", "print what would be done")
     flag(
         "parallel",
-        "gcloud calls at once, else 8; local workers at once, else one a device or core",
+        "gcloud calls of a kind at once, else 8; local workers at once, else one a device or core",
         type=positive_int,
     )
     flag("zone", "gcloud: zone of the VMs", env="ZONE", default="us-central2-b")
@@ -71,6 +78,18 @@ def add_flags(parser: FlagParser) -> None:
     flag("accelerator_type", "gcloud: of a new VM", env="ACCELERATOR_TYPE", default="v4-8")
     flag("runtime_version", "gcloud: of a new VM", env="RUNTIME_VERSION", default="tpu-ubuntu2204-base")
     parser.switch("on_demand", "gcloud: new VMs are not spot VMs")
+    flag(
+        "gcloud_create_flags",
+        "gcloud: further flags of a new VM, quoted as for a shell, after =",
+        env="GCLOUD_CREATE_FLAGS",
+        type=gcloud_flags,
+    )
+    flag(
+        "gcloud_ssh_flags",
+        "gcloud: further flags of ssh, quoted as for a shell, after =",
+        env="GCLOUD_SSH_FLAGS",
+        type=gcloud_flags,
+    )
     flag("poll_s", "gcloud, with --supervise: seconds between looks", default=60.0, type=positive_float)
     flag(
         "backoff_s",
@@ -88,11 +107,24 @@ def _pattern(text: str) -> str:
     return text
 
 
+def gcloud_flags(text: str) -> tuple[str, ...]:
+    """An argparse type: words as a shell would read them."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not what a shell reads: {error}") from error
+    if any(word.startswith("--") and "_" in word.partition("=")[0] for word in words):
+        raise ArgumentTypeError(f"write it in one word with =, as --gcloud_ssh_flags='...'; got {text!r}")
+    return words
+
+
 def run(args: Namespace) -> int:
+    _check_settings(upload=args.engine != "local" or bool(os.environ.get("GCS_BUCKET")))
     if args.engine == "local":
         return _run_local(args)
     if not os.environ.get("GCS_BUCKET"):
         raise UsageError("set GCS_BUCKET to the bucket that the workers upload to")
+    bucket_name(os.environ)
     if args.supervise and args.engine != "gcloud":
         raise UsageError(f"{args.engine} starts workers again by itself: leave --supervise out")
     tool, advice = _TOOLS[args.engine]
@@ -101,6 +133,32 @@ def run(args: Namespace) -> int:
     return {"gcloud": _run_gcloud, "kubernetes": _run_kubernetes, "skypilot": _run_skypilot}[args.engine](
         args
     )
+
+
+def _check_settings(*, upload: bool) -> None:
+    """Reads the worker's variables as each worker would, before any machine is paid for; exits with 2."""
+    try:
+        from qwen_jax.run.flags import add_worker_flags, to_settings
+    except ModuleNotFoundError as error:
+        print(f"settings are left to the workers to check: no {error.name} here", file=sys.stderr)
+        return
+    parser = FlagParser(prog="launch_all_workers.sh", env_for_all=True)
+    add_worker_flags(parser)
+    parser.switch("verbose", "")
+    values = vars(parser.parse_args([]))
+    del values["verbose"]
+    to_settings(values | {"worker_id": "0", "upload_to_gcs": upload})
+    for name in SECONDS:
+        _check_seconds(name, os.environ.get(name) or "0")
+
+
+def _check_seconds(name: str, text: str) -> None:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise UsageError(f"environment variable {name}: must be a number of seconds, got {text!r}")
 
 
 def _workers(args: Namespace) -> tuple[int, ...]:
@@ -117,32 +175,34 @@ def _policy(args: Namespace) -> Policy:
 
 def _run_gcloud(args: Namespace) -> int:
     vms = Vms(
-        args.zone,
-        args.name_pattern,
-        args.remote_dir,
-        args.code_url,
-        args.accelerator_type,
-        args.runtime_version,
-        args.on_demand,
-        args.create,
-        args.streams_url,
+        zone=args.zone,
+        name_pattern=args.name_pattern,
+        remote_dir=args.remote_dir,
+        code_url=args.code_url,
+        accelerator_type=args.accelerator_type,
+        runtime_version=args.runtime_version,
+        on_demand=args.on_demand,
+        kind=args.create,
+        streams_url=args.streams_url,
+        create_flags=args.gcloud_create_flags or (),
+        ssh_flags=args.gcloud_ssh_flags or (),
     )
     if args.dry_run:
         for worker in _workers(args):
             commands = [vms.create_command(worker)] if args.supervise else []
-            for command in [*commands, vms.start_command(worker, os.environ)]:
+            for command in [*commands, vms.start_command(worker, without_secrets(os.environ))]:
                 print(shlex.join(command))
         return 0
     return _supervise(vms, args) if args.supervise else _start_all(vms, args)
 
 
 def _start_all(vms: Vms, args: Namespace) -> int:
-    workers = _workers(args)
+    workers, ssh = _workers(args), FirstAlone()
 
     def start(worker: int) -> str | None:
         _say(f"starting worker {worker} on {vms.name(worker)}")
         try:
-            call(vms.start_command(worker, os.environ))
+            ssh(vms.start_command(worker, os.environ))
         except CommandError as error:
             return str(error)
         return None
@@ -178,7 +238,7 @@ def _run_kubernetes(args: Namespace) -> int:
     if args.dry_run:
         with TemporaryDirectory() as name:
             folder = Path(name).resolve()
-            kubernetes.write_overlay(folder, args.num_workers, args.image, os.environ)
+            kubernetes.write_overlay(folder, args.num_workers, args.image, without_secrets(os.environ))
             if shutil.which("kubectl") is None:
                 print((folder / "kustomization.yaml").read_text(), end="")
             else:

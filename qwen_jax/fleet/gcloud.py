@@ -3,11 +3,12 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from qwen_jax.data.streams import stream_name
 from qwen_jax.fleet.command import CommandError, call
@@ -24,7 +25,7 @@ class Vms:
     """Where the workers' VMs are and what they are like. name_pattern holds {} for the id.
 
     code_url, streams_url: gs:// addresses of a .tar.gz of the checkout and of the streams' folder; a VM fetches what
-    it lacks.
+    it lacks. create_flags, ssh_flags: further words for gcloud.
     """
 
     zone: str
@@ -36,6 +37,8 @@ class Vms:
     on_demand: bool = False
     kind: str = VM
     streams_url: str | None = None
+    create_flags: tuple[str, ...] = ()
+    ssh_flags: tuple[str, ...] = ()
 
     def name(self, worker: int) -> str:
         return self.name_pattern.replace("{}", str(worker))
@@ -43,25 +46,17 @@ class Vms:
     def start_command(self, worker: int, environment: Mapping[str, str]) -> list[str]:
         """ssh that leaves the worker running in the background, with the settings of `environment`."""
         remote = self._remote_command(worker, environment)
-        return [*_TPU_VM, "ssh", self.name(worker), "--zone", self.zone, "--command", remote]
+        return [*_TPU_VM, "ssh", self.name(worker), "--zone", self.zone, *self.ssh_flags, "--command", remote]
 
     def create_command(self, worker: int) -> list[str]:
+        """A VM's creation is waited for: only then does gcloud say why there is none."""
         name, spot = self.name(worker), [] if self.on_demand else ["--spot"]
         like = ["--zone", self.zone, "--accelerator-type", self.accelerator_type]
+        further = [*spot, *self.create_flags, "--quiet"]
         if self.kind == QUEUED:
             version = ["--runtime-version", self.runtime_version]
-            return [*_QUEUED, "create", name, "--node-id", name, *like, *version, *spot, "--quiet"]
-        return [
-            *_TPU_VM,
-            "create",
-            name,
-            *like,
-            "--version",
-            self.runtime_version,
-            *spot,
-            "--async",
-            "--quiet",
-        ]
+            return [*_QUEUED, "create", name, "--node-id", name, *like, *version, *further]
+        return [*_TPU_VM, "create", name, *like, "--version", self.runtime_version, *further]
 
     def delete_command(self, worker: int) -> list[str]:
         name = self.name(worker)
@@ -102,6 +97,24 @@ class Vms:
         # >>: a second start must not empty the log of a worker that runs.
         start = f"nohup ./launch_worker.sh >> logs/worker_{worker}.log 2>&1 < /dev/null"
         return " && ".join([*steps, f"{{ {start} & }}"])
+
+
+class FirstAlone:
+    """Calls gcloud, many at once, but none before a first one has succeeded: the first ssh makes the key that all
+    use, and several first ones would each make it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._has_succeeded = False
+
+    def __call__(self, command: Sequence[str]) -> str:
+        """As `call`."""
+        with self._lock:
+            if not self._has_succeeded:
+                said = call(command)
+                self._has_succeeded = True
+                return said
+        return call(command)
 
 
 _TPU_VM = ("gcloud", "compute", "tpus", "tpu-vm")
@@ -150,21 +163,24 @@ def _state(word: str, ready: str) -> str:
 def read_documents(bucket: str, prefix: str, name: str) -> dict[int, dict[str, Any]]:
     """worker_id -> content of each `tpu_*/name` in the bucket (a pattern), torn ones left out. Raises CommandError.
 
-    With gcloud alone, so that a control machine needs no packages; a file:// bucket is read from the disk.
+    With gcloud alone, so that a control machine needs no packages. Asks twice: it lists the objects before it reads
+    them, and fails where one of them has been replaced in between.
     """
-    parts = [bucket.rstrip("/"), *([prefix.strip("/")] if prefix.strip("/") else [])]
-    if bucket.startswith("file://"):
-        root = Path(unquote(urlsplit("/".join(parts)).path))
-        text = "\n".join(path.read_text(errors="replace") for path in sorted(root.glob(f"tpu_*/{name}")))
-    else:
-        url = "/".join([*parts, "tpu_*", name])
-        try:
-            text = call(["gcloud", "storage", "cat", url if "://" in url else f"gs://{url}"])
-        except CommandError as error:
-            if _NOTHING_THERE not in str(error):
-                raise
-            text = ""
-    return _documents(text)
+    parts = [bucket.rstrip("/"), *([prefix.strip("/")] if prefix.strip("/") else []), "tpu_*", name]
+    url = "/".join(parts)
+    command = ["gcloud", "storage", "cat", url if "://" in url else f"gs://{url}"]
+    with suppress(CommandError):
+        return _documents(_cat(command))
+    return _documents(_cat(command))
+
+
+def _cat(command: list[str]) -> str:
+    try:
+        return call(command)
+    except CommandError as error:
+        if _NOTHING_THERE not in str(error):
+            raise
+        return ""
 
 
 def _documents(text: str) -> dict[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.fleet.command import call
-from qwen_jax.fleet.workers import bucket_name, settings_of
+from qwen_jax.fleet.workers import PLACES, SECRETS, bucket_name, settings_of
 
 BASE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base"
 _IMAGE = "your-registry/qwen-extraction"
@@ -18,7 +18,9 @@ _VOLUMES = ("streams", "compile-cache")
 
 def overlay(num_workers: int, image: str, environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """The content of kustomization.yaml in `folder`: the base with these workers, this image, these settings."""
-    settings = settings_of(environment, with_places=False)
+    # JAX_PACKAGE: the image has its own.
+    settings = settings_of(environment, without=(*PLACES, *SECRETS, "JAX_PACKAGE"))
+    secrets = [f"{name}={environment[name]}" for name in SECRETS if environment.get(name)]
     csi = {"volumeAttributes": {"bucketName": bucket_name(environment)}}
     job = {
         "apiVersion": "batch/v1",
@@ -41,6 +43,7 @@ def overlay(num_workers: int, image: str, environment: Mapping[str, str], folder
             {"target": {"kind": "ConfigMap", "name": "extraction-settings"}, "patch": json.dumps(values)},
         ],
         "images": [_image(image)],
+        **({"secretGenerator": [{"name": "extraction-secrets", "literals": secrets}]} if secrets else {}),
     }
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Event
 from typing import Protocol
 
-from qwen_jax.errors import BadDataError, ConfigError, StorageError, UsageError, WriterConflictError
-from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
+from qwen_jax.errors import StorageError, UsageError, WriterConflictError
+from qwen_jax.fleet.supervise import FINAL_EXITS, LONGEST_WAIT_S, Clock, Policy
 
 CHECKOUT = Path(__file__).parents[2]
-_FINAL = {kind.exit_code for kind in (UsageError, BadDataError, WriterConflictError, ConfigError)}
+_FINAL = {*FINAL_EXITS, WriterConflictError.exit_code}
 _LOOK_EVERY_S = 0.1
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.fleet.workers import bucket_name, settings_of
+from qwen_jax.fleet.workers import PLACES, SECRETS, bucket_name, settings_of
 
 TASK = Path("deploy") / "skypilot" / "worker.yaml"
 
@@ -12,9 +12,11 @@ def commands(
     num_workers: int, workers: tuple[int, ...] | None, environment: Mapping[str, str]
 ) -> list[list[str]]:
     """One command for workers 0 to N-1, whose rank is their id; one each for chosen workers."""
-    settings = settings_of(environment, with_places=False)
+    settings = settings_of(environment, without=(*PLACES, *SECRETS))
     settings["GCS_BUCKET"] = bucket_name(environment)
     values = [part for name, value in settings.items() for part in ("--env", f"{name}={value}")]
+    # By its name alone: sky takes the value from the environment.
+    values += [part for name in SECRETS if environment.get(name) for part in ("--secret", name)]
 
     def launch(name: str, *options: str) -> list[str]:
         return [

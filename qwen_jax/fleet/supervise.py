@@ -4,20 +4,35 @@ Each round looks at the machines and at the bucket, and acts on workers that nee
 `completed` is never touched, and where the bucket cannot be read nobody is.
 """
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_jax.errors import BadDataError, ConfigError, UsageError
 from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.gcloud import ABSENT, LOST, READY, Vms, machine_states, read_documents
+from qwen_jax.fleet.gcloud import (
+    ABSENT,
+    LOST,
+    READY,
+    WAITING,
+    FirstAlone,
+    Vms,
+    machine_states,
+    read_documents,
+)
+from qwen_jax.fleet.records import FAILED, RUNNING, one_line
 
-FINAL_EXITS = (2, 65, 78)
+FINAL_EXITS = tuple(kind.exit_code for kind in (UsageError, BadDataError, ConfigError))
 """Ends of a worker that another start does not change."""
 LONGEST_WAIT_S = 1800.0
 SILENCE_S = 900.0
 BLIND_ROUNDS = 10
+COUNT_EVERY_S = 600.0
+_NEEDS_SOMEBODY = {"STOPPED": ": somebody stopped it; start it, or delete it and it is made again"}
 
 
 class Clock:
@@ -32,7 +47,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class Policy:
-    """parallel: gcloud calls at once. backoff_s doubles from try to try; max_attempts: tries without any progress."""
+    """parallel: starts at once, and creations at once. backoff_s doubles from try to try; max_attempts: tries without
+    any progress."""
 
     poll_s: float = 60.0
     backoff_s: float = 60.0
@@ -43,13 +59,14 @@ class Policy:
 @dataclass
 class _Care:
     """What the supervisor remembers of a worker. started_at: its last start on the machine that is there now.
-    samples: what its checkpoint covered when it last grew, at grew_at."""
+    samples: what its checkpoint covered when it last grew, at grew_at. word: gcloud's for its machine."""
 
     attempts: int = 0
     not_before: float = 0.0
     started_at: float | None = None
     samples: float = 0.0
     grew_at: float = 0.0
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,28 +91,37 @@ class Supervisor:
     _care: dict[int, _Care] = field(default_factory=dict)
     _finished: set[int] = field(default_factory=set)
     _given_up: dict[int, str] = field(default_factory=dict)
+    _busy: dict[int, Future] = field(default_factory=dict)
+    _ssh: FirstAlone = field(default_factory=FirstAlone)
+    _count_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Creations take minutes: starts must not stand behind them.
+        self._starts, self._creations = (ThreadPoolExecutor(self.policy.parallel) for _ in range(2))
 
     def run(self) -> Outcome:
         self._care = {worker: _Care() for worker in self.workers}
         blind = 0
-        while True:
-            try:
-                self._round()
-                blind = 0
-            except CommandError as error:
-                blind += 1
-                self.say(f"nothing done this round: {error}")
-                if blind == BLIND_ROUNDS:
-                    raise
-            if not self._open():
-                return Outcome(frozenset(self._finished), dict(self._given_up))
-            self.clock.sleep(self.policy.poll_s)
+        with self._starts, self._creations:
+            while True:
+                try:
+                    self._round()
+                    blind = 0
+                except CommandError as error:
+                    blind += 1
+                    self.say(f"nothing done this round: {error}")
+                    if blind == BLIND_ROUNDS:
+                        raise
+                if not self._open():
+                    return Outcome(frozenset(self._finished), dict(self._given_up))
+                self.clock.sleep(self.policy.poll_s)
 
     def _open(self) -> list[int]:
         return [each for each in self.workers if each not in self._finished and each not in self._given_up]
 
     def _round(self) -> None:
-        """Looks first, all of it; then acts."""
+        """Looks first, all of it; then acts, and waits for that no longer than until the next round."""
+        self._collect()
         bucket, prefix = self.environment["GCS_BUCKET"], self.environment.get("GCS_PREFIX") or "activations"
         checkpoints = read_documents(bucket, prefix, "checkpoint_worker_*.json")
         for worker in self._open():
@@ -104,46 +130,88 @@ class Supervisor:
                 self.say(f"worker {worker}: completed")
         if not self._open():
             return
-        records = read_documents(bucket, prefix, "progress.json")
+        records = self._records(bucket, prefix)
         machines = machine_states(self.vms)
         now = self.clock.time()
         for worker in self._open():
-            self._note_progress(self._care[worker], checkpoints.get(worker, {}), records.get(worker, {}), now)
-        actions = [
-            action
-            for worker in self._open()
-            if (action := self._decide(worker, machines, records.get(worker, {}), now)) is not None
-        ]
-        with ThreadPoolExecutor(self.policy.parallel) as pool:
-            list(pool.map(lambda action: action(), actions))
+            record = None if records is None else records.get(worker, {})
+            self._note_progress(self._care[worker], checkpoints.get(worker, {}), record or {}, now)
+            if worker not in self._busy:
+                self._act(worker, machines, record, now)
+        self._say_count(machines, now)
+        wait(self._busy.values(), timeout=self.policy.poll_s)
+        self._collect()
 
-    def _decide(
-        self, worker: int, machines: Mapping[str, tuple[str, str]], record: Mapping[str, Any], now: float
-    ) -> Callable[[], None] | None:
-        """What to do for an unfinished worker now."""
+    def _collect(self) -> None:
+        """Forgets what has been done; an error in it that is no CommandError is a defect, and raised."""
+        for worker in [worker for worker, future in self._busy.items() if future.done()]:
+            self._busy.pop(worker).result()
+
+    def _records(self, bucket: str, prefix: str) -> dict[int, dict[str, Any]] | None:
+        """None where they cannot be read: machines are looked after without them, but nobody is called silent."""
+        try:
+            return read_documents(bucket, prefix, "progress.json")
+        except CommandError as error:
+            self.say(f"progress records not read this round: {error}")
+            return None
+
+    def _say_count(self, machines: Mapping[str, tuple[str, str]], now: float) -> None:
+        """Now and then one line of how it stands."""
+        if now < self._count_at:
+            return
+        self._count_at = now + COUNT_EVERY_S
+        words = Counter(machines.get(self.vms.name(worker), (ABSENT, "absent"))[1] for worker in self._open())
+        machines_are = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
+        self.say(
+            f"{len(self._finished)} of {len(self.workers)} workers completed, {len(self._given_up)} given up; "
+            f"machines of the others: {machines_are or 'none'}"
+        )
+
+    def _act(
+        self,
+        worker: int,
+        machines: Mapping[str, tuple[str, str]],
+        record: Mapping[str, Any] | None,
+        now: float,
+    ) -> None:
+        """Lets something be done for an unfinished worker, if it needs it now."""
         care = self._care[worker]
         state, word = machines.get(self.vms.name(worker), (ABSENT, "absent"))
-        if _failed_since(care.started_at, record) and record.get("exit_code") in FINAL_EXITS:
-            self._give_up(worker, f"it failed with exit {record['exit_code']}: {record.get('message')}")
-            return None
-        if now < care.not_before or not self._needs_action(state, care, record, now):
-            return None
-        if care.attempts >= self.policy.max_attempts:
-            self._give_up(worker, f"{care.attempts} tries without progress; its machine is {word}")
-            return None
+        if state == WAITING and word != care.word:
+            self.say(f"worker {worker}: {self.vms.name(worker)} is {word}{_NEEDS_SOMEBODY.get(word, '')}")
+        care.word = word
+        if not self._is_due(worker, state, record, now):
+            return
         care.attempts += 1
         care.not_before = now + min(self.policy.backoff_s * 2 ** (care.attempts - 1), LONGEST_WAIT_S)
         if state == READY:
-            return lambda: self._start(worker, care, now)
-        return lambda: self._create(worker, care, state, word)
+            self._busy[worker] = self._starts.submit(self._start, worker, care, now)
+        else:
+            self._busy[worker] = self._creations.submit(self._create, worker, care, state)
 
-    def _needs_action(self, state: str, care: _Care, record: Mapping[str, Any], now: float) -> bool:
-        if state in (LOST, ABSENT):
-            return True
-        if state != READY:
+    def _is_due(self, worker: int, state: str, record: Mapping[str, Any] | None, now: float) -> bool:
+        """Whether to act for it; gives it up where that is of no use."""
+        care = self._care[worker]
+        known = record or {}
+        if _failed_since(care.started_at, known) and known.get("exit_code") in FINAL_EXITS:
+            self._give_up(
+                worker, f"it failed with exit {known['exit_code']}: {one_line(str(known.get('message')))}"
+            )
             return False
+        if now < care.not_before or not self._needs_action(state, care, record, now):
+            return False
+        if care.attempts >= self.policy.max_attempts:
+            self._give_up(worker, f"{care.attempts} tries without progress; its machine is {care.word}")
+            return False
+        return True
+
+    def _needs_action(self, state: str, care: _Care, record: Mapping[str, Any] | None, now: float) -> bool:
+        if state != READY:
+            return state in (LOST, ABSENT)
         if care.started_at is None:
             return True
+        if record is None:
+            return False
         heard = max(_number(record, "updated_at"), care.started_at, care.grew_at)
         return _failed_since(care.started_at, record) or now - heard > SILENCE_S
 
@@ -154,26 +222,26 @@ class Supervisor:
         samples = _number(checkpoint, "total_samples_processed")
         if samples > care.samples:
             care.samples, care.grew_at = samples, now
-        runs = record.get("status") == "running"
+        runs = record.get("status") == RUNNING and _number(record, "tokens") > 0
         heard = max(care.grew_at, _number(record, "updated_at") if runs else 0.0)
         if care.started_at is not None and heard > care.started_at:
             care.attempts = 0
 
     def _start(self, worker: int, care: _Care, now: float) -> None:
         try:
-            call(self.vms.start_command(worker, self.environment))
+            self._ssh(self.vms.start_command(worker, self.environment))
         except CommandError as error:
             self.say(f"worker {worker}: not started: {error}")
             return
         care.started_at = now
         self.say(f"worker {worker}: started on {self.vms.name(worker)}")
 
-    def _create(self, worker: int, care: _Care, state: str, word: str) -> None:
+    def _create(self, worker: int, care: _Care, state: str) -> None:
         """A machine that is lost still has its name, so it is deleted first."""
         care.started_at = None
         name = self.vms.name(worker)
         attempt = f"try {care.attempts} of {self.policy.max_attempts}"
-        self.say(f"worker {worker}: {name} is {word}; creating it ({attempt})")
+        self.say(f"worker {worker}: {name} is {care.word}; creating it ({attempt})")
         try:
             if state == LOST:
                 call(self.vms.delete_command(worker))
@@ -188,10 +256,11 @@ class Supervisor:
 
 def _failed_since(started_at: float | None, record: Mapping[str, Any]) -> bool:
     """An older failure is what somebody may have mended before this supervisor was started."""
-    failed = record.get("status") == "failed"
+    failed = record.get("status") == FAILED
     return failed and started_at is not None and _number(record, "updated_at") > started_at
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:
     value = record.get(key)
-    return float(value) if isinstance(value, int | float) else 0.0
+    is_number = isinstance(value, int | float) and abs(value) < 1e15 and math.isfinite(value)
+    return float(value) if is_number else 0.0

@@ -2,7 +2,7 @@
 
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from qwen_jax.errors import UsageError
 
@@ -14,8 +14,13 @@ PASSED_ON = (
     *("INCLUDE_EMBEDDING", "INCLUDE_ANSWER", "KEEP_TOKENS", "SKIP_FIRST", "SKIP_SPECIAL_TOKENS", "DTYPE"),
     *("ACTIVATION_DTYPE", "ATTENTION", "MODEL_PARALLEL", "LOOKAHEAD", "PROMPT_FORMAT", "CHAT_TEMPLATE"),
     *("OVERLONG", "DELETE_LOCAL_AFTER_UPLOAD", "GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S", "VERBOSE"),
+    *("JAX_PACKAGE", "HF_TOKEN"),
 )
-"""Every variable of the worker's, but for its id and UPLOAD_TO_GCS."""
+"""Every variable of the worker's and of launch_worker.sh's, but for its id and UPLOAD_TO_GCS."""
+SECRETS = ("HF_TOKEN",)
+"""Of these: what nobody may read who reads a log."""
+SECONDS = ("GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S")
+"""Of these: what no flag of the worker's checks."""
 _MOST = 100_000
 
 
@@ -38,10 +43,16 @@ def parse_workers(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def settings_of(environment: Mapping[str, str], *, with_places: bool = True) -> dict[str, str]:
+def settings_of(environment: Mapping[str, str], *, without: Collection[str] = ()) -> dict[str, str]:
     """The worker's variables that are set here, in a fixed order."""
-    names = [name for name in PASSED_ON if with_places or name not in PLACES]
+    names = [name for name in PASSED_ON if name not in without]
     return {name: environment[name] for name in names if environment.get(name)}
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """For printing: `...` stands for each secret that is set."""
+    hidden = {name: "..." for name in SECRETS if environment.get(name)}
+    return {**environment, **hidden}
 
 
 def bucket_name(environment: Mapping[str, str]) -> str:

@@ -1,5 +1,6 @@
 """launch_all_workers.sh with the engines that place and restart workers themselves, and on this machine."""
 
+import base64
 import json
 import os
 import shlex
@@ -12,11 +13,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from qwen_jax.fleet.workers import PASSED_ON, PLACES
+from qwen_jax.fleet.workers import PASSED_ON, PLACES, SECRETS
 from tests.scripts.conftest import ROOT, Fakes, write_script
-from tests.scripts.test_launch_all import HARD, launch
+from tests.scripts.test_launch_all import every_setting, launch
 
-SETTINGS = [name for name in PASSED_ON if name not in PLACES and name != "GCS_BUCKET"]
+SETTINGS = {name: value for name, value in every_setting().items() if name not in (*PLACES, *SECRETS)}
 # What kubectl is given is gone when it returns.
 KEEP_THE_OVERLAY = (
     'cp "$3/kustomization.yaml" "$CALLS/../kustomization.yaml"; echo job.batch/extraction created\n'
@@ -40,19 +41,24 @@ def test_sky_gets_one_call_for_all(fakes):
 
 def test_sky_gets_one_call_for_each_chosen_worker(fakes):
     fakes.add("sky", "")
-    settings = dict.fromkeys(SETTINGS, HARD)
+    assert {*SETTINGS, *PLACES, *SECRETS, "GCS_BUCKET"} == set(PASSED_ON)
+    settings = SETTINGS | {"HF_TOKEN": "hf_secret"}
     assert launch(fakes, "--engine", "skypilot", "--workers", "3,7-8", **settings).returncode == 0
     calls = [call.arguments for call in fakes.calls("sky")]
     assert [arguments[arguments.index("--name") + 1] for arguments in calls] == [
         *("extraction-3", "extraction-7", "extraction-8")
     ]
     assert all("--num-jobs" not in arguments for arguments in calls)
-    assert "WORKER_ID=7" in calls[1] and {f"{name}={HARD}" for name in SETTINGS} <= set(calls[1])
+    assert "WORKER_ID=7" in calls[1]
+    assert {f"{name}={value}" for name, value in SETTINGS.items()} <= set(calls[1])
+    assert calls[1][calls[1].index("--secret") + 1] == "HF_TOKEN" and "hf_secret" not in " ".join(calls[1])
+    assert fakes.calls("sky")[1].environment["HF_TOKEN"] == "hf_secret"
 
 
 def test_kubectl_gets_the_base_with_these_workers(fakes):
     fakes.add("kubectl", KEEP_THE_OVERLAY)
-    done = launch(fakes, "--engine", "kubernetes", "--num_workers", "64", IMAGE="registry:5000/name")
+    variables = {"IMAGE": "registry:5000/name", "HF_TOKEN": "hf_secret"}
+    done = launch(fakes, "--engine", "kubernetes", "--num_workers", "64", **variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "job.batch/extraction created"
     (call,) = fakes.calls("kubectl")
@@ -60,22 +66,29 @@ def test_kubectl_gets_the_base_with_these_workers(fakes):
     overlay = json.loads((fakes.folder.parent / "kustomization.yaml").read_text())
     assert json.loads(overlay["patches"][0]["patch"])["spec"]["completions"] == 64
     assert overlay["images"][0]["newName"] == "registry:5000/name"
+    assert overlay["secretGenerator"][0]["literals"] == ["HF_TOKEN=hf_secret"]
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
 def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
-    settings = dict.fromkeys(SETTINGS, HARD)
+    settings = {name: value for name, value in SETTINGS.items() if name != "JAX_PACKAGE"}
     image = "registry/name@sha256:0123"
-    done = launch(fakes, "--engine", "kubernetes", "--num_workers", "7", "--dry_run", IMAGE=image, **settings)
+    given = {**SETTINGS, "HF_TOKEN": "hf_secret", "IMAGE": image}
+    done = launch(fakes, "--engine", "kubernetes", "--num_workers", "7", "--dry_run", **given)
     assert done.returncode == 0, done.stderr
     documents = {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
     for document in documents.values():
         kubernetes_validate.validate(document, "1.36", strict=True)
-    assert dict.fromkeys(SETTINGS, HARD).items() <= documents["ConfigMap"]["data"].items()
+    assert settings.items() <= documents["ConfigMap"]["data"].items()
+    assert not {"HF_TOKEN", "JAX_PACKAGE"} & documents["ConfigMap"]["data"].keys()
+    assert base64.b64decode(documents["Secret"]["data"]["HF_TOKEN"]) == b"..."
     spec = documents["Job"]["spec"]
     assert spec["completions"] == spec["parallelism"] == spec["maxFailedIndexes"] == 7
     pod = spec["template"]["spec"]
-    assert pod["containers"][0]["image"] == image
+    (worker,) = pod["containers"]
+    assert worker["image"] == image
+    secret = worker["envFrom"][1]["secretRef"]
+    assert secret["name"] == documents["Secret"]["metadata"]["name"] and secret["optional"]
     for name in ("streams", "compile-cache"):
         (volume,) = [volume for volume in pod["volumes"] if volume["name"] == name]
         assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"
@@ -89,7 +102,9 @@ def test_kubernetes_needs_an_image(fakes):
 
 
 @pytest.mark.parametrize("bucket", ["gs://bucket/folder", "file:///bucket", "gs://"])
-@pytest.mark.parametrize("engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky")])
+@pytest.mark.parametrize(
+    "engine, tool", [("gcloud", "gcloud"), ("kubernetes", "kubectl"), ("skypilot", "sky")]
+)
 def test_these_engines_need_a_bucket_and_nothing_else(fakes, engine, tool, bucket):
     fakes.add(tool, "")
     done = launch(fakes, "--engine", engine, bucket=bucket, IMAGE="image")

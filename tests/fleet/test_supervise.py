@@ -2,14 +2,17 @@
 
 import json
 import shlex
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from qwen_jax.fleet import gcloud, supervise
 from qwen_jax.fleet.command import CommandError
-from qwen_jax.fleet.gcloud import QUEUED, VM, Vms, machine_states, read_documents
+from qwen_jax.fleet.gcloud import QUEUED, VM, FirstAlone, Vms, machine_states, read_documents
 from qwen_jax.fleet.supervise import BLIND_ROUNDS, Clock, Outcome, Policy, Supervisor
 from qwen_jax.fleet.workers import listed, parse_workers
 from tests.scripts.conftest import Fakes
@@ -76,7 +79,7 @@ class Cloud:
         self.answer("checkpoints", json.dumps(fields))
 
     def record(self, worker: int, status: str = "running", **fields: object) -> None:
-        record = {"worker_id": worker, "status": status, "updated_at": self.time} | fields
+        record = {"worker_id": worker, "status": status, "updated_at": self.time, "tokens": 9} | fields
         self.answer("records", json.dumps(record))
 
     def asked(self) -> list[str]:
@@ -116,7 +119,7 @@ def cloud(tmp_path, fakes, monkeypatch) -> Cloud:
     return made
 
 
-def supervise(
+def run_supervisor(
     cloud: Cloud, steps: list[Callable[[], object]], workers: tuple[int, ...] = (3,), kind: str = VM, **policy
 ) -> tuple[Outcome, list[str]]:
     said: list[str] = []
@@ -137,7 +140,7 @@ def done(cloud: Cloud, *workers: int) -> Callable[[], None]:
 
 def test_from_nothing_to_done(cloud):
     steps = [lambda: cloud.vms(w3="CREATING"), lambda: cloud.vms(w3="READY"), lambda: None, done(cloud, 3)]
-    outcome, said = supervise(cloud, steps)
+    outcome, said = run_supervisor(cloud, steps)
     assert outcome == Outcome(frozenset([3]), {})
     assert cloud.asked() == ["create tpu-worker-3", "ssh tpu-worker-3"]
     assert said[-1] == "worker 3: completed"
@@ -147,7 +150,7 @@ def test_from_nothing_to_done(cloud):
 def test_a_lost_vm_is_deleted_made_again_and_its_worker_started_again(cloud, word):
     cloud.vms(w3="READY")
     steps = [lambda: cloud.vms(w3=word), lambda: cloud.vms(w3="READY"), done(cloud, 3)]
-    supervise(cloud, steps)
+    run_supervisor(cloud, steps)
     assert cloud.asked() == [
         *("ssh tpu-worker-3", "delete tpu-worker-3", "create tpu-worker-3", "ssh tpu-worker-3")
     ]
@@ -155,7 +158,7 @@ def test_a_lost_vm_is_deleted_made_again_and_its_worker_started_again(cloud, wor
 
 def test_a_vanished_vm_is_made_again(cloud):
     cloud.vms(w3="READY")
-    supervise(cloud, [lambda: cloud.vms(), done(cloud, 3)])
+    run_supervisor(cloud, [lambda: cloud.vms(), done(cloud, 3)])
     assert cloud.asked() == ["ssh tpu-worker-3", "create tpu-worker-3"]
 
 
@@ -164,7 +167,7 @@ def test_a_vanished_vm_is_made_again(cloud):
 )
 def test_what_changes_by_itself_is_left_alone(cloud, word):
     cloud.vms(w3=word)
-    supervise(cloud, [lambda: None, done(cloud, 3)])
+    run_supervisor(cloud, [lambda: None, done(cloud, 3)])
     assert cloud.asked() == []
 
 
@@ -172,11 +175,11 @@ def test_what_changes_by_itself_is_left_alone(cloud, word):
 def test_a_finished_worker_is_never_touched(cloud, word):
     done(cloud, 3)()
     cloud.vms(**({"w3": word} if word else {}))
-    assert supervise(cloud, [])[0].finished == {3}
+    assert run_supervisor(cloud, [])[0].finished == {3}
     assert cloud.asked() == []
 
 
-@pytest.mark.parametrize("verb", ["checkpoints", "records", "vms"])
+@pytest.mark.parametrize("verb", ["checkpoints", "vms"])
 def test_nobody_is_touched_while_something_cannot_be_read(cloud, verb):
     cloud.vms(w3="PREEMPTED")
     was = (cloud.folder / f"fail-{verb}").read_text() if verb != "vms" else None
@@ -188,7 +191,7 @@ def test_nobody_is_touched_while_something_cannot_be_read(cloud, verb):
         if was is not None:
             cloud.fail(verb, was)
 
-    _, said = supervise(cloud, [mend, done(cloud, 3)])
+    _, said = run_supervisor(cloud, [mend, done(cloud, 3)])
     assert said[0] == "nothing done this round: ERROR: no network"
     assert cloud.asked()[0] == "delete tpu-worker-3"
 
@@ -196,20 +199,20 @@ def test_nobody_is_touched_while_something_cannot_be_read(cloud, verb):
 @pytest.mark.parametrize("text", ['[{"name": "tpu-wor', '{"a": 1}', "[3]"])
 def test_a_torn_list_is_no_list(cloud, text):
     cloud.answer("vms", text)
-    supervise(cloud, [done(cloud, 3)])
+    run_supervisor(cloud, [done(cloud, 3)])
     assert cloud.asked() == []
 
 
 def test_gcloud_that_is_of_no_use_ends_it(cloud):
     cloud.fail("vms", "ERROR: log in")
     with pytest.raises(CommandError, match="log in"):
-        supervise(cloud, [lambda: None] * BLIND_ROUNDS)
+        run_supervisor(cloud, [lambda: None] * BLIND_ROUNDS)
 
 
 def test_tries_are_spaced_and_capped(cloud):
     cloud.fail("create", "ERROR: no more capacity in the zone")
     rounds = [lambda: None] * 40
-    outcome, said = supervise(cloud, rounds, backoff_s=60.0, max_attempts=4)
+    outcome, said = run_supervisor(cloud, rounds, backoff_s=60.0, max_attempts=4)
     assert outcome.given_up == {3: "4 tries without progress; its machine is absent"}
     assert cloud.asked() == ["create tpu-worker-3"] * 4
     assert 40 - len(rounds) == 1 + 2 + 4 + 8
@@ -224,7 +227,7 @@ def test_a_worker_that_gets_on_has_its_tries_back(cloud):
 
     cloud.vms(w3="READY")
     steps = [step for _ in range(6) for step in (lost, lambda: cloud.vms(w3="READY"))]
-    outcome, _ = supervise(cloud, [*steps, done(cloud, 3)], max_attempts=3)
+    outcome, _ = run_supervisor(cloud, [*steps, done(cloud, 3)], max_attempts=3)
     assert outcome.finished == {3}
     assert cloud.asked().count("create tpu-worker-3") == 6
 
@@ -234,21 +237,21 @@ def test_a_worker_without_records_is_known_by_its_checkpoint(cloud):
     cloud.vms(w3="READY")
     (cloud.folder / "fail-checkpoints").unlink()
     grows = [lambda samples=samples: cloud.checkpoint(3, samples) for samples in range(1, 21)]
-    outcome, _ = supervise(cloud, [*grows, done(cloud, 3)], max_attempts=3)
+    outcome, _ = run_supervisor(cloud, [*grows, done(cloud, 3)], max_attempts=3)
     assert outcome.finished == {3} and cloud.asked() == ["ssh tpu-worker-3"]
 
 
 def test_a_start_that_fails_is_tried_again(cloud):
     cloud.vms(w3="READY")
     cloud.fail("ssh", "ssh: connect to host port 22: Connection refused")
-    _, said = supervise(cloud, [lambda: cloud.mend("ssh"), done(cloud, 3)])
+    _, said = run_supervisor(cloud, [lambda: cloud.mend("ssh"), done(cloud, 3)])
     assert cloud.asked() == ["ssh tpu-worker-3"] * 2
-    assert "not started: ssh: connect to host" in said[0]
+    assert any("not started: ssh: connect to host" in line for line in said)
 
 
 def test_a_worker_that_falls_silent_is_started_again(cloud):
     cloud.vms(w3="READY")
-    supervise(cloud, [lambda: None] * 16 + [done(cloud, 3)])
+    run_supervisor(cloud, [lambda: None] * 16 + [done(cloud, 3)])
     assert cloud.asked() == ["ssh tpu-worker-3"] * 2
 
 
@@ -261,7 +264,7 @@ def test_a_worker_that_failed_for_now_is_started_again_and_one_that_failed_for_g
         return step
 
     cloud.vms(w3="READY")
-    outcome, _ = supervise(cloud, [failed(75), failed(78)])
+    outcome, _ = run_supervisor(cloud, [failed(75), failed(78)])
     assert cloud.asked() == ["ssh tpu-worker-3"] * 2
     assert outcome.given_up == {3: "it failed with exit 78: words"}
 
@@ -270,12 +273,12 @@ def test_a_failure_before_this_supervisor_says_nothing_about_the_next_start(clou
     (cloud.folder / "fail-records").unlink()
     cloud.record(3, "failed", exit_code=78, message="a folder that is there by now")
     cloud.vms(w3="READY")
-    outcome, _ = supervise(cloud, [done(cloud, 3)])
+    outcome, _ = run_supervisor(cloud, [done(cloud, 3)])
     assert cloud.asked() == ["ssh tpu-worker-3"] and outcome.finished == {3}
 
 
 def test_only_the_chosen_workers(cloud):
-    supervise(cloud, [done(cloud, 3, 8)], workers=(3, 8))
+    run_supervisor(cloud, [done(cloud, 3, 8)], workers=(3, 8))
     assert sorted(cloud.asked()) == ["create tpu-worker-3", "create tpu-worker-8"]
 
 
@@ -290,7 +293,7 @@ def test_queued_resources(cloud, word):
         lambda: cloud.vms(),  # ACTIVE, but its VM has vanished
         done(cloud, 3),
     ]
-    supervise(cloud, steps, kind=QUEUED)
+    run_supervisor(cloud, steps, kind=QUEUED)
     name = "tpu-worker-3"
     again = [f"delete {name}", f"create {name}"]
     assert cloud.asked() == [f"create {name}", f"ssh {name}", *again, f"ssh {name}", *again]
@@ -307,14 +310,175 @@ def test_any_value_reaches_gcloud_whole(cloud):
     assert "--spot" in vms.create_command(5) and "--spot" not in each.create_command(5)
 
 
-def test_documents_of_a_folder_that_stands_in_for_a_bucket(tmp_path):
-    for worker, text in enumerate(
-        ['{"worker_id": 0, "a": {"b": 1}}', '{"worker_id": 1, "sta', "", '{"worker_id": 3}']
-    ):
-        (tmp_path / "activations" / f"tpu_{worker}").mkdir(parents=True)
-        (tmp_path / "activations" / f"tpu_{worker}" / "progress.json").write_text(text)
-    found = read_documents(tmp_path.as_uri(), "activations", "progress.json")
+@pytest.mark.parametrize("words", [["READY"] * 6, []])
+def test_no_more_at_once_than_the_limit(cloud, monkeypatch, words):
+    """Starts, and creations: each waits for a third one at its side, which must not come."""
+    running, peak, changed = 0, 0, threading.Condition()
+
+    def call(command: list[str]) -> str:
+        nonlocal running, peak
+        with changed:
+            running, peak = running + 1, max(peak, running + 1)
+            changed.notify_all()
+            changed.wait_for(lambda: peak > 2, timeout=0.2)
+            running -= 1
+        return ""
+
+    monkeypatch.setattr(supervise, "call", call)
+    monkeypatch.setattr(FirstAlone, "__call__", lambda self, command: call(command))
+    cloud.vms(**{f"w{worker}": word for worker, word in enumerate(words)})
+    run_supervisor(cloud, [done(cloud, *range(6))], workers=tuple(range(6)), parallel=2)
+    assert peak == 2
+
+
+def test_until_an_ssh_has_succeeded_each_is_alone(monkeypatch):
+    """The first fails, the second makes the key; then two run at once."""
+    running, begun, met, changed = 0, 0, set(), threading.Condition()
+
+    def call(command: list[str]) -> str:
+        nonlocal running, begun
+        with changed:
+            number, begun, running = begun, begun + 1, running + 1
+            if running > 1:
+                met.add(number)
+            changed.notify_all()
+            changed.wait_for(lambda: met, timeout=0.2 if number < 2 else 20)
+            running -= 1
+        if number == 0:
+            raise CommandError("no such VM")
+        return ""
+
+    monkeypatch.setattr(gcloud, "call", call)
+    ssh = FirstAlone()
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(ssh, ["gcloud"]) for _ in range(4)]
+    assert met == {3}
+    assert sum(isinstance(each.exception(), CommandError) for each in ends) == 1
+
+
+def test_documents_in_a_bucket(cloud):
+    """As gcloud prints them, one after another; torn ones are left out."""
+    cloud.mend("records")
+    texts = [
+        '{"worker_id": 0, "a": {"b": 1}}',
+        '{"worker_id": 1, "sta',
+        "",
+        '{"worker_id": 3}',
+        '{"worker_id": "4"}',
+    ]
+    cloud.answer("records", "\n".join(texts))
+    found = read_documents("bucket", "activations", "progress.json")
     assert found == {0: {"worker_id": 0, "a": {"b": 1}}, 3: {"worker_id": 3}}
+    (call,) = cloud.fakes.calls("gcloud")
+    assert call.arguments == ["storage", "cat", "gs://bucket/activations/tpu_*/progress.json"]
+
+
+# A record that is replaced between the listing and the reading is a 404, and the next reading finds the new one.
+REPLACED_ONCE = """
+case "$*" in
+"storage cat "*progress*)
+    if [ ! -e "$CLOUD/replaced" ]; then touch "$CLOUD/replaced"; echo 'HTTPError 404: not found' >&2; exit 1; fi ;;
+esac
+"""
+
+
+def test_records_that_are_replaced_while_they_are_read_are_read_again(cloud):
+    cloud.fakes.add("gcloud", REPLACED_ONCE + GCLOUD)
+    cloud.mend("records")
+    cloud.record(3)
+    cloud.vms(w3="READY")
+    _, said = run_supervisor(cloud, [done(cloud, 3)])
+    assert cloud.asked() == ["ssh tpu-worker-3"] and not any("not read" in line for line in said)
+
+
+def test_without_records_machines_are_looked_after_and_nobody_is_called_silent(cloud):
+    cloud.vms(w3="READY")
+    cloud.fail("records", "ERROR: 404")
+    steps = [*[lambda: None] * 20, lambda: cloud.vms(w3="PREEMPTED"), lambda: cloud.vms(w3="READY")]
+    _, said = run_supervisor(cloud, [*steps, done(cloud, 3)])
+    again = ["delete tpu-worker-3", "create tpu-worker-3", "ssh tpu-worker-3"]
+    assert cloud.asked() == ["ssh tpu-worker-3", *again]
+    assert "progress records not read this round: ERROR: 404" in said
+
+
+@pytest.mark.parametrize("status, tokens", [("starting", 0), ("running", 0)])
+def test_a_start_alone_is_no_progress(cloud, status, tokens):
+    """A worker that is killed at its first batch, again and again, is given up in the end."""
+
+    def dies() -> None:
+        cloud.record(3, status, tokens=tokens)
+        cloud.vms(w3="PREEMPTED")
+
+    cloud.mend("records")
+    cloud.vms(w3="READY")
+    steps = [step for _ in range(9) for step in (dies, lambda: cloud.vms(w3="READY"))]
+    outcome, _ = run_supervisor(cloud, steps, max_attempts=4)
+    assert "4 tries without progress" in outcome.given_up[3]
+
+
+@pytest.mark.parametrize("when", ["1e999", "NaN", '"now"', "1e300"])
+def test_times_that_no_worker_writes_are_no_sign_of_life(cloud, when):
+    cloud.mend("records")
+    cloud.answer("records", f'{{"worker_id": 3, "status": "running", "updated_at": {when}}}')
+    cloud.vms(w3="READY")
+    run_supervisor(cloud, [lambda: None] * 16 + [done(cloud, 3)])
+    assert cloud.asked() == ["ssh tpu-worker-3"] * 2
+
+
+def test_what_it_waits_for_is_said_once_and_counted_now_and_then(cloud):
+    cloud.vms(w3="STOPPED", w8="CREATING")
+    steps = [*[lambda: None] * 20, lambda: cloud.vms(w3="STOPPED", w8="STARTING"), done(cloud, 3, 8)]
+    _, said = run_supervisor(cloud, steps, workers=(3, 8))
+    waits = [line for line in said if line.startswith("worker") and " is " in line]
+    assert waits == [
+        "worker 3: tpu-worker-3 is STOPPED: somebody stopped it; start it, or delete it and it is made again",
+        "worker 8: tpu-worker-8 is CREATING",
+        "worker 8: tpu-worker-8 is STARTING",
+    ]
+    counts = [line for line in said if " workers completed, " in line]
+    assert counts[0] == (
+        "0 of 2 workers completed, 0 given up; machines of the others: 1 CREATING, 1 STOPPED"
+    )
+    assert len(counts) == 3  # 22 minutes
+
+
+def test_a_record_of_somebody_else_cannot_write_on_the_terminal(cloud):
+    def failed() -> None:
+        cloud.mend("records")
+        cloud.record(3, "failed", exit_code=65, message="bad\nworker 4: completed\x1b[2J")
+
+    cloud.vms(w3="READY")
+    outcome, said = run_supervisor(cloud, [failed])
+    assert outcome.given_up == {3: "it failed with exit 65: bad worker 4: completed [2J"}
+    assert all(line.isprintable() for line in said)
+
+
+# A creation that takes until $CLOUD/capacity is there; the machine is listed as soon as it has been asked for.
+SLOW_CREATION = """
+case "$*" in
+*" create "*)
+    echo '[{"name": "tpu-worker-3", "state": "CREATING"}, {"name": "tpu-worker-8", "state": "READY"}]' >"$CLOUD/vms"
+    until [ -e "$CLOUD/capacity" ] || ((SECONDS > 20)); do sleep 0.01; done
+    echo 'ERROR: { "code": 8, "message": "no more capacity" }' >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_creation_that_takes_long_holds_nobody_up_and_its_error_is_said(cloud):
+    cloud.fakes.add("gcloud", SLOW_CREATION + GCLOUD)
+    cloud.vms(w8="READY")
+    started: list[str] = []
+
+    def until_started() -> None:
+        started.extend(each for each in cloud.asked() if each.startswith("ssh"))
+        if started:
+            (cloud.folder / "capacity").touch()
+            done(cloud, 3, 8)()
+
+    # One call of a kind at once: the start does not stand behind the creation.
+    _, said = run_supervisor(cloud, [until_started] * 9, workers=(3, 8), poll_s=0.5)
+    assert started == ["ssh tpu-worker-8"] and cloud.asked().count("create tpu-worker-3") == 1
+    assert any("tpu-worker-3 not created" in line and "no more capacity" in line for line in said)
 
 
 def test_states_by_gclouds_words(cloud):

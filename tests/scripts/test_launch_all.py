@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +12,36 @@ from tests.scripts.conftest import RECORD, ROOT, Call, Fakes, setting_variables,
 
 SCRIPT = ROOT / "launch_all_workers.sh"
 HARD = "a b\t'c'\"d\" $HOME $(touch owned) `touch owned`;touch owned&|<>*?[x]!{}\\ ~ # =\u00e9"
+BESIDE_FLAGS = {"GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S", "JAX_PACKAGE", "HF_TOKEN"}
 # The launcher sets UPLOAD_TO_GCS itself.
-PASSED_ON = sorted({*setting_variables(), "GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S"} - {"UPLOAD_TO_GCS"})
+PASSED_ON = sorted({*setting_variables(), *BESIDE_FLAGS} - {"UPLOAD_TO_GCS"})
+# Values of variables that are no free text.
+TYPED = {
+    **{
+        "BATCH_SIZE": "8",
+        "SHARD_SIZE_GB": "0.5",
+        "MAX_SEQ_LENGTH": "77",
+        "MAX_SAMPLES": "5",
+        "LOOKAHEAD": "2",
+    },
+    **{"MAX_BAD_RECORDS": "3", "LAYERS_TO_EXTRACT": "0 3", "ACTIVATION_TYPE": "mlp attn", "SKIP_FIRST": "1"},
+    **{"KEEP_TOKENS": "role:test_input,answer", "DTYPE": "float32", "ACTIVATION_DTYPE": "float32"},
+    **{"ATTENTION": "blocked", "MODEL_PARALLEL": "2", "PROMPT_FORMAT": "json", "OVERLONG": "skip"},
+    **dict.fromkeys(("INCLUDE_EMBEDDING", "INCLUDE_ANSWER", "SKIP_SPECIAL_TOKENS", "CHAT_TEMPLATE"), "true"),
+    **{"DELETE_LOCAL_AFTER_UPLOAD": "true", "VERBOSE": "true"},
+    **{"GCS_RETRY_BUDGET_S": "7", "PROGRESS_INTERVAL_S": "9"},
+}
+
+
+def every_setting() -> dict[str, str]:
+    """A value for each variable that is passed on, as hard to quote as it may be; but for the bucket's."""
+    return {name: TYPED.get(name, f"{name} {HARD}") for name in PASSED_ON if name != "GCS_BUCKET"}
+
+
+def with_packages(folder: Path) -> str:
+    """A VENV_DIR whose Python is this one."""
+    write_script(folder / "bin" / "python", f'exec "{sys.executable}" "$@"')
+    return str(folder)
 
 
 def launch(
@@ -56,7 +85,7 @@ def test_values_of_any_kind_reach_gcloud(gcloud):
 
 
 def test_dry_run_prints_exactly_what_would_be_run(gcloud):
-    settings = {name: HARD for name in PASSED_ON if name != "GCS_BUCKET"}
+    settings = every_setting() | {"HF_TOKEN": ""}
     settings |= {"NUM_WORKERS": "2", "ZONE": HARD, "NAME_PATTERN": HARD, "REMOTE_DIR": HARD}
     shown = launch(gcloud, "--dry_run", bucket=HARD, **settings)
     assert shown.returncode == 0
@@ -101,7 +130,7 @@ def wait_for_calls(fakes: Fakes, program: str, count: int) -> list[Call]:
 
 
 def test_the_remote_command_starts_the_worker_with_every_setting(remote, tmp_path):
-    settings = {name: f"{name} {HARD}" for name in PASSED_ON if name != "GCS_BUCKET"}
+    settings = every_setting()
     calls = remote("my $HOME;'q\"wen dir", bucket=HARD, **settings)
     wanted = settings | {"GCS_BUCKET": HARD, "UPLOAD_TO_GCS": "true"}
     for call in calls:
@@ -191,9 +220,112 @@ def test_gcloud_does_not_eat_the_input(fakes):
     assert launch(fakes, NUM_WORKERS="3").stdout.splitlines()[-1] == "3 of 3 workers started"
 
 
+ENGINES = {"gcloud": "gcloud", "kubernetes": "kubectl", "skypilot": "sky", "local": "nothing"}
+
+
+@pytest.mark.parametrize("engine, tool", ENGINES.items())
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("MAX_SEQ_LENGTH", "abc", "whole number"),
+        ("INCLUDE_ANSWER", "maybe", "true or false"),
+        ("OVERLONG", "cut", "choose from"),
+        ("KEEP_TOKENS", "most", "keep_tokens"),
+        ("PROGRESS_INTERVAL_S", "often", "seconds"),
+        ("GCS_RETRY_BUDGET_S", "nan", "seconds"),
+    ],
+)
+def test_a_setting_that_no_worker_can_read_starts_nothing(fakes, tmp_path, engine, tool, name, value, words):
+    """No engine may make machines for workers that each end with exit code 2."""
+    fakes.add(tool, "")
+    variables = {name: value, "IMAGE": "image", "VENV_DIR": with_packages(tmp_path / "env")}
+    for flags in ((), ("--dry_run",)):
+        done = launch(fakes, "--engine", engine, *flags, **variables)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert (name in done.stderr or name.lower() in done.stderr) and words in done.stderr
+    assert fakes.calls() == []
+
+
+def test_without_packages_settings_are_left_to_the_workers(gcloud, tmp_path):
+    """A control machine needs none; a worker that cannot read its settings leaves word of it."""
+    write_script(tmp_path / "bare" / "bin" / "python", f'exec "{sys.executable}" -S "$@"')
+    done = launch(gcloud, "--workers", "3", VENV_DIR=str(tmp_path / "bare"), MAX_SEQ_LENGTH="abc")
+    assert done.returncode == 0 and "settings are left to the workers to check: no numpy here" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--supervise",)])
+def test_a_token_is_forwarded_and_never_printed(gcloud, flags):
+    shown = launch(gcloud, "--workers", "3", "--dry_run", *flags, HF_TOKEN="hf_secret")
+    assert "hf_secret" not in shown.stdout + shown.stderr and "HF_TOKEN=..." in shown.stdout
+    done = launch(gcloud, "--workers", "3", HF_TOKEN="hf_secret", JAX_PACKAGE="jax[tpu]==1.2")
+    command = given(gcloud.calls("gcloud")[0])[2]
+    assert "HF_TOKEN=hf_secret" in command and "JAX_PACKAGE='jax[tpu]==1.2'" in command
+    assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_further_flags_reach_gcloud_as_a_shell_reads_them(gcloud):
+    create = "--network 'my net' --labels=a=b --service-account x@y --internal-ips"
+    flags = ("--workers", "3", f"--gcloud_create_flags={create}", "--gcloud_ssh_flags=--tunnel-through-iap")
+    shown = launch(gcloud, *flags, "--supervise", "--dry_run").stdout.splitlines()
+    for kind, line in zip(("create", "ssh"), shown, strict=True):
+        words = shlex.split(line)
+        wanted = shlex.split(create) if kind == "create" else ["--tunnel-through-iap"]
+        at = words.index(wanted[0])
+        assert kind in words and words[at : at + len(wanted)] == wanted
+    launch(gcloud, "--workers", "3", GCLOUD_SSH_FLAGS="--ssh-flag='-o ConnectTimeout=9'")
+    assert "--ssh-flag=-o ConnectTimeout=9" in gcloud.calls("gcloud")[0].arguments
+
+
+PARALLEL = """
+mkdir "$CALLS/../running-$$"
+find "$CALLS/.." -maxdepth 1 -name 'running-*' | wc -l >>"$CALLS/../at-once"
+deadline=$((SECONDS + 20))
+until [ "$(find "$CALLS" -maxdepth 1 -name '*-gcloud' | wc -l)" -ge "$ENOUGH" ] || ((SECONDS > deadline)); do
+    sleep 0.02
+done
+rmdir "$CALLS/../running-$$"
+"""
+
+
+def test_ssh_is_parallel_up_to_the_limit(fakes, tmp_path):
+    """But for the first, which makes the key, each runs until four have been called: three at once, never more."""
+    fakes.add("gcloud", 'if [ "$(ls "$CALLS" | wc -l)" = 1 ]; then ENOUGH=1; fi' + PARALLEL)
+    done = launch(fakes, "--num_workers", "8", "--parallel", "3", ENOUGH="4")
+    assert done.returncode == 0
+    at_once = [int(line) for line in (tmp_path / "at-once").read_text().split()]
+    assert at_once[0] == 1 and max(at_once) == 3 and len(at_once) == 8
+
+
+SUPERVISED = """
+case "$*" in
+"storage cat "*checkpoint*) echo '{"worker_id": 3, "status": "completed"}' ;;
+"storage cat "*) [ -z "$RECORD" ] || echo "$RECORD" ;;
+*" list "*) echo '[{"name": "tpu-worker-3", "state": "READY"}, {"name": "tpu-worker-4", "state": "READY"}]' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("workers, code, last", [("3", 0, "1 of 1"), ("3-4", 1, "1 of 2")])
+def test_supervision_ends_with_the_code_of_its_result(fakes, workers, code, last):
+    """Worker 3 is complete; worker 4 fails for good as soon as it has been started."""
+    record = (
+        '{"worker_id": 4, "status": "failed", "exit_code": 65, "message": "bad", "updated_at": 99999999999}'
+    )
+    fakes.add("gcloud", SUPERVISED)
+    flags = ("--supervise", "--workers", workers, "--poll_s", "0.05", "--backoff_s", "0.01")
+    done = launch(fakes, *flags, RECORD=record)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{last} workers completed"
+    assert ("given up: 4" in done.stderr) == (code == 1)
+
+
 @pytest.mark.parametrize(
     "arguments, variables, words",
     [
+        ((), {"bucket": "file:///bucket"}, "name of a Cloud Storage bucket"),
+        ((), {"bucket": "gs://bucket/some/prefix"}, "name of a Cloud Storage bucket"),
+        (("--gcloud_ssh_flags=it's",), {}, "not what a shell reads"),
+        (("--gcloud_create_flags", "--internal-ips --network n"), {}, "write it in one word with ="),
         ((), {"bucket": ""}, "set GCS_BUCKET"),
         (("--dry_run",), {"bucket": ""}, "set GCS_BUCKET"),
         ((), {"NUM_WORKERS": "0"}, "NUM_WORKERS"),
