@@ -56,6 +56,55 @@ def test_an_index_is_a_worker_that_is_replaced_until_it_is_done():
     assert 10 < pod["terminationGracePeriodSeconds"] <= 15
 
 
+def one_worker() -> dict:
+    return yaml.safe_load((DEPLOY / "one-worker.yaml").read_text())["spec"]
+
+
+@pytest.mark.parametrize("spec", [job(), one_worker()], ids=["base", "one-worker"])
+def test_a_pod_lands_on_a_spot_tpu_with_room_for_it(spec):
+    """As docs/fleet.md says: one-chip v5e hosts."""
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-spot": "true",
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "1x1",
+    }
+    spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+    assert pod["tolerations"] == [spot]
+    (worker,) = pod["containers"]
+    assert worker["command"] == ["/app/launch_worker.sh"]
+    asked = worker["resources"]["requests"]
+    assert set(asked) == {"google.com/tpu", "cpu", "memory", "ephemeral-storage"}
+    assert asked["google.com/tpu"] == worker["resources"]["limits"]["google.com/tpu"] == "1"
+
+
+@pytest.mark.parametrize("spec", [job(), one_worker()], ids=["base", "one-worker"])
+def test_a_pod_is_the_account_that_may_write_to_the_bucket(spec):
+    account = yaml.safe_load((DEPLOY / "base" / "service-account.yaml").read_text())
+    pod = spec["template"]["spec"]
+    assert pod["serviceAccountName"] == account["metadata"]["name"] == "extraction"
+    assert "subject/ns/default/sa/extraction" in (DEPLOY.parents[1] / "docs" / "fleet.md").read_text()
+    assert pod["securityContext"] == {"runAsUser": 0}
+
+
+def test_one_worker_is_replaced_as_an_index_is():
+    spec, pod = one_worker(), one_worker()["template"]["spec"]
+    assert spec["podReplacementPolicy"] == "Failed" and pod["restartPolicy"] == "Never"
+    assert spec["backoffLimit"] > 0 and 10 < pod["terminationGracePeriodSeconds"] <= 15
+    (fails, *ignored), (base_fails, *base_ignored) = (
+        each["podFailurePolicy"]["rules"] for each in (spec, job())
+    )
+    assert fails == base_fails | {"action": "FailJob"} and ignored == base_ignored
+
+
+def test_one_worker_uploads_what_its_disk_may_lose():
+    (worker,) = one_worker()["template"]["spec"]["containers"]
+    values = {each["name"]: each["value"] for each in worker["env"]}
+    assert values["WORKER_ID"] == "5" and values["UPLOAD_TO_GCS"] == "true"
+    (mount,) = worker["volumeMounts"]
+    assert values["DATASET_DIR"] == mount["mountPath"] and mount["readOnly"]
+
+
 def test_streams_and_compiled_programs_lie_in_the_bucket():
     pod = job()["template"]["spec"]
     volumes = {volume["name"]: volume["csi"] for volume in pod["volumes"] if "csi" in volume}

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -22,18 +24,28 @@ print(json.dumps(found | {"workdir": task.workdir}))
 """
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> dict:
+def parsed(task: Path, home: Path) -> dict:
     python = os.environ.get("SKY_PYTHON")
     if python is None:
         pytest.skip("SKY_PYTHON names no Python that has SkyPilot; tests/run makes one")
-    home = tmp_path_factory.mktemp("home")
     environment = os.environ | {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
     environment.pop("GCS_BUCKET", None)
-    command = [python, "-c", PARSE, TASK]
+    command = [python, "-c", PARSE, task]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> dict:
+    return parsed(TASK, tmp_path_factory.mktemp("home"))
+
+
+def test_a_region_can_be_pinned_as_the_docs_say(tmp_path):
+    lines = re.findall(r"^  infra: .*$", (ROOT / "docs" / "fleet.md").read_text(), re.M)
+    pinned = tmp_path / "worker.yaml"
+    pinned.write_text(re.sub(r"^  infra: .*$", lines[0], TASK.read_text(), flags=re.M))
+    assert parsed(pinned, tmp_path)["resources"]["infra"] == "gcp/us-west4"
 
 
 def test_a_spot_job_that_is_recovered(task):
