@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +11,16 @@ import pytest
 
 from qwen_jax.errors import StorageError, UsageError
 from qwen_jax.fleet.local import Ended, LocalFleet, Share, shares, spawner
-from qwen_jax.fleet.monitor import BucketSource, exit_code, look
+from qwen_jax.fleet.records import ProgressRecord
 from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
 from tests.fake_gcs import FakeGcs
 from tests.run_worker.conftest import CloudWorkspace, inputs
 from tests.run_worker.starts import Start
+from tests.scripts.conftest import ROOT, write_script
 
 __all__ = ["inputs"]
-WORKERS = TASKS = 8
+WORKERS, TASKS = 8, 4
+SHARD_SIZE_GB = "0.0001"
 
 
 def test_cores_are_shared_out():
@@ -177,48 +181,82 @@ def test_a_real_process_gets_its_id_its_cores_and_its_log(tmp_path, monkeypatch)
     assert (name, cores.split()) == ("7 true a b", ["Cpus_allowed_list:", str(core)])
 
 
-def local_fleet(
-    inputs: tuple[Path, Path, Path], root: Path, bucket: str, server: FakeGcs, kills: dict[int, list[str]]
-) -> int:
-    """Runs all to their end, two at once; returns how often one was killed. kills: the failpoints still to come."""
-    workspace = CloudWorkspace(*inputs, root / bucket, server=server)
-    log = root / f"{bucket}.log"
+# The environment's Python: this one; a worker whose file is in $KILLS dies at the failpoint that it names, once.
+PYTHON = f"""
+if [ "$1" = extract_activations.py ] && [ -e "$KILLS/$WORKER_ID" ]; then
+    export QWEN_JAX_FAILPOINT=$(cat "$KILLS/$WORKER_ID")
+    rm "$KILLS/$WORKER_ID"
+fi
+exec "{sys.executable}" "$@"
+"""
+KILLS = ("shard_uploaded", "metadata_stored:2", "checkpoint_stored:2")
+"""Where the first workers die."""
+
+
+def calm_fleet(inputs: tuple[Path, Path, Path], root: Path, server: FakeGcs) -> None:
+    """Runs all to their end in the bucket `calm`, two at once, forked."""
+    workspace, log = CloudWorkspace(*inputs, root / "calm", server=server), root / "calm.log"
 
     def spawn(worker: int, slot: int) -> Start:
-        dies = kills.get(worker)
-        own = workspace.having(QWEN_JAX_FAILPOINT=dies.pop(0) if dies else "")
         stream = root / f"stream_{worker:03d}.jsonl"
-        command = own.command("--worker_id", str(worker), "--gcs_bucket", bucket, stream=stream)
-        return Start(command, own.environment(), log)
+        flags = ("--worker_id", str(worker), "--gcs_bucket", "calm", "--shard_size_gb", SHARD_SIZE_GB)
+        command = workspace.command(*flags, stream=stream)
+        return Start(command, workspace.environment(), log)
 
-    said: list[str] = []
-    fleet = LocalFleet(range(WORKERS), 2, spawn, True, Policy(backoff_s=0.01), Clock(), said.append)
+    fleet = LocalFleet(range(WORKERS), 2, spawn, False, Policy(), Clock(), lambda text: None)
     assert fleet.run().done == set(range(WORKERS)), log.read_text()[-3000:]
-    return sum("killed by signal 9" in line for line in said)
 
 
-def test_a_fleet_of_eight_with_kills(inputs, tmp_path, monkeypatch):
-    """Each worker but the last is killed once, the first one twice; the bucket holds what undisturbed runs leave."""
+def fleet_environment(inputs: tuple[Path, Path, Path], root: Path, server: FakeGcs) -> dict[str, str]:
+    """Variables for the shell scripts: an environment that is ready, and the settings of the calm fleet."""
+    write_script(root / "env" / "bin" / "python", PYTHON)
+    checksum = subprocess.check_output(["cksum"], stdin=(ROOT / "requirements.txt").open(), text=True)
+    (root / "env" / ".installed").write_text(f"jax {checksum}")
+    (root / "kills").mkdir()
+    for worker, failpoint in enumerate(KILLS):
+        (root / "kills" / str(worker)).write_text(failpoint)
+    return os.environ | {
+        **{"VENV_DIR": str(root / "env"), "JAX_PACKAGE": "jax", "KILLS": str(root / "kills")},
+        **{"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "PROGRESS_INTERVAL_S": "60"},
+        **{"GCS_BUCKET": "bucket", "STORAGE_EMULATOR_HOST": server.url},
+        **{"MODEL_PATH": str(inputs[0]), "DATASET_DIR": str(root), "COMPILATION_CACHE_DIR": str(inputs[2])},
+        **{"OUTPUT_DIR": str(root / "activations"), "CHECKPOINT_DIR": str(root / "checkpoints")},
+        **{"MAX_SEQ_LENGTH": "256", "SHARD_SIZE_GB": SHARD_SIZE_GB, "BATCH_SIZE": "2"},
+    }
+
+
+def test_a_fleet_of_eight_with_kills(inputs, tmp_path):
+    """The real scripts: with kills they leave in the bucket what undisturbed workers leave; the monitor sees it."""
     write_streams(inputs[1], tmp_path)
-    kills = {worker: ["checkpoint_stored:2"] for worker in range(WORKERS - 1)}
-    kills[0] = ["shard_uploaded:2", "metadata_stored:2"]
     with FakeGcs(["bucket", "calm"]) as server:
-        assert local_fleet(inputs, tmp_path, "bucket", server, kills) == WORKERS
-        assert kills == {worker: [] for worker in kills}
-        assert local_fleet(inputs, tmp_path, "calm", server, {}) == 0
-        assert server.tree("bucket") == server.tree("calm")
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        states = [look(BucketSource("gs://bucket/activations"), worker, 0.0) for worker in range(WORKERS)]
-        assert exit_code(states) == 0 and {state.durable for state in states} == {TASKS}
-        documents = [data for name, data in server.tree().items() if name.endswith("/metadata.json")]
+        calm_fleet(inputs, tmp_path, server)
+        environment = fleet_environment(inputs, tmp_path, server)
+        flags = ("--engine", "local", "--num_workers", str(WORKERS), "--parallel", "2", "--supervise")
+        command = [ROOT / "launch_all_workers.sh", *flags, "--backoff_s", "0.01"]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("killed by signal 9") == len(KILLS) and not list(
+            (tmp_path / "kills").iterdir()
+        )
+        left = server.tree("bucket")
+        records = [
+            ProgressRecord.parse(left.pop(name)) for name in sorted(left) if name.endswith("/progress.json")
+        ]
+        assert left == server.tree("calm")
+        look = [ROOT / "check_all_workers.sh", str(WORKERS), "--bucket", "gs://bucket", "--json"]
+        seen = subprocess.run(look, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert seen.returncode == 0, seen.stderr
+    assert {(each["state"], each["durable"]) for each in json.loads(seen.stdout)} == {("completed", TASKS)}
+    assert [(record.worker_id, record.status) for record in records] == [(n, "ended") for n in range(WORKERS)]
+    documents = [data for name, data in left.items() if name.endswith("/metadata.json")]
     totals = [json.loads(data)["totals"] for data in documents]
     assert [each["samples"] + each["skipped"] for each in totals] == [TASKS] * WORKERS
-    assert min(each["shards"] for each in totals) >= 2
+    assert sum(each["shards"] for each in totals) > WORKERS
 
 
 def write_streams(source: Path, folder: Path) -> None:
     """A stream for each worker: the same tasks, begun at another one."""
-    lines = source.read_text().splitlines()[:TASKS]
+    lines = source.read_text().splitlines()
     for worker in range(WORKERS):
-        turned = lines[worker:] + lines[:worker]
+        turned = (lines[worker:] + lines[:worker])[:TASKS]
         (folder / f"stream_{worker:03d}.jsonl").write_text("\n".join(turned) + "\n")
