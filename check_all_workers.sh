@@ -9,12 +9,10 @@
 # Needs Python 3.11 or newer; --bucket also the packages of .venv (./launch_worker.sh makes it).
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-for python in "${VENV_DIR:-$root/.venv}/bin/python" python3 python3.13 python3.12 python3.11; do
-    if is_new_enough "$python"; then
-        PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m qwen_jax workers "$@"
-    fi
-done
-echo "check_all_workers.sh: error: Python 3.11 or newer was not found; install it" >&2
-exit 2
+case "${BASH_SOURCE[0]}" in
+*/*) root=$(cd "${BASH_SOURCE[0]%/*}" && pwd) ;;
+*) root=$PWD ;;
+esac
+# shellcheck source=qwen_jax/command.sh
+. "$root/qwen_jax/command.sh"
+run_command "$root" check_all_workers.sh workers "$@"
