@@ -168,7 +168,7 @@ def read_documents(bucket: str, prefix: str, name: str) -> dict[int, dict[str, A
     """
     parts = [bucket.rstrip("/"), *([prefix.strip("/")] if prefix.strip("/") else []), "tpu_*", name]
     url = "/".join(parts)
-    command = ["gcloud", "storage", "cat", url if "://" in url else f"gs://{url}"]
+    command = ["gcloud", "storage", "cat", "--display-url", url if "://" in url else f"gs://{url}"]
     with suppress(CommandError):
         return _documents(_cat(command))
     return _documents(_cat(command))
@@ -184,14 +184,18 @@ def _cat(command: list[str]) -> str:
 
 
 def _documents(text: str) -> dict[int, dict[str, Any]]:
-    """JSON objects one after another; each of ours begins with its worker_id."""
-    starts = [match.start() for match in re.finditer(r'\{\s*"worker_id"', text)]
-    found = {}
-    for start in starts:
+    """JSON objects one after another; each of ours begins with its worker_id. Above each stands where it lies: one
+    that lies in another worker's folder is not this worker's."""
+    found, end = {}, 0
+    for match in re.finditer(r'\{\s*"worker_id"', text):
+        if match.start() < end:
+            continue
+        folders = re.findall(r"/tpu_(\d+)/", text[end : match.start()])
         try:
-            document, _ = json.JSONDecoder().raw_decode(text, start)
+            document, end = json.JSONDecoder().raw_decode(text, match.start())
         except (ValueError, RecursionError):
             continue
-        if isinstance(document.get("worker_id"), int):
-            found[document["worker_id"]] = document
+        worker = document.get("worker_id")
+        if type(worker) is int and folders[-1:] in ([], [str(worker)]):
+            found[worker] = document
     return found

@@ -370,7 +370,30 @@ def test_documents_in_a_bucket(cloud):
     found = read_documents("bucket", "activations", "progress.json")
     assert found == {0: {"worker_id": 0, "a": {"b": 1}}, 3: {"worker_id": 3}}
     (call,) = cloud.fakes.calls("gcloud")
-    assert call.arguments == ["storage", "cat", "gs://bucket/activations/tpu_*/progress.json"]
+    assert call.arguments == [
+        "storage",
+        "cat",
+        "--display-url",
+        "gs://bucket/activations/tpu_*/progress.json",
+    ]
+
+
+def test_a_document_in_another_workers_folder_is_not_its_workers(cloud):
+    """Somebody has copied the folder of a finished worker."""
+    lines = [
+        *("==> gs://bucket/activations/tpu_3/checkpoint_worker_3.json <==", '{"worker_id": 3, "sta'),
+        *(
+            "==> gs://bucket/activations/tpu_5/checkpoint_worker_3.json <==",
+            '{"worker_id": 3, "status": "completed"}',
+        ),
+        *(
+            "==> gs://bucket/activations/tpu_4/checkpoint_worker_4.json <==",
+            '{"worker_id": 4, "status": "completed"}',
+        ),
+    ]
+    cloud.mend("checkpoints")
+    cloud.answer("checkpoints", "\n".join(lines))
+    assert set(read_documents("bucket", "activations", "checkpoint_worker_*.json")) == {4}
 
 
 # A record that is replaced between the listing and the reading is a 404, and the next reading finds the new one.
