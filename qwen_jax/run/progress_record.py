@@ -126,8 +126,9 @@ class ProgressWriter:
     def follow(self, snapshot: Callable[[], ProgressRecord]) -> None:
         """From now on the record is this one, at once and at every interval."""
         self._source = (RUNNING, snapshot)
+        if self._has_begun:
+            self._wake.set()
         self.begin()
-        self._wake.set()
 
     def __enter__(self) -> Self:
         return self

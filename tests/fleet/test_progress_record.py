@@ -63,12 +63,14 @@ def test_an_end_before_the_run_leaves_a_record_only_if_it_is_a_failure(tmp_path)
 
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_a_conflict_leaves_the_record_to_the_other_writer(tmp_path, has_begun):
-    (tmp_path / "progress_worker_3.json").write_text("the other's")
+    path = tmp_path / "progress_worker_3.json"
     with pytest.raises(WriterConflictError), ProgressWriter(3, snapshot, tmp_path, None, 1e6) as writer:
         if has_begun:
             writer.follow(snapshot)
+            wait_for(tmp_path, lambda seen: seen.status == "running")
+        path.write_text("the other's")
         raise WriterConflictError("another writer")
-    assert (tmp_path / "progress_worker_3.json").read_text() == "the other's"
+    assert path.read_text() == "the other's"
 
 
 def test_records_are_written_while_it_runs_to_both_places(tmp_path):
