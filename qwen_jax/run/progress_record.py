@@ -167,7 +167,9 @@ class ProgressWriter:
                 record.add_point(time.time())
                 history = record.history
             record.go_on_from(before)
-            self._write(record)
+            # A finished worker that is started again changes nothing.
+            if not (before is not None and before.status == ENDED and status == STARTING and not outcome[2]):
+                self._write(record)
             if not ended:
                 self._wake.wait(self._interval_s)
                 self._wake.clear()
