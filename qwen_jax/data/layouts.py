@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -12,6 +13,8 @@ _INSTRUCTION = (
     "Each example turns an input grid into an output grid by the same rule. Cells are colours, 0 to 9. "
     "Find the rule and give the output grid of the test input.\n\n"
 )
+# The digit of every colour, as bytes.translate takes it.
+_DIGITS = bytes.maketrans(bytes(range(10)), b"0123456789")
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,24 @@ class GridLayout:
 
     def show(self, role: int, number: int, grid: Grid) -> Segment:
         """The grid's text and cells. number: the grid's number in its task (TokenizedSample.token_cells)."""
-        text = self.before
-        cells = np.empty((len(grid), len(grid[0]), 5), np.int32)
+        height, width = len(grid), len(grid[0])
+        colours = bytes(chain.from_iterable(grid))
+        digits = colours.translate(_DIGITS).decode()
+        parts, starts, length = [self.before], [], len(self.before)
+        for row in range(height):
+            start = self.row_start(row)
+            shown = self.between_cells.join(digits[row * width : (row + 1) * width])
+            starts.append(length + len(start))
+            length += len(start) + len(shown) + len(self.row_end)
+            parts += (start, shown, self.row_end)
+        cells = np.empty((height, width, 5), np.int32)
+        columns = np.arange(width)
+        cells[..., 0] = np.add.outer(starts, columns * (1 + len(self.between_cells)))
         cells[..., 1] = number
-        cells[..., 4] = grid
-        for row, colours in enumerate(grid):
-            text += self.row_start(row)
-            cells[row, :, 0] = len(text) + np.arange(len(colours)) * (1 + len(self.between_cells))
-            cells[row, :, 2] = row
-            cells[row, :, 3] = np.arange(len(colours))
-            text += self.between_cells.join(map(str, colours)) + self.row_end
-        return Segment(role, text + self.after, cells.reshape(-1, 5))
+        cells[..., 2] = np.arange(height)[:, None]
+        cells[..., 3] = columns
+        cells[..., 4] = np.frombuffer(colours, np.uint8).reshape(height, width)
+        return Segment(role, "".join(parts) + self.after, cells.reshape(-1, 5))
 
 
 # Rows numbered from 1. Qwen's tokenizer makes every digit a token, so a cell is one token.
@@ -88,30 +98,42 @@ class Prompt:
     """A prompt's text, and what each character of it is for."""
 
     def __init__(self, segments: Iterable[Segment]):
-        self.text = ""
-        self._starts: list[int] = []
-        self._roles: list[int] = []
-        cells = []
-        for segment in segments:
-            self._starts.append(len(self.text))
-            self._roles.append(segment.role)
-            if segment.cells is not None:
-                cells.append(segment.cells + np.int32([len(self.text), 0, 0, 0, 0]))
-            self.text += segment.text
-        self._cells = np.concatenate(cells) if cells else None
+        self._segments = list(segments)
+        self.text = "".join(segment.text for segment in self._segments)
+        lengths = (len(segment.text) for segment in self._segments[:-1])
+        self._starts = np.fromiter(accumulate(lengths, initial=0), np.int32, len(self._segments))
+        self._roles = np.fromiter((segment.role for segment in self._segments), np.int32, len(self._segments))
+
+    def starts(self, roles: Sequence[int]) -> np.ndarray | None:
+        """int32 [n]: where the first segment of each role starts; None unless all are there."""
+        first: dict[int, int] = {}
+        for role, start in zip(self._roles.tolist(), self._starts.tolist(), strict=True):
+            first.setdefault(role, start)
+        return np.array([first[role] for role in roles], np.int32) if first.keys() >= set(roles) else None
 
     def token_roles(self, spans: np.ndarray) -> np.ndarray:
         """int32 [n]: the role of each token's first character. spans: [n, 2], first character and end."""
         segment = np.searchsorted(self._starts, spans[:, 0], side="right") - 1
-        return np.asarray(self._roles, np.int32)[segment]
+        return self._roles[segment]
 
     def token_cells(self, spans: np.ndarray) -> np.ndarray | None:
         """int32 [n, 4]: grid, row, column, colour of the cell that a token is, else -1; None without grids."""
-        if self._cells is None:
+        cells = self._cells()
+        if cells is None:
             return None
-        place = np.searchsorted(self._cells[:, 0], spans[:, 0]).clip(max=len(self._cells) - 1)
-        is_cell = (self._cells[place, 0] == spans[:, 0]) & (spans[:, 1] - spans[:, 0] == 1)
-        return np.where(is_cell[:, None], self._cells[place, 1:], np.int32(-1))
+        place = np.searchsorted(cells[:, 0], spans[:, 0]).clip(max=len(cells) - 1)
+        is_cell = (cells[place, 0] == spans[:, 0]) & (spans[:, 1] - spans[:, 0] == 1)
+        return np.where(is_cell[:, None], cells[place, 1:], np.int32(-1))
+
+    def _cells(self) -> np.ndarray | None:
+        """Those of the segments, their places counted from the prompt's start."""
+        shown = [(start, each.cells) for start, each in zip(self._starts, self._segments, strict=True)]
+        shown = [(start, cells) for start, cells in shown if cells is not None]
+        if not shown:
+            return None
+        joined = np.concatenate([cells for _, cells in shown])
+        joined[:, 0] += np.repeat([start for start, _ in shown], [len(cells) for _, cells in shown])
+        return joined
 
 
 def place_in_template(render: Callable[[list[str]], str], contents: Sequence[list[Segment]]) -> list[Segment]:

@@ -1,9 +1,10 @@
 """Task or text -> prompt -> token ids, with over-long prompts handled in the open."""
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from qwen_jax.data.layouts import (
     place_in_template,
     task_segments,
 )
+from qwen_jax.data.tokens import Tokens, batch_tokenizer
 from qwen_jax.errors import ConfigError, UsageError
-from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER
+from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER, example_role
 
 OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
 _PREVIEW_CHARACTERS = 200
@@ -68,16 +70,6 @@ class TokenizedSample:
         # The first token has nothing before it that could foretell it.
         return 1 + np.flatnonzero(self.with_answer & (self.roles[1:] == ANSWER)).astype(np.int32)
 
-    def cut(self, n_tokens: int) -> Self:
-        """The first `n_tokens` tokens."""
-        return replace(
-            self,
-            token_ids=self.token_ids[:n_tokens],
-            roles=self.roles[:n_tokens],
-            cells=None if self.cells is None else self.cells[:n_tokens],
-            truncated=True,
-        )
-
 
 @dataclass(frozen=True)
 class SkippedSample:
@@ -88,6 +80,37 @@ class SkippedSample:
     reason: str
     full_length: int
     bad_record: bool = False
+
+
+_Steps = Generator[str, Tokens, TokenizedSample | SkippedSample]
+_Shortening = Generator[str, Tokens, tuple[int, Prompt, Tokens] | None]
+
+
+class _Making:
+    """A sample being made, while others are, so that their texts can be tokenised together.
+
+    wanted: the text whose tokens are to be handed to `go_on`; None when all is done.
+    """
+
+    def __init__(self, steps: _Steps):
+        self.wanted: str | None = None
+        self._steps = steps
+        self._result: TokenizedSample | SkippedSample | None = None
+        self._error: ConfigError | None = None
+        self.go_on(None)
+
+    def go_on(self, tokens: Tokens | None) -> None:
+        try:
+            self.wanted = self._steps.send(tokens)
+        except StopIteration as end:
+            self.wanted, self._result = None, end.value
+        except ConfigError as error:
+            self.wanted, self._error = None, error
+
+    def result(self) -> TokenizedSample | SkippedSample:
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 class PromptEncoder:
@@ -114,6 +137,7 @@ class PromptEncoder:
                 "the flag out"
             )
         self._tokenizer = tokenizer
+        self._tokens = batch_tokenizer(tokenizer)
         self._layout = PROMPT_FORMATS[prompt_format]
         self._chat_template = chat_template
         self._max_seq_length = max_seq_length
@@ -121,59 +145,110 @@ class PromptEncoder:
         self._include_answer = include_answer
 
     def encode(self, sample_idx: int, record: Task | Text) -> TokenizedSample | SkippedSample:
-        """Tokenises one record; what does not fit is shortened or skipped as `overlong` says.
+        """encode_many of one record."""
+        (encoded,) = self.encode_many([(sample_idx, record)])
+        return encoded
 
-        `drop_examples` leaves out as few leading training examples of a task as make it fit, and cuts text
-        on the right; `truncate` cuts everything on the right; `skip` skips. A task whose test input does not
-        fit even alone is skipped. No special tokens are added but those of the chat template.
-        A record that cannot become tokens at all is skipped as a bad one. Raises ConfigError for chat
-        messages where the tokenizer has no chat template.
+    def encode_many(
+        self, records: Iterable[tuple[int, Task | Text | BadRecord]]
+    ) -> Iterator[TokenizedSample | SkippedSample]:
+        """Tokenises records together, each with its sample_idx; what does not fit is shortened or skipped.
+
+        As `overlong` says: `drop_examples` leaves out as few leading training examples of a task as make it fit,
+        and cuts text on the right; `truncate` cuts everything on the right; `skip` skips. A task whose test input
+        does not fit even alone is skipped. No special tokens are added but those of the chat template.
+        A record that cannot become tokens at all is skipped as a bad one. Raises ConfigError, after what comes
+        before, for chat messages where the tokenizer has no chat template.
         """
+        makings = [_Making(self._making(sample_idx, record)) for sample_idx, record in records]
+        while waiting := [making for making in makings if making.wanted is not None]:
+            tokens = self._tokens([making.wanted for making in waiting])
+            for making, found in zip(waiting, tokens, strict=True):
+                making.go_on(found)
+        for making in makings:
+            yield making.result()
+
+    def _making(self, sample_idx: int, record: Task | Text | BadRecord) -> _Steps:
+        """Makes one sample; yields each text whose tokens it needs."""
+        if isinstance(record, BadRecord):
+            return SkippedSample(sample_idx, "", str(record), 0, True)
         try:
-            full = self._tokenize(sample_idx, record, 0)
+            prompt = self._prompt(record, 0)
         except BadRecord as bad:
             return SkippedSample(sample_idx, record.task_id, str(bad), 0, True)
-        if not full.full_length:
+        tokens = yield prompt.text
+        n_tokens = len(tokens.ids)
+        if not n_tokens:
             return SkippedSample(sample_idx, record.task_id, "prompt has no tokens", 0, True)
-        if full.full_length <= self._max_seq_length:
-            return full
-        if self._overlong == "skip":
-            return self._too_long(full, "prompt")
-        if self._overlong == "drop_examples" and isinstance(record, Task):
-            return self._drop_examples(full, record)
-        return full.cut(self._max_seq_length)
+        fits = n_tokens <= self._max_seq_length
+        if not fits and self._overlong == "skip":
+            return self._too_long(sample_idx, record, "prompt", n_tokens)
+        dropped = 0
+        if not fits and self._overlong == "drop_examples" and isinstance(record, Task):
+            shorter = yield from self._shortened(record, prompt, tokens)
+            if shorter is None:
+                return self._too_long(sample_idx, record, "test input without any example", n_tokens)
+            dropped, prompt, tokens = shorter
+        return self._sample(sample_idx, record, prompt, tokens, dropped, n_tokens)
 
-    def _drop_examples(self, full: TokenizedSample, task: Task) -> TokenizedSample | SkippedSample:
-        for dropped in range(1, len(task.train) + 1):
-            shorter = self._tokenize(full.sample_idx, task, dropped)
-            if len(shorter.token_ids) <= self._max_seq_length:
-                return replace(shorter, full_length=full.full_length)
-        return self._too_long(full, "test input without any example")
+    def _shortened(self, task: Task, prompt: Prompt, tokens: Tokens) -> _Shortening:
+        """The fewest examples to drop, with what is then left of the prompt; None if it never fits.
 
-    def _too_long(self, full: TokenizedSample, what: str) -> SkippedSample:
-        reason = f"{what} is longer than max_seq_length {self._max_seq_length}"
-        return SkippedSample(full.sample_idx, full.task_id, reason, full.full_length)
+        The tokens of the whole prompt say how many are left. One that has just as many as they say shows that they
+        are right about those around it, too; where they are not, the neighbours are tried one by one.
+        """
+        if not task.train:
+            return None
+        expected = _expected_lengths(task, prompt, tokens)
+        dropped = 1 + int(np.argmax(expected[1:] <= self._max_seq_length))
+        too_few, found = 0, None
+        while found is None or found[0] > too_few + 1:
+            shorter = self._prompt(task, dropped)
+            left = yield shorter.text
+            if len(left.ids) <= self._max_seq_length:
+                found = dropped, shorter, left
+                if len(left.ids) == expected[dropped]:
+                    break
+                dropped -= 1
+            elif dropped == len(task.train):
+                break
+            else:
+                too_few = dropped
+                dropped += 1
+        return found
 
-    def _tokenize(self, sample_idx: int, record: Task | Text, dropped: int) -> TokenizedSample:
-        prompt = Prompt(self._segments(record, dropped))
-        check_encodable(prompt.text, "prompt")
-        encoded = self._tokenizer(
-            prompt.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids = np.asarray(encoded["input_ids"], np.int32)
-        spans = np.asarray(encoded["offset_mapping"], np.int32).reshape(-1, 2)
+    def _sample(
+        self,
+        sample_idx: int,
+        record: Task | Text,
+        prompt: Prompt,
+        tokens: Tokens,
+        dropped: int,
+        full_length: int,
+    ) -> TokenizedSample:
+        """The first max_seq_length tokens."""
+        spans = tokens.spans[: self._max_seq_length]
         return TokenizedSample(
             sample_idx,
-            ids,
+            tokens.ids[: self._max_seq_length],
             prompt.token_roles(spans),
             prompt.token_cells(spans),
             prompt.text[:_PREVIEW_CHARACTERS],
             record.task_id,
-            truncated=False,
+            truncated=len(tokens.ids) > self._max_seq_length,
             dropped_examples=dropped,
-            full_length=len(ids),
+            full_length=full_length,
             with_answer=self._include_answer,
         )
+
+    def _too_long(self, sample_idx: int, record: Task | Text, what: str, full_length: int) -> SkippedSample:
+        reason = f"{what} is longer than max_seq_length {self._max_seq_length}"
+        return SkippedSample(sample_idx, record.task_id, reason, full_length)
+
+    def _prompt(self, record: Task | Text, dropped: int) -> Prompt:
+        prompt = Prompt(self._segments(record, dropped))
+        check_encodable(prompt.text, "prompt")
+        return prompt
 
     def _segments(self, record: Task | Text, dropped: int) -> list[Segment]:
         """The prompt's parts, the chat template and the answer included where they are asked for."""
@@ -209,6 +284,27 @@ class PromptEncoder:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise BadRecord(f"the chat template refuses the messages: {error}") from error
+
+
+def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens) -> np.ndarray:
+    """int [examples + 1]: the tokens of a task's prompt without its first 0, 1, ... examples.
+
+    prompt, tokens: the whole one and its tokens. Exact but for the last entry, which is -1, where a digit is a token
+    and splits the text in the same way wherever it stands. All are -1 where the prompt does not show where its
+    examples are.
+    """
+    examples = len(task.train)
+    grids = prompt.starts([example_role(number, "input") for number in range(1, examples + 1)])
+    expected = np.full(examples + 1, -1)
+    if grids is None:
+        return expected
+    before = np.searchsorted(tokens.spans[:, 0], grids)
+    # Examples are numbered from 1 again: without k of them, those that were k + 1, ... are 1, ...
+    digits = np.cumsum([0, *(len(str(number)) for number in range(1, examples + 1))])
+    dropped = np.arange(examples)
+    renumbered = (digits[examples] - digits[dropped + 1]) - (digits[examples - dropped] - digits[1])
+    expected[:-1] = len(tokens.ids) - (before - before[0]) - renumbered
+    return expected
 
 
 def _message_segment(message: dict[str, str]) -> Segment:
