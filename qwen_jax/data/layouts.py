@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 
 import numpy as np
@@ -21,13 +22,13 @@ _DIGITS = bytes.maketrans(bytes(range(10)), b"0123456789")
 class Segment:
     """A part of a prompt. role: its code in qwen_jax/roles.py.
 
-    cells: int32 [n_cells, 5], for a segment that shows a grid: where in `text` each cell's digit stands, and
-    the cell's grid, row, column and colour.
+    cells: for a segment that shows a grid, gives int32 [n_cells, 5]: where in `text` each cell's digit stands, and
+    the cell's grid, row, column and colour. A prompt that turns out too long is never asked for them.
     """
 
     role: int
     text: str
-    cells: np.ndarray | None = None
+    cells: Callable[[], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,25 @@ class GridLayout:
         height, width = len(grid), len(grid[0])
         colours = bytes(chain.from_iterable(grid))
         digits = colours.translate(_DIGITS).decode()
-        parts, starts, length = [self.before], [], len(self.before)
-        for row in range(height):
-            start = self.row_start(row)
-            shown = self.between_cells.join(digits[row * width : (row + 1) * width])
-            starts.append(length + len(start))
-            length += len(start) + len(shown) + len(self.row_end)
-            parts += (start, shown, self.row_end)
-        cells = np.empty((height, width, 5), np.int32)
-        columns = np.arange(width)
-        cells[..., 0] = np.add.outer(starts, columns * (1 + len(self.between_cells)))
+        rows = [digits[first : first + width] for first in range(0, len(digits), width)]
+        if self.between_cells:
+            rows = [self.between_cells.join(row) for row in rows]
+        heads = [self.row_end + self.row_start(row) for row in range(height)]
+        heads[0] = self.before + self.row_start(0)
+        text = "".join(chain.from_iterable(zip(heads, rows, strict=True))) + self.row_end + self.after
+        return Segment(role, text, partial(self._cells, number, heads, colours, len(rows[0])))
+
+    def _cells(self, number: int, heads: list[str], colours: bytes, row_length: int) -> np.ndarray:
+        """As Segment has them. heads: what stands before each row, row_length: its characters without that."""
+        rows, columns = np.arange(len(heads)), np.arange(len(colours) // len(heads))
+        starts = np.cumsum([len(head) for head in heads]) + rows * row_length
+        cells = np.empty((len(rows), len(columns), 5), np.int32)
+        cells[..., 0] = starts[:, None] + columns * (1 + len(self.between_cells))
         cells[..., 1] = number
-        cells[..., 2] = np.arange(height)[:, None]
+        cells[..., 2] = rows[:, None]
         cells[..., 3] = columns
-        cells[..., 4] = np.frombuffer(colours, np.uint8).reshape(height, width)
-        return Segment(role, "".join(parts) + self.after, cells.reshape(-1, 5))
+        cells[..., 4] = np.frombuffer(colours, np.uint8).reshape(cells.shape[:2])
+        return cells.reshape(-1, 5)
 
 
 # Rows numbered from 1. Qwen's tokenizer makes every digit a token, so a cell is one token.
@@ -127,12 +132,12 @@ class Prompt:
 
     def _cells(self) -> np.ndarray | None:
         """Those of the segments, their places counted from the prompt's start."""
-        shown = [(start, each.cells) for start, each in zip(self._starts, self._segments, strict=True)]
-        shown = [(start, cells) for start, cells in shown if cells is not None]
+        shown = [number for number, segment in enumerate(self._segments) if segment.cells is not None]
         if not shown:
             return None
-        joined = np.concatenate([cells for _, cells in shown])
-        joined[:, 0] += np.repeat([start for start, _ in shown], [len(cells) for _, cells in shown])
+        cells = [self._segments[number].cells() for number in shown]
+        joined = np.concatenate(cells)
+        joined[:, 0] += np.repeat(self._starts[shown], [len(each) for each in cells])
         return joined
 
 
@@ -178,8 +183,12 @@ def _cut(segments: Iterable[Segment], start: int, stop: int) -> list[Segment]:
 
 
 def _part(segment: Segment, first: int, last: int) -> Segment:
-    cells = segment.cells
-    if cells is not None:
-        inside = cells[(cells[:, 0] >= first) & (cells[:, 0] < last)]
-        cells = inside - np.int32([first, 0, 0, 0, 0])
+    if last - first == len(segment.text):
+        return segment
+    cells = None if segment.cells is None else partial(_cells_between, segment.cells, first, last)
     return Segment(segment.role, segment.text[first:last], cells)
+
+
+def _cells_between(cells: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
+    found = cells()
+    return found[(found[:, 0] >= first) & (found[:, 0] < last)] - np.int32([first, 0, 0, 0, 0])

@@ -17,12 +17,15 @@ from qwen_jax.data.layouts import (
     place_in_template,
     task_segments,
 )
-from qwen_jax.data.tokens import Tokens, batch_tokenizer
+from qwen_jax.data.tokens import Tokens, batch_tokenizer, keeps_digits_apart
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER, example_role
 
 OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
 _PREVIEW_CHARACTERS = 200
+# Tokenised at once: enough to keep all cores busy where the tokenizer reads whole texts, few enough to hold.
+_CHUNK_LINES = 64
+_CHUNK_CHARACTERS = 1 << 17
 _MESSAGE_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 
@@ -82,6 +85,7 @@ class SkippedSample:
     bad_record: bool = False
 
 
+_Record = tuple[int, Task | Text | BadRecord]
 _Steps = Generator[str, Tokens, TokenizedSample | SkippedSample]
 _Shortening = Generator[str, Tokens, tuple[int, Prompt, Tokens] | None]
 
@@ -138,6 +142,7 @@ class PromptEncoder:
             )
         self._tokenizer = tokenizer
         self._tokens = batch_tokenizer(tokenizer)
+        self._digits_apart = keeps_digits_apart(tokenizer)
         self._layout = PROMPT_FORMATS[prompt_format]
         self._chat_template = chat_template
         self._max_seq_length = max_seq_length
@@ -149,24 +154,24 @@ class PromptEncoder:
         (encoded,) = self.encode_many([(sample_idx, record)])
         return encoded
 
-    def encode_many(
-        self, records: Iterable[tuple[int, Task | Text | BadRecord]]
-    ) -> Iterator[TokenizedSample | SkippedSample]:
-        """Tokenises records together, each with its sample_idx; what does not fit is shortened or skipped.
+    def encode_many(self, records: Iterable[_Record]) -> Iterator[TokenizedSample | SkippedSample]:
+        """Tokenises records, each with its sample_idx, many at once; what does not fit is shortened or skipped.
 
         As `overlong` says: `drop_examples` leaves out as few leading training examples of a task as make it fit,
         and cuts text on the right; `truncate` cuts everything on the right; `skip` skips. A task whose test input
         does not fit even alone is skipped. No special tokens are added but those of the chat template.
-        A record that cannot become tokens at all is skipped as a bad one. Raises ConfigError, after what comes
-        before, for chat messages where the tokenizer has no chat template.
+        A record that cannot become tokens at all is skipped as a bad one. Reads a bounded number of characters
+        ahead, and yields in order. Raises ConfigError, after what comes before, for chat messages where the
+        tokenizer has no chat template.
         """
-        makings = [_Making(self._making(sample_idx, record)) for sample_idx, record in records]
-        while waiting := [making for making in makings if making.wanted is not None]:
-            tokens = self._tokens([making.wanted for making in waiting])
-            for making, found in zip(waiting, tokens, strict=True):
-                making.go_on(found)
-        for making in makings:
-            yield making.result()
+        for chunk in _chunks(records):
+            makings = [_Making(self._making(sample_idx, record)) for sample_idx, record in chunk]
+            while waiting := [making for making in makings if making.wanted is not None]:
+                tokens = self._tokens([making.wanted for making in waiting])
+                for making, found in zip(waiting, tokens, strict=True):
+                    making.go_on(found)
+            for making in makings:
+                yield making.result()
 
     def _making(self, sample_idx: int, record: Task | Text | BadRecord) -> _Steps:
         """Makes one sample; yields each text whose tokens it needs."""
@@ -194,8 +199,8 @@ class PromptEncoder:
     def _shortened(self, task: Task, prompt: Prompt, tokens: Tokens) -> _Shortening:
         """The fewest examples to drop, with what is then left of the prompt; None if it never fits.
 
-        The tokens of the whole prompt say how many are left. One that has just as many as they say shows that they
-        are right about those around it, too; where they are not, the neighbours are tried one by one.
+        The tokens of the whole prompt say how many are left: exactly, if the tokenizer keeps digits apart. If not,
+        or if it turns out otherwise, the neighbours are tried one by one.
         """
         if not task.train:
             return None
@@ -207,7 +212,7 @@ class PromptEncoder:
             left = yield shorter.text
             if len(left.ids) <= self._max_seq_length:
                 found = dropped, shorter, left
-                if len(left.ids) == expected[dropped]:
+                if self._digits_apart and len(left.ids) == expected[dropped]:
                     break
                 dropped -= 1
             elif dropped == len(task.train):
@@ -284,6 +289,32 @@ class PromptEncoder:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise BadRecord(f"the chat template refuses the messages: {error}") from error
+
+
+def _chunks(records: Iterable[_Record]) -> Iterator[list[_Record]]:
+    """Cuts the records where _CHUNK_LINES or _CHUNK_CHARACTERS are reached."""
+    chunk: list[_Record] = []
+    characters = 0
+    for sample_idx, record in records:
+        chunk.append((sample_idx, record))
+        characters += _characters(record)
+        if len(chunk) == _CHUNK_LINES or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _characters(record: Task | Text | BadRecord) -> int:
+    """About as many as its prompt has."""
+    if isinstance(record, BadRecord):
+        return 0
+    if isinstance(record, Task):
+        grids = (grid for pair in (*record.train, *record.test) for grid in pair.values())
+        return sum(len(grid) * len(grid[0]) for grid in grids)
+    if record.messages is not None:
+        return sum(len(message["content"]) for message in record.messages)
+    return len(record.text)
 
 
 def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens) -> np.ndarray:

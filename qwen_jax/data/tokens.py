@@ -42,7 +42,7 @@ def batch_tokenizer(tokenizer: Any) -> BatchTokenizer:
     def whole(texts: Sequence[str]) -> list[Tokens]:
         return _tokenized(tokenizer, texts)
 
-    return _DigitsApart(whole) if _keeps_digits_apart(tokenizer.backend_tokenizer) else whole
+    return _DigitsApart(whole) if keeps_digits_apart(tokenizer) else whole
 
 
 def _tokenized(tokenizer: Any, texts: Sequence[str]) -> list[Tokens]:
@@ -56,8 +56,12 @@ def _tokenized(tokenizer: Any, texts: Sequence[str]) -> list[Tokens]:
     ]
 
 
-def _keeps_digits_apart(backend: Any) -> bool:
-    """Whether this is known of a tokenizer (tokenizers.Tokenizer): it is built as Qwen's."""
+def keeps_digits_apart(tokenizer: Any) -> bool:
+    """Whether a text's tokens are known to be those of its digits and of what stands between them.
+
+    Said of tokenizers that are built as Qwen's; others may do so, too.
+    """
+    backend = tokenizer.backend_tokenizer
     if type(backend.model).__name__ != "BPE" or backend.model.dropout or backend.pre_tokenizer is None:
         return False
     steps = json.loads(backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])
@@ -113,7 +117,9 @@ class _DigitsApart:
         asked = [_with_digits(piece) for piece in ordered]
         found = [
             _inner(tokens, left, right)
-            for tokens, (_, left, right) in zip(self._whole([text for text, _, _ in asked]), asked, strict=True)
+            for tokens, (_, left, right) in zip(
+                self._whole([text for text, _, _ in asked]), asked, strict=True
+            )
         ]
         self._numbers |= {piece: len(self._counts) + number for number, piece in enumerate(ordered)}
         self._counts = np.append(self._counts, [len(tokens.ids) for tokens in found])

@@ -2,7 +2,8 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from qwen_jax.data.arc import BadRecord, Task, Text
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class PromptMaker:
-    """One record of a stream -> its prompt, tokenised, with the rows to keep, as the settings say."""
+    """Records of a stream -> their prompts, tokenised, with the rows to keep, as the settings say."""
 
     def __init__(self, settings: Settings, tokenizer: Any, stream_sha256: str):
         self._encoder = PromptEncoder(
@@ -36,10 +37,16 @@ class PromptMaker:
         )
 
     def __call__(self, sample_idx: int, record: Task | Text | BadRecord) -> TokenizedSample | SkippedSample:
-        if isinstance(record, BadRecord):
-            return SkippedSample(sample_idx, "", str(record), 0, bad_record=True)
-        encoded = self._encoder.encode(sample_idx, record)
-        return self._selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
+        """`many` of one record."""
+        (made,) = self.many([(sample_idx, record)])
+        return made
+
+    def many(
+        self, records: Iterable[tuple[int, Task | Text | BadRecord]]
+    ) -> Iterator[TokenizedSample | SkippedSample]:
+        """In order, in the time and memory of PromptEncoder.encode_many."""
+        for encoded in self._encoder.encode_many(records):
+            yield self._selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
 
 
 class BadRecordLimit:
@@ -86,14 +93,18 @@ class SampleReader:
 
     def __iter__(self) -> Iterator[TokenizedSample]:
         """Yields samples in order; raises BadDataError past --max_bad_records."""
-        for sample_idx, record in read_stream(self._settings.dataset_path, window_start(self._first)):
-            if self._settings.max_samples is not None and sample_idx >= self._settings.max_samples:
-                return
-            result = self._make_prompt(sample_idx, record)
+        for result in self._make_prompt.many(self._records()):
             if isinstance(result, TokenizedSample):
                 yield result
-            elif sample_idx >= self._first:
+            elif result.sample_idx >= self._first:
                 self._skip(result)
+
+    def _records(self) -> Iterator[tuple[int, Task | Text | BadRecord]]:
+        """Those from the window on, up to --max_samples; reads no line more."""
+        start = window_start(self._first)
+        records = read_stream(self._settings.dataset_path, start)
+        most = self._settings.max_samples
+        return records if most is None else islice(records, max(most - start, 0))
 
     def take_skipped(self, last: int | None = None) -> list[SkippedSample]:
         """Hands over, once, the skipped samples up to sample `last` (all where None)."""
