@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 from qwen_jax.data.arc import BadRecord, Task, Text
-from qwen_jax.data.batching import window_start
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.data.selection import TokenSelection
 from qwen_jax.data.streams import read_stream
@@ -72,10 +71,7 @@ def _where(settings: Settings, sample: SkippedSample) -> str:
 
 
 class SampleReader:
-    """Tokenises the stream for a run that writes from sample `first` on; keeps what it skips.
-
-    It starts at the window that holds `first`, so that the windows are those of an uninterrupted run.
-    """
+    """Tokenises the stream for a run that writes from sample `first` on; keeps what it skips."""
 
     def __init__(
         self,
@@ -96,15 +92,14 @@ class SampleReader:
         for result in self._make_prompt.many(self._records()):
             if isinstance(result, TokenizedSample):
                 yield result
-            elif result.sample_idx >= self._first:
+            else:
                 self._skip(result)
 
     def _records(self) -> Iterator[tuple[int, Task | Text | BadRecord]]:
-        """Those from the window on, up to --max_samples; reads no line more."""
-        start = window_start(self._first)
-        records = read_stream(self._settings.dataset_path, start)
+        """Those from `first` on, up to --max_samples; reads no line more."""
+        records = read_stream(self._settings.dataset_path, self._first)
         most = self._settings.max_samples
-        return records if most is None else islice(records, max(most - start, 0))
+        return records if most is None else islice(records, max(most - self._first, 0))
 
     def take_skipped(self, last: int | None = None) -> list[SkippedSample]:
         """Hands over, once, the skipped samples up to sample `last` (all where None)."""

@@ -94,3 +94,14 @@ def test_one_bad_record_too_many_ends_it_where_it_stands(tokenizer, stream, firs
         while True:
             found.append(next(read).sample_idx)
     assert [n for n in found if n >= first] == [n for n in range(first, 18) if n not in BAD]
+
+
+@pytest.mark.parametrize("first", [1, 5, LINES])
+def test_reading_starts_at_the_first_sample(tokenizer, stream, first):
+    wanted = [sample for sample in reader(tokenizer, stream) if sample.sample_idx >= first]
+    read = reader(tokenizer, stream, first)
+    for sample, same in zip(read, wanted, strict=True):
+        np.testing.assert_equal(asdict(sample), asdict(same))
+    assert [each.sample_idx for each in read.take_skipped()] == [
+        n for n in sorted((*BAD, TOO_LONG)) if n >= first
+    ]
