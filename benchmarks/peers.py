@@ -10,11 +10,14 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from common import ROOT  # noqa: F401  (puts the checkout on the path)
 
+from qwen_jax.data.arc import Task
+from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt, task_segments
 from qwen_jax.data.prompts import PromptEncoder, TokenizedSample, load_tokenizer
 from qwen_jax.data.streams import read_stream
 
@@ -25,8 +28,24 @@ Forward = Callable[[torch.Tensor], list[torch.Tensor]]
 
 def tokenized(stream: str, model: str) -> list[TokenizedSample]:
     encoder = PromptEncoder(load_tokenizer(model))
-    encoded = (encoder.encode(index, record) for index, record in read_stream(stream))
-    return [sample for sample in encoded if isinstance(sample, TokenizedSample)]
+    return [each for each in encoder.encode_many(read_stream(stream)) if isinstance(each, TokenizedSample)]
+
+
+def dropped_one_by_one(tokenizer: Any, task: Task, max_seq_length: int) -> np.ndarray | None:
+    """Token ids of a task's prompt, tokenised again for each example left out; None if it never fits.
+
+    benchmarks/prompts.py compares this with our encoder.
+    """
+    for dropped in range(len(task.train) + 1):
+        prompt = Prompt(task_segments(task, PROMPT_FORMATS["rows"], dropped))
+        encoded = tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = np.asarray(encoded["input_ids"], np.int32)
+        spans = np.asarray(encoded["offset_mapping"], np.int32)
+        prompt.token_roles(spans)
+        prompt.token_cells(spans)
+        if len(ids) <= max_seq_length:
+            return ids
+    return None
 
 
 def hugging_face(model: str) -> Forward:
