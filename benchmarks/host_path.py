@@ -1,10 +1,11 @@
-"""The host's work per byte: unpad, shard, compress, write; against bare isal, the disk, and gzip + pickle.
+"""The host's work per byte: parts of samples, shards, compress, write; against bare isal, the disk, and gzip + pickle.
 
     python benchmarks/host_path.py [--gigabytes 1] [--dtype bfloat16] [--rounds 5] [--folder /tmp]
 
 "Ours" is everything between the device and a completed local run: synced shards, metadata, checkpoint.
 
-Activations are random normals rounded to bfloat16, of the 0.5B model's shape (24 layers of 896).
+Activations are random normals rounded to bfloat16, of the 0.5B model's shape (24 layers of 896), in the steps that
+an accelerator's defaults give; samples of 500 to 2,048 tokens.
 """
 
 import argparse
@@ -13,72 +14,81 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from common import interleave, report
+from common import interleave, plain_sample, report
 from isal import isal_zlib
 
-from qwen_jax.data.batching import Batch
 from qwen_jax.data.prompts import TokenizedSample
-from qwen_jax.model.capture import Captured, Tap
+from qwen_jax.data.steps import Step, StepShape, lay_into_steps, step_tokens
+from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
 from qwen_jax.run.memory import reuse_freed_memory
-from qwen_jax.run.pipeline import CapturedSample, FilledShard, unpad
+from qwen_jax.run.pipeline import CapturedSample, FilledShard, captured_samples
 from qwen_jax.run.places import Places
 from qwen_jax.shards.compress import BLOCK_BYTES
 from qwen_jax.shards.ledger import Ledger, RunIdentity
 
-LAYERS, HIDDEN, ROWS, LENGTH = 24, 896, 4, 1280
+LAYERS, HIDDEN = 24, 896
+SHAPE = StepShape(tokens=step_tokens(4, 2048, on_cpu=False), positions=2048)
 SHARDS = 4
 PEER_SHARE = 40  # the peer is so slow that it gets only this part of the data
 
 
-def synthetic_batches(gigabytes: float, dtype: str) -> list[tuple[Batch, Captured]]:
-    """Padded batches as the device hands them over; rows are 75 to 100 % full."""
+def samples_of(tokens: int) -> list[TokenizedSample]:
+    """So many tokens in all."""
+    rng, samples = np.random.default_rng(0), []
+    while tokens:
+        count = min(tokens, int(rng.integers(500, 2049)))
+        samples.append(plain_sample(len(samples), np.arange(count, dtype=np.int32)))
+        tokens -= count
+    return samples
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A step that is done, as the device hands it over (run.pipeline.Pending)."""
+
+    row: RowResult
+
+    def rows(self) -> list[RowResult]:
+        return [self.row]
+
+
+def synthetic_steps(gigabytes: float, dtype: str) -> list[tuple[Step, Computed]]:
+    """Full steps."""
     rng = np.random.default_rng(0)
-    bytes_per_batch = LAYERS * ROWS * LENGTH * HIDDEN * np.dtype(dtype).itemsize
-    batches = []
-    for number in range(max(1, round(gigabytes * 2**30 / bytes_per_batch))):
-        lengths = rng.integers(LENGTH * 3 // 4, LENGTH, ROWS)
-        samples = tuple(
-            TokenizedSample(
-                number * ROWS + i,
-                np.arange(n, dtype=np.int32),
-                np.zeros(n, np.int32),
-                None,
-                "preview",
-                "task",
-                False,
-                0,
-                int(n),
-            )
-            for i, n in enumerate(lengths)
-        )
-        values = rng.normal(size=(LAYERS, ROWS, LENGTH, HIDDEN)).astype(np.float32)
-        values = values.astype(ml_dtypes.bfloat16).astype(dtype)
-        norms = np.ones((LAYERS, ROWS, LENGTH), np.float32)
-        tap = Tap(values, norms, *np.zeros((3, LAYERS, ROWS, HIDDEN), np.float32))
-        batches.append((Batch(np.zeros((ROWS, LENGTH), np.int32), samples), Captured({"residual": tap})))
-    return batches
+    bytes_per_step = LAYERS * SHAPE.tokens * HIDDEN * np.dtype(dtype).itemsize
+    count = max(1, round(gigabytes * 2**30 / bytes_per_step))
+    steps = []
+    for step in lay_into_steps(samples_of(count * SHAPE.tokens), SHAPE):
+        values = rng.normal(size=(LAYERS, SHAPE.tokens, HIDDEN)).astype(np.float32)
+        norms = np.ones((LAYERS, SHAPE.tokens), np.float32)
+        of_blocks = np.zeros((3, LAYERS, SHAPE.blocks, HIDDEN), np.float32)
+        rows = TapRows(values.astype(ml_dtypes.bfloat16).astype(dtype), norms, *of_blocks)
+        steps.append((step, Computed(RowResult({"residual": rows}))))
+    return steps
 
 
-def unpadded(batches: list[tuple[Batch, Captured]]) -> list[CapturedSample]:
-    return [sample for batch, captured in batches for sample in unpad(batch, captured, 0)]
+def off_the_device(steps: Sequence[tuple[Step, Computed]]) -> list[CapturedSample]:
+    computed = iter([computed for _, computed in steps])
+    return list(captured_samples([step for step, _ in steps], lambda step: next(computed)))
 
 
 def activations(sample: CapturedSample) -> np.ndarray:
-    return sample.taps["residual"].activations_CRD
+    return np.concatenate(sample.taps["residual"].pieces, axis=1)
 
 
-def ours(batches: list[tuple[Batch, Captured]], folder: Path) -> None:
-    """What a worker does with the batches, without a bucket."""
+def ours(steps: Sequence[tuple[Step, Computed]], folder: Path) -> None:
+    """What a worker does with the steps, without a bucket."""
     places = Places(folder, folder / "checkpoint.json", "checkpoint.json", None)
     committer = Committer(RunIdentity(0, "", "", {}, {}), places, range(LAYERS), Ledger(), Fence())
-    samples = unpadded(batches)
+    samples = off_the_device(steps)
     with BackgroundCommitter(committer) as background:
         for number in range(SHARDS):
             part = samples[number * len(samples) // SHARDS : (number + 1) * len(samples) // SHARDS]
@@ -124,8 +134,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write (default: the temporary folder)")
     args = parser.parse_args()
     dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else np.float32
-    batches = synthetic_batches(args.gigabytes, dtype)
-    samples = unpadded(batches)
+    steps = synthetic_steps(args.gigabytes, dtype)
+    samples = off_the_device(steps)
     raw = np.concatenate([activations(sample).reshape(-1) for sample in samples]).view(np.uint8)
     part = samples[: max(1, len(samples) // PEER_SHARE)]
     part_bytes = sum(sample.nbytes for sample in part)
@@ -140,12 +150,13 @@ def main() -> None:
                 os.fsync(file.fileno())
 
         def peer() -> None:
-            records = {layer: [activations(sample)[layer] for sample in part] for layer in range(LAYERS)}
+            whole = [activations(sample) for sample in part]
+            records = {layer: [array[layer] for array in whole] for layer in range(LAYERS)}
             with gzip.open(target, "wb") as file:
                 pickle.dump(records, file)
 
         cases = {
-            "ours": lambda: ours(batches, Path(folder)),
+            "ours": lambda: ours(steps, Path(folder)),
             "isal": apart,
             "isal_reusing": lambda: bare_isal(memoryview(raw)),
             "disk": disk,
@@ -159,7 +170,7 @@ def main() -> None:
     report(
         f"Host path, {raw.nbytes / 1e9:.2f} GB of {args.dtype} hidden states, raw MB/s",
         [
-            ("ours: unpad, statistics, shard, compress, write, sync", f"{speed['ours']:.0f} MB/s"),
+            ("ours: parts, statistics, shard, compress, write, sync", f"{speed['ours']:.0f} MB/s"),
             ("bare isal level 1 on all cores", f"{speed['isal']:.0f} MB/s"),
             ("bare isal, with the worker's allocator settings", f"{speed['isal_reusing']:.0f} MB/s"),
             ("disk: write and sync as it is", f"{speed['disk']:.0f} MB/s"),

@@ -1,34 +1,27 @@
 """How the same job is done with Hugging Face or TransformerLens (benchmarks/end_to_end.py runs this).
 
-    python benchmarks/peers.py {hugging_face,transformer_lens} STREAM MODEL OUTPUT SHARD_SIZE_GB
+    python benchmarks/peers.py {hugging_face,transformer_lens} STREAM MODEL OUTPUT SHARD_SIZE_GB MAX_SEQ_LENGTH ROWS
 
-The prompts are those of our own encoder, so that all do the same work.
+ROWS: of a batch. The prompts are those of our own encoder, so that all do the same work.
 """
 
 import gzip
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT  # noqa: F401  (puts the checkout on the path)
+from common import tokenized
 
 from qwen_jax.data.arc import Task
 from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt, task_segments
-from qwen_jax.data.prompts import PromptEncoder, TokenizedSample, load_tokenizer
+from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.streams import read_stream
 
-BATCH_ROWS = 4
-
 Forward = Callable[[torch.Tensor], list[torch.Tensor]]
-
-
-def tokenized(stream: str, model: str) -> list[TokenizedSample]:
-    encoder = PromptEncoder(load_tokenizer(model))
-    return [each for each in encoder.encode_many(read_stream(stream)) if isinstance(each, TokenizedSample)]
 
 
 def dropped_one_by_one(tokenizer: Any, task: Task, max_seq_length: int) -> np.ndarray | None:
@@ -48,11 +41,11 @@ def dropped_one_by_one(tokenizer: Any, task: Task, max_seq_length: int) -> np.nd
     return None
 
 
-def hugging_face(model: str) -> Forward:
+def hugging_face(model: str, dtype: torch.dtype = torch.float32) -> Forward:
     """Residual streams after each block but the last, and the normed last one, as the library gives them."""
     from transformers import AutoModel
 
-    loaded = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = AutoModel.from_pretrained(model, dtype=dtype).eval()
     return lambda tokens: list(loaded(tokens, output_hidden_states=True).hidden_states[1:])
 
 
@@ -77,14 +70,29 @@ def transformer_lens(model: str) -> Forward:
     return forward
 
 
-def batches(samples: list[TokenizedSample]) -> Iterator[list[TokenizedSample]]:
-    """Sorted by length, a fixed number of rows each."""
+def padded(forward: Forward, batch: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """The layers' hidden states, float32 [n_tokens, hidden], of each of a batch's samples, padded on the right."""
+    tokens = np.zeros((len(batch), max(map(len, batch))), np.int64)
+    for row, token_ids in zip(tokens, batch, strict=True):
+        row[: len(token_ids)] = token_ids
+    with torch.no_grad():
+        hidden = forward(torch.from_numpy(tokens))
+    return [
+        [values[row, : len(token_ids)].float().numpy().copy() for values in hidden]
+        for row, token_ids in enumerate(batch)
+    ]
+
+
+def batches(samples: list[TokenizedSample], rows: int) -> Iterator[list[TokenizedSample]]:
+    """Sorted by length, so many rows each."""
     by_length = sorted(samples, key=lambda sample: len(sample.token_ids))
-    for start in range(0, len(by_length), BATCH_ROWS):
-        yield by_length[start : start + BATCH_ROWS]
+    for start in range(0, len(by_length), rows):
+        yield by_length[start : start + rows]
 
 
-def main(peer: str, stream: str, model: str, output: str, shard_size_gb: str) -> None:
+def main(
+    peer: str, stream: str, model: str, output: str, shard_size_gb: str, max_seq_length: str, rows: str
+) -> None:
     forward = {"hugging_face": hugging_face, "transformer_lens": transformer_lens}[peer](model)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,15 +106,10 @@ def main(peer: str, stream: str, model: str, output: str, shard_size_gb: str) ->
             pickle.dump(data, file)
         data, raw_bytes = {}, 0
 
-    for batch in batches(tokenized(stream, model)):
-        tokens = np.zeros((len(batch), max(len(sample.token_ids) for sample in batch)), np.int64)
-        for row, sample in zip(tokens, batch, strict=True):
-            row[: len(sample.token_ids)] = sample.token_ids
-        with torch.no_grad():
-            hidden = forward(torch.from_numpy(tokens))
-        for layer, values in enumerate(hidden):
-            for row, sample in enumerate(batch):
-                kept = values[row, : len(sample.token_ids)].numpy().copy()
+    for batch in batches(tokenized(read_stream(stream), int(max_seq_length)), int(rows)):
+        layers_of = padded(forward, [sample.token_ids for sample in batch])
+        for sample, layers in zip(batch, layers_of, strict=True):
+            for layer, kept in enumerate(layers):
                 data.setdefault(layer, []).append({"sample_idx": sample.sample_idx, "activation": kept})
                 raw_bytes += kept.nbytes
         if raw_bytes >= float(shard_size_gb) * 2**30:

@@ -9,7 +9,7 @@ tokens are those of the samples that come out. Both must give the same.
 import argparse
 
 import numpy as np
-from common import DEMO_TOKENIZER, REAL_TOKENIZER, interleave, long_rows, report
+from common import TOKENIZER, interleave, long_rows, report
 from peers import dropped_one_by_one
 
 from qwen_jax.data.arc import parse_record
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    tokenizer = load_tokenizer(str(REAL_TOKENIZER if REAL_TOKENIZER.is_dir() else DEMO_TOKENIZER))
+    tokenizer = load_tokenizer(str(TOKENIZER))
     tasks = [parse_record(row) for row in long_rows(args.samples)]
     encoders = {length: PromptEncoder(tokenizer, max_seq_length=length) for length in LENGTHS}
 

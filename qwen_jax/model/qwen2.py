@@ -1,11 +1,15 @@
 """Qwen2.5 in Flax NNX: one Block, its parameters stacked over the layers, one scan, taps as outputs.
 
 Dimension letters, used in every name that holds an array:
-B batch, T tokens (queries), S tokens (keys), D model (hidden size), N query heads, K kv heads,
-H head dim, F mlp width, L layers, V vocabulary, C captured layers.
+X rows of samples (one a data device), T tokens of a step, P positions carried on, S keys, D model (hidden size),
+N query heads, K kv heads, H head dim, F mlp width, L layers, V vocabulary, C captured layers, R kept tokens.
+
+The model sees one row. Its T tokens belong to any number of samples, one behind the other; a sample may have begun
+in an earlier step and may go on in a later one (data/steps.py, model/attention.py).
 
 Parameters keep the layout of the Hugging Face checkpoint ([out, in]); a parameter's letters are all
-that weights.py and sharding.py need to know about it.
+that weights.py and sharding.py need to know about it. Over a mesh the model runs on each device's own part of
+them, and adds up what the parts give (`parts`, sharding.py).
 """
 
 from collections.abc import Sequence
@@ -15,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen_jax.model.attention import Attend, blocked_attention
+from qwen_jax.model.attention import Attend, Carried
 from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.sharding import WHOLE, Parts
 
 TAPS = ("residual", "attn", "mlp")
 """What can be captured of a layer; `embedding`, what enters block 0, comes besides."""
@@ -34,16 +39,17 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
         self.scale_D = _param(config, "D", dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x32_BTD = x_BTD.astype(jnp.float32)
-        mean_square_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
-        return self.scale_D[...] * (x32_BTD * jax.lax.rsqrt(mean_square_BT1 + self.eps)).astype(x_BTD.dtype)
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        x32_TD = x_TD.astype(jnp.float32)
+        mean_square_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
+        return self.scale_D[...] * (x32_TD * jax.lax.rsqrt(mean_square_T1 + self.eps)).astype(x_TD.dtype)
 
 
 class Attention(nnx.Module):
     """Grouped-query causal self-attention with rotary positions; biases on q, k and v only."""
 
     def __init__(self, config: Qwen2Config, dtype: jnp.dtype):
+        self.kv_heads = config.num_kv_heads
         self.q_NHD = _param(config, "NHD", dtype)
         self.q_bias_NH = _param(config, "NH", dtype)
         self.k_KHD = _param(config, "KHD", dtype)
@@ -52,12 +58,25 @@ class Attention(nnx.Module):
         self.v_bias_KH = _param(config, "KH", dtype)
         self.o_DNH = _param(config, "DNH", dtype)
 
-    def __call__(self, x_BTD: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, attend: Attend) -> jax.Array:
-        q_BTNH = jnp.einsum("BTD,NHD->BTNH", x_BTD, self.q_NHD[...]) + self.q_bias_NH[...]
-        k_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.k_KHD[...]) + self.k_bias_KH[...]
-        v_BTKH = jnp.einsum("BTD,KHD->BTKH", x_BTD, self.v_KHD[...]) + self.v_bias_KH[...]
-        out_BTNH = attend(rotate(q_BTNH, cos_TH, sin_TH), rotate(k_BTKH, cos_TH, sin_TH), v_BTKH)
-        return jnp.einsum("BTNH,DNH->BTD", out_BTNH, self.o_DNH[...])
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        cos_TH: jax.Array,
+        sin_TH: jax.Array,
+        attend: Attend,
+        carried: Carried,
+        parts: Parts = WHOLE,
+    ) -> tuple[jax.Array, Carried]:
+        def project(weight_KHD: nnx.Param, bias_KH: nnx.Param) -> jax.Array:
+            weight_KHD, bias_KH = (parts.own_kv_heads(x[...], self.kv_heads) for x in (weight_KHD, bias_KH))
+            return jnp.einsum("TD,KHD->TKH", x_TD, weight_KHD) + bias_KH
+
+        q_TNH = jnp.einsum("TD,NHD->TNH", x_TD, self.q_NHD[...]) + self.q_bias_NH[...]
+        k_TKH = project(self.k_KHD, self.k_bias_KH)
+        v_TKH = project(self.v_KHD, self.v_bias_KH)
+        q_TNH, k_TKH = rotate(q_TNH, cos_TH, sin_TH), rotate(k_TKH, cos_TH, sin_TH)
+        out_TNH, carried = attend(q_TNH, k_TKH, v_TKH, carried)
+        return parts.add(jnp.einsum("TNH,DNH->TD", out_TNH, self.o_DNH[...])), carried
 
 
 class Mlp(nnx.Module):
@@ -68,14 +87,14 @@ class Mlp(nnx.Module):
         self.up_FD = _param(config, "FD", dtype)
         self.down_DF = _param(config, "DF", dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.gate_FD[...])
-        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, self.up_FD[...])
-        return jnp.einsum("BTF,DF->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_DF[...])
+    def __call__(self, x_TD: jax.Array, parts: Parts = WHOLE) -> jax.Array:
+        gate_TF = jnp.einsum("TD,FD->TF", x_TD, self.gate_FD[...])
+        up_TF = jnp.einsum("TD,FD->TF", x_TD, self.up_FD[...])
+        return parts.add(jnp.einsum("TF,DF->TD", jax.nn.silu(gate_TF) * up_TF, self.down_DF[...]))
 
 
 class Block(nnx.Module):
-    """One decoder layer; returns the residual stream after it and every tap."""
+    """One decoder layer; returns the residual stream after it, every tap, and the keys and values to carry on."""
 
     def __init__(self, config: Qwen2Config, dtype: jnp.dtype):
         self.attn_norm = RMSNorm(config, dtype)
@@ -84,13 +103,19 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype)
 
     def __call__(
-        self, x_BTD: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        attn_BTD = self.attn(self.attn_norm(x_BTD), cos_TH, sin_TH, attend)
-        x_BTD = x_BTD + attn_BTD
-        mlp_BTD = self.mlp(self.mlp_norm(x_BTD))
-        x_BTD = x_BTD + mlp_BTD
-        return x_BTD, {"residual": x_BTD, "attn": attn_BTD, "mlp": mlp_BTD}
+        self,
+        x_TD: jax.Array,
+        cos_TH: jax.Array,
+        sin_TH: jax.Array,
+        attend: Attend,
+        carried: Carried,
+        parts: Parts = WHOLE,
+    ) -> tuple[jax.Array, dict[str, jax.Array], Carried]:
+        attn_TD, carried = self.attn(self.attn_norm(x_TD), cos_TH, sin_TH, attend, carried, parts)
+        x_TD = x_TD + attn_TD
+        mlp_TD = self.mlp(self.mlp_norm(x_TD), parts)
+        x_TD = x_TD + mlp_TD
+        return x_TD, {"residual": x_TD, "attn": attn_TD, "mlp": mlp_TD}, carried
 
 
 class Qwen2(nnx.Module):
@@ -110,91 +135,108 @@ class Qwen2(nnx.Module):
 
     def __call__(
         self,
-        tokens_BT: jax.Array,
+        tokens_T: jax.Array,
+        cos_TH: jax.Array,
+        sin_TH: jax.Array,
+        attend: Attend,
+        carried: Carried,
         layers: Sequence[int],
         taps: Sequence[str] = ("residual",),
         dtype: jnp.dtype | None = None,
-        attend: Attend = blocked_attention,
-        positions_BR: jax.Array | None = None,
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Runs all blocks; returns what the taps saw at `layers`, and the residual stream after the last block.
+        kept_R: jax.Array | None = None,
+        parts: Parts = WHOLE,
+    ) -> tuple[dict[str, jax.Array], jax.Array, Carried]:
+        """Runs all blocks over one step of a row.
 
-        tokens_BT: int32, padded on the right; the causal mask keeps padding from every real token.
+        tokens_T: int32. cos_TH, sin_TH: of each token's position in its sample (rope_tables).
+        attend: how attention is computed, for these positions (attention.py).
+        carried: what attention carries from the step before, with a leading layer axis.
         layers: ascending 0-based block indices below the number of blocks.
         taps: of `residual` (stream after block i, before the final norm), `attn` and `mlp` (what the
           sublayer adds to the stream), `embedding` (what block 0 takes in).
         dtype: of the taps; None keeps the compute dtype.
-        attend: how attention is computed (attention.py).
-        positions_BR: int32, the R positions of each row that the taps keep; None keeps all, R = T.
-        Returns ({tap: [C, B, R, D]}, x_BTD); C = len(layers), 1 for `embedding`.
+        kept_R: int32, the tokens of the step that the taps keep; None keeps all, R = T.
+        Returns ({tap: [C, R, D]}, x_TD after the last block, what to carry on); C = len(layers), 1 for `embedding`.
         """
-        x_BTD = self.embed_VD[...][tokens_BT]
-        cos_TH, sin_TH = rope_tables(self.config, tokens_BT.shape[1], x_BTD.dtype)
+        x_TD = self.embed_VD[...][tokens_T]
         graph, params = nnx.split(self.blocks)
+        cos_TH, sin_TH = cos_TH.astype(x_TD.dtype), sin_TH.astype(x_TD.dtype)
 
-        def kept(x_BTD: jax.Array) -> jax.Array:
-            if positions_BR is not None:
-                x_BTD = jnp.take_along_axis(x_BTD, positions_BR[:, :, None], axis=1)
-            return x_BTD.astype(dtype or x_BTD.dtype)
+        def kept(x_TD: jax.Array) -> jax.Array:
+            return (x_TD if kept_R is None else x_TD[kept_R]).astype(dtype or x_TD.dtype)
 
         # A layer nobody asked for writes to the slot of the next requested one, which overwrites it, or to
         # a spare one at the end: one traced layer, and only the requested layers are ever held.
         num_blocks = jax.tree.leaves(params)[0].shape[0]
         slots_L = np.searchsorted(layers, np.arange(num_blocks)).astype(np.int32)
-        kept_BRD = jax.eval_shape(kept, x_BTD)
-        empty_CBRD = jnp.zeros((slots_L[-1] + 1, *kept_BRD.shape), kept_BRD.dtype)
-        captured = {tap: empty_CBRD for tap in taps if tap != "embedding"}
+        kept_RD = jax.eval_shape(kept, x_TD)
+        empty_CRD = jnp.zeros((slots_L[-1] + 1, *kept_RD.shape), kept_RD.dtype)
+        captured = {tap: empty_CRD for tap in taps if tap != "embedding"}
 
-        def step(carry, layer):
-            x_BTD, captured = carry
-            layer_params, slot = layer
-            x_BTD, seen = nnx.merge(graph, layer_params)(x_BTD, cos_TH, sin_TH, attend)
+        def step(state, layer):
+            x_TD, captured, carried = state
+            layer_params, slot, index = layer
+            own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
+            x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, cos_TH, sin_TH, attend, own, parts)
             captured = {
-                tap: jax.lax.dynamic_update_index_in_dim(array_CBRD, kept(seen[tap]), slot, 0)
-                for tap, array_CBRD in captured.items()
+                tap: jax.lax.dynamic_update_index_in_dim(array_CRD, kept(seen[tap]), slot, 0)
+                for tap, array_CRD in captured.items()
             }
-            return (x_BTD, captured), None
+            # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
+            carried = jax.tree.map(
+                lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), carried, own
+            )
+            return (x_TD, captured, carried), None
 
-        (last_BTD, captured), _ = jax.lax.scan(step, (x_BTD, captured), (params, jnp.asarray(slots_L)))
-        captured = {tap: array_CBRD[: len(layers)] for tap, array_CBRD in captured.items()}
+        inputs = (params, jnp.asarray(slots_L), jnp.arange(num_blocks))
+        (last_TD, captured, carried), _ = jax.lax.scan(step, (x_TD, captured, carried), inputs)
+        captured = {tap: array_CRD[: len(layers)] for tap, array_CRD in captured.items()}
         if "embedding" in taps:
-            captured["embedding"] = kept(x_BTD)[None]
-        return captured, last_BTD
+            captured["embedding"] = kept(x_TD)[None]
+        return captured, last_TD, carried
 
-    def log_probs(self, x_BTD: jax.Array, tokens_BT: jax.Array, positions_BA: jax.Array) -> jax.Array:
-        """[B, A] float32: natural log-probability of the token at each of `positions_BA`, given those before it.
+    def log_probs(self, x_TD: jax.Array, rows_T: jax.Array, next_T: jax.Array, count: jax.Array) -> jax.Array:
+        """[T] float32: natural log-probability of next_T[i] as the token after row rows_T[i], for i below `count`.
 
-        x_BTD: the residual stream after the last block; positions from 1 on. One answer position of every row
-        at a time, since logits of all of them would take V floats each.
+        x_TD: the residual stream after the last block. In blocks of rows, since logits of all of them would take
+        V floats each, and only as many as are wanted.
         """
         head_VD = self.embed_VD[...] if self.config.tied_embeddings else self.head_VD[...]
+        padded = (0, _LOGIT_ROWS)
+        rows, wanted = jnp.pad(rows_T, padded), jnp.pad(next_T, padded)
 
-        def one(position_B: jax.Array) -> jax.Array:
-            before_BD = jnp.take_along_axis(x_BTD, position_B[:, None, None] - 1, axis=1)[:, 0]
-            logits_BV = (self.final_norm(before_BD) @ head_VD.T).astype(jnp.float32)
-            wanted_B1 = jnp.take_along_axis(tokens_BT, position_B[:, None], axis=1)
-            chosen_B = jnp.take_along_axis(logits_BV, wanted_B1, axis=1)[:, 0]
-            return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+        def some(number: jax.Array, found: jax.Array) -> jax.Array:
+            start = number * _LOGIT_ROWS
+            here = jax.lax.dynamic_slice_in_dim(rows, start, _LOGIT_ROWS)
+            chosen = jax.lax.dynamic_slice_in_dim(wanted, start, _LOGIT_ROWS)
+            logits_RV = (self.final_norm(x_TD[here]) @ head_VD.T).astype(jnp.float32)
+            chosen_R = jnp.take_along_axis(logits_RV, chosen[:, None], axis=1)[:, 0]
+            log_probs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
+            return jax.lax.dynamic_update_slice_in_dim(found, log_probs_R, start, 0)
 
-        return jax.lax.map(one, positions_BA.T).T
+        found = jax.lax.fori_loop(0, -(-count // _LOGIT_ROWS), some, jnp.zeros(rows.shape, jnp.float32))
+        return found[: rows_T.shape[0]]
 
 
-def rope_tables(config: Qwen2Config, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of position times frequency, [T, H], computed in float32 (Su et al. 2021).
+_LOGIT_ROWS = 64
+
+
+def rope_tables(config: Qwen2Config, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of position times frequency, float32 [positions, H] (Su et al. 2021).
 
     The frequencies theta**(-2i/H) repeat over both halves of the head, as in Hugging Face's layout.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
-    angles_TH = np.arange(length, dtype=np.float32)[:, None] * np.tile(frequencies, 2)
-    return jnp.cos(angles_TH).astype(dtype), jnp.sin(angles_TH).astype(dtype)
+    angles_PH = np.arange(positions, dtype=np.float32)[:, None] * np.tile(frequencies, 2)
+    return np.cos(angles_PH), np.sin(angles_PH)
 
 
-def rotate(x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
+def rotate(x_TNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
     """Turns each pair (i, i + H/2) of a head by its position's angle."""
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
-    turned_BTNH = jnp.concatenate([-second, first], axis=-1)
-    return x_BTNH * cos_TH[:, None, :] + turned_BTNH * sin_TH[:, None, :]
+    first, second = jnp.split(x_TNH, 2, axis=-1)
+    turned_TNH = jnp.concatenate([-second, first], axis=-1)
+    return x_TNH * cos_TH[:, None, :] + turned_TNH * sin_TH[:, None, :]
 
 
 def abstract_model(config: Qwen2Config, num_layers: int, dtype: jnp.dtype, with_head: bool = False) -> Qwen2:

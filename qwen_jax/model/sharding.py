@@ -1,9 +1,11 @@
 """Where arrays live: a (data, model) mesh over the local devices, and one rule per dimension letter.
 
 Tensor parallelism in the manner of Megatron-LM (Shoeybi et al. 2019): heads and mlp width are split
-over `model`, so that each block needs two all-reduces; the batch is split over `data`; the rest is
-replicated.
+over `model`, so that each block needs two all-reduces; each device along `data` has a row of samples of its own;
+the rest is replicated.
 """
+
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -13,7 +15,36 @@ from jax.sharding import PartitionSpec as P
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.config import Qwen2Config
 
-MESH_AXIS = {"B": "data", "N": "model", "K": "model", "F": "model"}
+MESH_AXIS = {"X": "data", "N": "model", "K": "model", "F": "model"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a layer is shared: by `count` devices along the mesh axis `axis`, each with its own heads and mlp width."""
+
+    axis: str | None = None
+    count: int = 1
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """The sum of what all parts computed."""
+        return x if self.count == 1 else jax.lax.psum(x, self.axis)
+
+    def kv_heads_each(self, kv_heads: int) -> int:
+        """kv heads that each part holds keys for; where there are fewer than parts, several hold the same one."""
+        return max(1, kv_heads // self.count)
+
+    def own_kv_heads(self, x_K: jax.Array, kv_heads: int) -> jax.Array:
+        """The kv heads that this part's query heads look at, of an array that begins with kv heads.
+
+        Those that are too few to be split lie on every device (sharding_of).
+        """
+        if kv_heads % self.count == 0:
+            return x_K
+        first = jax.lax.axis_index(self.axis) * kv_heads // self.count
+        return jax.lax.dynamic_slice_in_dim(x_K, first, 1)
+
+
+WHOLE = Parts()
 
 
 def make_mesh(model_parallel: int = 1) -> Mesh:
@@ -53,6 +84,6 @@ def sharding_of(mesh: Mesh | AbstractMesh, letters: str, dims: dict[str, int]) -
     def axis(letter: str) -> str | None:
         name = MESH_AXIS.get(letter)
         splits = name is not None and dims.get(letter, 0) % mesh.shape[name] == 0
-        return name if splits or letter == "B" else None
+        return name if splits or letter == "X" else None
 
     return NamedSharding(mesh, P(*map(axis, letters)))

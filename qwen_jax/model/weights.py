@@ -138,26 +138,29 @@ def load_model(
     is held on the host. Raises ConfigError with all unknown, missing, mis-shaped and unreadable tensors.
     """
     check_tensors(checkpoint, config, num_layers, with_head)
-    graph, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
+    graph, abstract = abstract_parameters(config, num_layers, dtype, mesh, with_head)
     handles = {file: _open(file) for file in checkpoint.files}
     filled = []
     for path, leaf in nnx.to_flat_state(abstract):
         names, axes = _sources(path, num_layers)
         tensors = [_Tensor(handles[checkpoint.location[name]], name, axes, config) for name in names]
         read = partial(_read_part, tensors, _is_stacked(path), leaf.dtype)
-        filled.append((path, leaf.replace(_place(leaf.shape, _sharding(path, config, mesh), read))))
+        filled.append((path, leaf.replace(_place(leaf.shape, leaf.sharding, read))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def parameter_bytes(
+def abstract_parameters(
     config: Qwen2Config, num_layers: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, with_head: bool = False
-) -> int:
-    """Bytes of the parameters on each device of `mesh`, as load_model places them; needs no checkpoint."""
-    _, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
-    return sum(
-        math.prod(_sharding(path, config, mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for path, leaf in nnx.to_flat_state(abstract)
-    )
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph and its parameters as shapes, each with the sharding that load_model gives it."""
+    graph, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
+
+    def placed(path: tuple[str, ...], leaf: Any) -> Any:
+        sharding = _sharding(path, config, mesh)
+        return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+
+    flat = [(path, placed(path, leaf)) for path, leaf in nnx.to_flat_state(abstract)]
+    return graph, nnx.from_flat_state(flat)
 
 
 def _is_stacked(path: tuple[str, ...]) -> bool:

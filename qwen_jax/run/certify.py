@@ -3,29 +3,30 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
+from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError
 from qwen_jax.model.capture import ACTIVATION_DTYPES, Capture
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
+from qwen_jax.run.pipeline import captured_samples
 from qwen_jax.run.prompts import PromptMaker
 
 log = logging.getLogger(__name__)
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 """Allowed relative error of a layer by compute dtype; the rounding of the stored dtype comes on top."""
-_LENGTH_STEP = 64
 
-# Tokens of a prompt -> {tap: [layers, tokens, hidden] float32}.
-Reference = Callable[[np.ndarray], dict[str, np.ndarray]]
+# A prompt -> {tap: [layers, tokens, hidden] float32}.
+Reference = Callable[[TokenizedSample], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,17 @@ def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample]:
 
 
 def _own_reference(job: Job) -> Reference:
-    num_layers = job.layers[-1] + 1
-    model = load_model(job.checkpoint, job.config, num_layers, jnp.float32, job.mesh)
-    capture = Capture(model, job.layers, job.settings.taps, "float32", job.mesh)
-    rows = job.mesh.shape["data"]
+    """In float32, all tokens kept; exact however it is computed."""
+    program = replace(
+        job.step, dtype="float32", stored_dtype="float32", num_layers=job.layers[-1] + 1, with_answers=False
+    )
+    model = load_model(job.checkpoint, job.config, program.num_layers, jnp.float32, program.mesh)
+    capture = Capture(program, model)
 
-    def run(tokens: np.ndarray) -> dict[str, np.ndarray]:
-        padded = np.zeros((rows, -(-len(tokens) // _LENGTH_STEP) * _LENGTH_STEP), np.int32)
-        padded[:, : len(tokens)] = tokens
-        captured = capture(padded)
-        return {
-            name: np.asarray(tap.activations_CBRD)[:, 0, : len(tokens)] for name, tap in captured.taps.items()
-        }
+    def run(prompt: TokenizedSample) -> dict[str, np.ndarray]:
+        whole = replace(prompt, positions=None, with_answer=False)
+        (captured,) = captured_samples(lay_into_steps([whole], program.shape), capture)
+        return {name: np.concatenate(tap.pieces, axis=1) for name, tap in captured.taps.items()}
 
     return run
 
@@ -120,7 +120,7 @@ def _compare(
                 f"{job.settings.dataset_path}; verify the shards, and give the stream that they were made from"
             )
         log.info("sample %d: %d tokens", prompt.sample_idx, len(prompt.token_ids))
-        reference = run(prompt.token_ids)
+        reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
             place = 0 if kind == "embedding" else _place(job, layer, len(expected))

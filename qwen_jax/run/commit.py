@@ -122,6 +122,8 @@ class Committer:
             entry.tokens,
             entry.bytes / 1e6,
         )
+        if note := self.ledger.length_note(self._run.max_seq_length):
+            log.info("%s", note)
 
     def adopt(self, ledger: Ledger) -> None:
         """Uploads a shard that an earlier run left whole on the local disk; `ledger` already holds it."""

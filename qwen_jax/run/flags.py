@@ -14,7 +14,7 @@ from qwen_jax.roles import ANSWER, role_name
 from qwen_jax.run.settings import WORKER_ID_VARIABLES, Settings, bucket_url, resolve_worker_id, worker_folder
 
 TAPS = ("residual", "attn", "mlp")
-ATTENTIONS = ("auto", "blocked", "splash", "cudnn")
+ATTENTIONS = ("auto", "blocked", "ragged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -53,13 +53,17 @@ def add_worker_flags(parser: FlagParser) -> None:
     flag("activation_dtype", "stored dtype; auto: the compute dtype", default="auto", choices=DTYPES)
     flag(
         "attention",
-        "auto: the fused kernel in bfloat16 on TPU (splash) and GPU (cudnn), else blocked",
+        "auto: the ragged kernel in bfloat16 on TPU, else blocked",
         default="auto",
         choices=ATTENTIONS,
     )
-    flag("batch_size", "rows per device at max_seq_length", default=4, type=positive_int)
+    flag(
+        "batch_size",
+        "tokens per device and step, in units of 2,048 (on a CPU 256)",
+        default=4,
+        type=positive_int,
+    )
     flag("model_parallel", "chips that share one copy of the weights", default=1, type=positive_int)
-    flag("lookahead", "batches to read ahead and sort by length", default=4, type=positive_int)
     flag("max_seq_length", "longest prompt in tokens", default=2048, type=positive_int)
     flag("shard_size_gb", "raw 2**30 bytes at which a shard closes", default=1.0, type=positive_float)
     flag("prompt_format", "how a task becomes text", default="rows", choices=tuple(PROMPT_FORMATS))

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.data.prompts import TokenizedSample
 
-def hugging_face_reference(folder: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """A function from a prompt's tokens to `{tap: [layers, tokens, hidden]}`, float32, by hooks on every block.
+
+def hugging_face_reference(folder: Path) -> Callable[[TokenizedSample], dict[str, np.ndarray]]:
+    """A function from a prompt to `{tap: [layers, tokens, hidden]}`, float32, by hooks on every block.
 
     Hooks, because the last entry of Hugging Face's own hidden_states is already normed.
     """
@@ -33,10 +35,10 @@ def hugging_face_reference(folder: Path) -> Callable[[np.ndarray], dict[str, np.
         block.mlp.register_forward_hook(catch("mlp"))
         block.register_forward_hook(catch("residual"))
 
-    def run(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    def run(prompt: TokenizedSample) -> dict[str, np.ndarray]:
         caught.clear()
         with torch.no_grad():
-            model.model(torch.from_numpy(tokens.astype(np.int64))[None])
+            model.model(torch.from_numpy(prompt.token_ids.astype(np.int64))[None])
         return {tap: np.stack(arrays) for tap, arrays in caught.items()}
 
     return run

@@ -3,12 +3,13 @@
 import hashlib
 from dataclasses import dataclass
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
+from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
-from qwen_jax.model.attention import resolve_attention
-from qwen_jax.model.capture import ACTIVATION_DTYPES, resolve_dtype
+from qwen_jax.model.attention import make_form, resolve_attention
+from qwen_jax.model.capture import ACTIVATION_DTYPES, Program, resolve_dtype
 from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.sharding import check_split, make_mesh
 from qwen_jax.model.source import ModelSource, fetch_model
@@ -63,14 +64,32 @@ class Outline:
         """Layers that are loaded and run: up to the deepest one asked for, but log-probabilities take all."""
         return self.config.num_layers if self.settings.include_answer else self.layers[-1] + 1
 
+    def program(self, mesh: Mesh | AbstractMesh, platform: str) -> Program:
+        """The step of this run on the devices of `mesh`; ConfigError for an attention that they do not have."""
+        settings, rows = self.settings, mesh.shape["data"]
+        name = resolve_attention(settings.attention, self.dtype, platform)
+        tokens = step_tokens(settings.batch_size, settings.max_seq_length, platform == "cpu")
+        form = make_form(name, platform, tokens, settings.max_seq_length)
+        return Program(
+            config=self.config,
+            num_layers=self.layers_run,
+            layers=self.layers,
+            taps=settings.taps,
+            dtype=self.dtype,
+            stored_dtype=self.activation_dtype,
+            mesh=mesh,
+            shape=StepShape.of(tokens, settings.max_seq_length, rows, form.page),
+            form=form,
+            with_answers=settings.include_answer,
+        )
+
 
 @dataclass(frozen=True)
 class Job(Outline):
     """An outline on this machine, its checkpoint opened."""
 
     checkpoint: Checkpoint
-    attention: str
-    mesh: Mesh
+    step: Program
 
 
 def outline(settings: Settings, weights: bool = True) -> Outline:
@@ -98,9 +117,8 @@ def prepare(settings: Settings) -> Job:
     devices = find_devices()
     mesh = make_mesh(settings.model_parallel)
     planned = outline(settings)
-    attention = resolve_attention(settings.attention, planned.dtype, devices[0])
-    checkpoint = open_checkpoint(planned.source.folder)
-    return Job(**vars(planned), checkpoint=checkpoint, attention=attention, mesh=mesh)
+    step = planned.program(mesh, devices[0].platform)
+    return Job(**vars(planned), checkpoint=open_checkpoint(planned.source.folder), step=step)
 
 
 def choose_layers(wanted: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
@@ -145,12 +163,12 @@ def identify(job: Job) -> RunIdentity:
         "layer_meanings": {tap: LAYER_MEANINGS[tap] for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
+        "devices": job.step.mesh.size,
         "settings": {
             "batch_size": settings.batch_size,
-            "lookahead": settings.lookahead,
-            "devices": job.mesh.size,
+            "tokens_per_step": job.step.shape.tokens,
             "model_parallel": settings.model_parallel,
-            "attention": job.attention,
+            "attention": job.step.form.name,
         },
     }
     return RunIdentity(
@@ -159,7 +177,7 @@ def identify(job: Job) -> RunIdentity:
 
 
 def make_fingerprint(job: Job) -> Fingerprint:
-    """Everything that the bytes of the shards depend on, but for batch size and device count."""
+    """Everything that the bytes of the shards depend on, but for how it is computed (the settings of the header)."""
     settings, folder = job.settings, job.source.folder
     weights = files_digest(folder, ("config.json",)) + job.checkpoint.digest()
     return {

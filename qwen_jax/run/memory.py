@@ -3,7 +3,9 @@
 import ctypes
 import sys
 
+from qwen_jax.data.steps import StepShape
 from qwen_jax.run.pipeline import MIN_REAL_SHARE, STEPS_IN_FLIGHT
+from qwen_jax.shards.compress import writer_bytes
 
 # glibc's malloc.h; the numbers are part of its ABI.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -26,15 +28,14 @@ def reuse_freed_memory() -> None:
         mallopt(_M_TOP_PAD, 16 << 20)
 
 
-def activation_bytes_bound(
-    *, bytes_per_token: int, max_seq_length: int, tokens_per_step: int, lookahead: int, shard_bytes: int
-) -> int:
+def activation_bytes_bound(shape: StepShape, bytes_per_token: int, shard_bytes: int) -> int:
     """The most bytes of activations that a run holds on the host, whatever the length of its stream.
 
-    Two shards (one filling, one being compressed, each up to one sample over its size), the open window and
-    the one before it, whose batches may still be pinned, and the steps in flight and the one being unpadded;
-    divided by the share of a kept batch that is real.
+    Two shards (one filling, one being compressed, each up to one sample over its size) and the step that the older one
+    shares with its predecessor; a long sample for each further row, which waits for one before it; the steps in
+    flight and the one being handed out; divided by the share of a kept step that is wanted. And what compressing takes.
     """
-    shards = 2 * (shard_bytes + max_seq_length * bytes_per_token)
-    steps = 2 * lookahead + STEPS_IN_FLIGHT + 1
-    return round((shards + steps * tokens_per_step * bytes_per_token) / MIN_REAL_SHARE)
+    shards = 2 * (shard_bytes + shape.positions * bytes_per_token)
+    waiting = (shape.rows - 1) * shape.positions * bytes_per_token
+    steps = (1 + STEPS_IN_FLIGHT + 1) * shape.per_step * bytes_per_token
+    return round((shards + waiting + steps) / MIN_REAL_SHARE) + writer_bytes()

@@ -1,55 +1,56 @@
 """From prompts to filled shards: generators that each do one step, joined in worker.py."""
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from qwen_jax.data.batching import Batch, BatchShapes, plan_batches
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
+from qwen_jax.data.steps import Part, Step
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.capture import Captured, Tap
+from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.run.prompts import SampleReader
-from qwen_jax.shards import EMBEDDING, Sample
-from qwen_jax.shards.statistics import KindStats, Stats
-
-log = logging.getLogger(__name__)
+from qwen_jax.shards import EMBEDDING, Rows, Sample
+from qwen_jax.shards.statistics import KindStats, RowSums, Stats
 
 # Steps that the device may be ahead of the host: one computing while one is copied.
 STEPS_IN_FLIGHT = 2
-# The part of a batch that must be wanted tokens for its memory to be kept instead of copied.
+# The part of a step's kept memory that must be wanted for it to be kept instead of copied.
 MIN_REAL_SHARE = 0.8
+
+
+class Pending(Protocol):
+    """A step under way (model.capture.Captured)."""
+
+    def rows(self) -> list[RowResult]: ...
 
 
 class CaptureStep(Protocol):
     """What the pipeline needs of model.capture.Capture."""
 
-    def __call__(
-        self,
-        tokens_BT: np.ndarray,
-        counts_B: np.ndarray,
-        positions_BR: np.ndarray | None,
-        answers_BA: np.ndarray | None,
-    ) -> Captured: ...
+    def __call__(self, step: Step) -> Pending: ...
 
 
 @dataclass(frozen=True)
 class SampleTap:
-    """What one tap saw of a sample; see model.capture.Tap. C layers, 1 for the embedding; R kept rows."""
+    """What one tap saw of a sample. pieces: [C, n, D] arrays, its kept rows one behind the other."""
 
-    activations_CRD: np.ndarray
-    norms_CR: np.ndarray
-    mean_CD: np.ndarray
-    squares_CD: np.ndarray
-    max_abs_CD: np.ndarray
+    pieces: Sequence[np.ndarray]
+    sums: RowSums
+
+    def layers(self) -> list[Rows]:
+        return [Rows(of_layer) for of_layer in zip(*self.pieces, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class CapturedSample:
-    """A sample off the device, padding removed. taps: by name, the main one first.
+    """A sample off the device. taps: by name, the main one first.
 
     answer_logprobs: float32, of the answer's tokens, where they were asked for.
     """
@@ -65,20 +66,20 @@ class CapturedSample:
     @property
     def nbytes(self) -> int:
         """Raw bytes of its activations."""
-        return sum(tap.activations_CRD.nbytes for tap in self.taps.values())
+        return sum(tap.nbytes for tap in self.taps.values())
 
     def for_shard(self) -> Sample:
         source = self.tokenized
-        arrays = {name: tap.activations_CRD for name, tap in self.taps.items()}
-        embedding = arrays.pop(EMBEDDING, None)
+        kinds = {name: tap.layers() for name, tap in self.taps.items()}
+        embedding = kinds.pop(EMBEDDING, None)
         return Sample(
             source.sample_idx,
-            next(iter(arrays.values())),
+            next(iter(kinds.values())),
             source.kept(source.token_ids),
             source.text_preview,
             source.task_id,
             self._extras(),
-            arrays if len(arrays) > 1 else {},
+            kinds if len(kinds) > 1 else {},
             None if embedding is None else embedding[0],
         )
 
@@ -105,84 +106,95 @@ class FilledShard:
 
     def stats(self, layers: Sequence[int]) -> Stats:
         """layers: those of the shard."""
-
-        def of(name: str) -> KindStats:
-            taps = [sample.taps[name] for sample in self.samples]
-            return KindStats.of_samples(
-                () if name == EMBEDDING else layers,
-                [tap.norms_CR for tap in taps],
-                [tap.mean_CD for tap in taps],
-                [tap.squares_CD for tap in taps],
-                [tap.max_abs_CD for tap in taps],
+        return {
+            name: KindStats.of_samples(
+                () if name == EMBEDDING else layers, [sample.taps[name].sums for sample in self.samples]
             )
+            for name in self.samples[0].taps
+        }
 
-        return {name: of(name) for name in self.samples[0].taps}
+
+@dataclass
+class _Pieces:
+    """What the steps have given so far of a sample: of each tap what TapRows holds, part by part."""
+
+    taps: dict[str, list[TapRows]] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
+    log_probs: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, part: Part, result: RowResult, row_kept: int) -> None:
+        """row_kept: tokens kept of the part's row. What is kept is a view, since a copy would cost a tenth of the
+        host's time; then the step's memory lives as long, so that of which little is wanted is copied."""
+        self.counts += [size for _, size in part.blocks()]
+        for name, tap in result.taps.items():
+            wanted = row_kept >= MIN_REAL_SHARE * tap.activations_CRD.shape[1]
+            keep = np.asarray if wanted else np.copy
+            self.taps.setdefault(name, []).append(
+                TapRows(
+                    keep(tap.activations_CRD[:, part.kept_rows]),
+                    np.copy(tap.norms_CR[:, part.kept_rows]),
+                    *(np.copy(sums_CED[:, part.block_rows]) for sums_CED in tap[2:]),
+                )
+            )
+        if result.log_probs_T is not None:
+            self.log_probs.append(np.copy(result.log_probs_T[part.answer_rows]))
+
+    def whole(self, tokenized: TokenizedSample) -> CapturedSample:
+        taps = {name: self._tap(parts) for name, parts in self.taps.items()}
+        log_probs = np.concatenate(self.log_probs) if len(tokenized.answer_positions) else None
+        return CapturedSample(tokenized, taps, log_probs)
+
+    def _tap(self, parts: Sequence[TapRows]) -> SampleTap:
+        pieces, *sums = zip(*parts, strict=True)
+        norms_CR, *of_blocks = (np.concatenate(arrays, axis=1) for arrays in sums)
+        filled = [piece_CRD for piece_CRD in pieces if piece_CRD.shape[1]]
+        return SampleTap(filled, RowSums(norms_CR, np.array(self.counts), *of_blocks))
 
 
-def captured_samples(
-    windows: Iterable[list[TokenizedSample]], shapes: BatchShapes, capture: CaptureStep, first: int
-) -> Iterator[CapturedSample]:
-    """Runs the windows' batches and yields the samples from `first` on, in order, padding removed.
+def captured_samples(steps: Iterable[Step], capture: CaptureStep) -> Iterator[CapturedSample]:
+    """Runs the steps and yields their samples in order.
 
-    The device is kept STEPS_IN_FLIGHT batches ahead of the host. Beside those, at most the samples of
-    the open windows are held. Raises ConfigError for activations that are not finite.
+    The device is kept STEPS_IN_FLIGHT steps ahead of the host. Beside those, the parts of one sample a row are held,
+    and what other rows finish while the next one in order is under way. Raises ConfigError for activations that are
+    not finite.
     """
-    expected: deque[int] = deque()
+    begun: dict[int, _Pieces] = {}
     ready: dict[int, CapturedSample] = {}
-    in_flight: deque[tuple[Batch, Captured]] = deque()
+    order: deque[int] = deque()
+    in_flight: deque[tuple[Step, Pending]] = deque()
 
     def finish_oldest() -> Iterator[CapturedSample]:
-        for sample in unpad(*in_flight.popleft(), first):
-            _refuse_non_finite(sample)
+        step, pending = in_flight.popleft()
+        for sample in _finished(step, pending.rows(), begun):
             ready[sample.sample_idx] = sample
-        while expected and expected[0] in ready:
-            yield ready.pop(expected.popleft())
+        while order and order[0] in ready:
+            yield ready.pop(order.popleft())
 
-    for window in windows:
-        expected.extend(sample.sample_idx for sample in window if sample.sample_idx >= first)
-        for batch in plan_batches(window, shapes):
-            if all(sample.sample_idx < first for sample in batch.samples):
-                continue
-            inputs = (batch.token_ids, batch.counts, batch.positions, batch.answer_positions)
-            in_flight.append((batch, capture(*inputs)))
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                yield from finish_oldest()
+    for step in steps:
+        order.extend(step.joined)
+        in_flight.append((step, capture(step)))
+        if len(in_flight) > STEPS_IN_FLIGHT:
+            yield from finish_oldest()
     while in_flight:
         yield from finish_oldest()
 
 
-def unpad(batch: Batch, captured: Captured, first: int) -> Iterator[CapturedSample]:
-    """Yields the real tokens of each row from sample `first` on.
-
-    As views, since a copy would cost a tenth of the host's time; then the batch lives as long as they do. A
-    batch that is less than MIN_REAL_SHARE wanted tokens is copied, so that little else is kept alive.
-    """
-    taps = {name: Tap(*map(np.asarray, tap)) for name, tap in captured.taps.items()}
-    wanted = [(row, sample) for row, sample in enumerate(batch.samples) if sample.sample_idx >= first]
-    wanted_rows = sum(sample.n_kept for _, sample in wanted)
-    shape = next(iter(taps.values())).norms_CBR.shape
-    keep = np.asarray if wanted_rows >= MIN_REAL_SHARE * shape[1] * shape[2] else np.copy
-    for row, sample in wanted:
-        of_row = {
-            name: SampleTap(
-                keep(tap.activations_CBRD[:, row, : sample.n_kept]),
-                keep(tap.norms_CBR[:, row, : sample.n_kept]),
-                np.copy(tap.mean_CBD[:, row]),
-                np.copy(tap.squares_CBD[:, row]),
-                np.copy(tap.max_abs_CBD[:, row]),
-            )
-            for name, tap in taps.items()
-        }
-        answered = len(sample.answer_positions)
-        logprobs = np.asarray(captured.answer_logprobs_BA)[row, :answered] if answered else None
-        yield CapturedSample(sample, of_row, logprobs)
+def _finished(step: Step, rows: Sequence[RowResult], begun: dict[int, _Pieces]) -> Iterator[CapturedSample]:
+    """Gives every sample its part of the step, and yields those that are then whole."""
+    for part in step.parts:
+        pieces = begun.setdefault(part.sample.sample_idx, _Pieces())
+        pieces.add(part, rows[part.row], step.kept_counts[part.row])
+        if part.is_last:
+            sample = begun.pop(part.sample.sample_idx).whole(part.sample)
+            _refuse_non_finite(sample)
+            yield sample
 
 
 def _refuse_non_finite(sample: CapturedSample) -> None:
-    broken = [name for name, tap in sample.taps.items() if not np.isfinite(tap.norms_CR).all()]
+    broken = [name for name, tap in sample.taps.items() if not np.isfinite(tap.sums.norms_CR).all()]
     if not broken:
         return
-    dtype = sample.taps[broken[0]].activations_CRD.dtype
+    dtype = sample.taps[broken[0]].pieces[0].dtype
     advice = "check the checkpoint's weights"
     if dtype == np.float16:
         advice = "float16 ends at 65504: use --activation_dtype bfloat16 or float32"

@@ -1,26 +1,28 @@
 """What a run would write and take, from the stream, the tokenizer and the model's configuration alone."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
-from qwen_jax.data.batching import Batch, BatchShapes, plan_batches, windows
-from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
+from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.streams import read_stream
-from qwen_jax.model.capture import COMPUTE_DTYPES
+from qwen_jax.model.capture import Program
 from qwen_jax.model.sharding import planned_mesh
-from qwen_jax.model.weights import parameter_bytes
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
+from qwen_jax.run.pipeline import STEPS_IN_FLIGHT
 from qwen_jax.run.plan_flags import Assumptions
 from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
 from qwen_jax.run.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
 """Compressed bytes of a raw byte, measured on the demo model's residual stream (docs/reading.md)."""
+USUAL_LENGTHS = (2048, 8192, 16384, 32768)
+"""Values of --max_seq_length that a plan compares."""
+_PERCENTILES = (5, 50, 95)
 _SEED = 0
 
 
@@ -28,9 +30,8 @@ _SEED = 0
 class Plan:
     """Counts of a run; scaled from a sample of the lines where `exact` is false.
 
-    prompt_tokens: what the devices compute, without padding; real_share: their share of all positions, padding
-    included, None for a sample of lines. kept_tokens: rows that are stored. Bytes are of activations, but for
-    weight_bytes, of the parameters on each device. step_rows: the most rows that a full step keeps on a device.
+    prompt_tokens: what the devices compute. kept_tokens: rows that are stored. lengths: tokens of the whole prompts
+    that were looked at, ascending. step: what is compiled. Bytes are of activations, where nothing else is said.
     """
 
     outline: Outline
@@ -42,10 +43,8 @@ class Plan:
     truncated: int
     prompt_tokens: int
     kept_tokens: int
-    real_share: float | None
-    step_rows: int
-    devices: int
-    weight_bytes: int
+    lengths: np.ndarray
+    step: Program
 
     @property
     def settings(self) -> Settings:
@@ -81,19 +80,12 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """Activations on the host at most; the programs come besides."""
-        settings = self.settings
-        return activation_bytes_bound(
-            bytes_per_token=self.bytes_per_token,
-            max_seq_length=settings.max_seq_length,
-            tokens_per_step=_shapes(settings, self.devices).tokens_per_step,
-            lookahead=settings.lookahead,
-            shard_bytes=settings.shard_bytes,
-        )
+        return activation_bytes_bound(self.step.shape, self.bytes_per_token, self.settings.shard_bytes)
 
     @property
     def step_bytes(self) -> int:
-        """Captured activations of one step on each device."""
-        return self.step_rows * self.bytes_per_token
+        """Captured activations of the steps that are in flight, on each device."""
+        return (1 + STEPS_IN_FLIGHT) * self.step.shape.tokens * self.bytes_per_token
 
     @property
     def hours(self) -> float | None:
@@ -108,8 +100,7 @@ class Plan:
         overlong = self.shortened + self.truncated
         yield f"  over-long   {overlong / lines:.1%}: {self.shortened:,} lose examples, {self.truncated:,} are cut"
         yield f"  tokens      {self.prompt_tokens:,} computed, {self.kept_tokens:,} kept ({settings.keep_tokens})"
-        if self.real_share is not None:
-            yield f"  padding     {1 - self.real_share:.1%} of the positions computed"
+        yield from self._lengths()
         yield (
             f"  activations {len(self.outline.layers)} layers, {' '.join(settings.taps)}, "
             f"{self.outline.activation_dtype}: {self.bytes_per_token:,} bytes a token"
@@ -117,12 +108,29 @@ class Plan:
         yield f"  raw         {_bytes(self.raw_bytes)} in {self.shards:,} shards"
         yield f"  compressed  about {_bytes(self.compressed_bytes)}"
         yield f"  host RAM    at most {_bytes(self.host_bytes)} of activations"
-        weights, step = _bytes(self.weight_bytes), _bytes(self.step_bytes)
+        weights, carried, steps = map(
+            _bytes, (self.step.weight_bytes, self.step.carried_bytes, self.step_bytes)
+        )
         yield (
-            f"  device RAM  {weights} of weights in {self.outline.dtype}, {step} of a step's activations, on each of "
-            f"{self.devices}"
+            f"  device RAM  {weights} of weights in {self.outline.dtype}, {carried} of carried keys and values, "
+            f"{steps} of steps in flight, on each of {self.step.mesh.size}"
         )
         yield from self._costs()
+
+    def _lengths(self) -> Iterator[str]:
+        """The lengths of whole prompts, and what other values of --max_seq_length would mean."""
+        if not len(self.lengths):
+            return
+        shown = ", ".join(f"{share}% {np.percentile(self.lengths, share):,.0f}" for share in _PERCENTILES)
+        yield f"  lengths     {shown}, longest {self.lengths[-1]:,} tokens"
+        scale = self.lines / max(self.tokenized_lines, 1)
+        limits = (limit for limit in USUAL_LENGTHS if limit <= self.outline.config.max_positions)
+        for limit in limits:
+            whole = np.searchsorted(self.lengths, limit, side="right") / len(self.lengths)
+            tokens = round(np.minimum(self.lengths, limit).sum() * scale)
+            cost = _bytes(tokens * self.bytes_per_token)
+            name = f"at {limit:,}"
+            yield f"  {name:<11} {whole:.1%} of the prompts whole, at most {tokens:,} tokens, {cost} raw if all kept"
 
     def _costs(self) -> Iterator[str]:
         assumed = self.assumptions
@@ -154,20 +162,12 @@ def _amount(money: float) -> str:
 
 def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
     """Tokenises the stream, or a seeded sample of its lines; loads no weights. Raises what a run would raise."""
-    devices = assumptions.devices or len(find_devices())
-    mesh = planned_mesh(devices, settings.model_parallel)
+    found = find_devices()
+    mesh = planned_mesh(assumptions.devices or len(found), settings.model_parallel)
     planned = outline(settings, weights=False)
     chosen = _choose(planned.lines, assumptions.plan_samples)
-    counts = _count(planned, chosen, devices)
+    counts = _count(planned, chosen)
     scale = planned.lines / max(len(chosen), 1)
-    exact = len(chosen) == planned.lines and counts.samples
-    weights = (
-        planned.config,
-        planned.layers_run,
-        COMPUTE_DTYPES[planned.dtype],
-        mesh,
-        settings.include_answer,
-    )
     return Plan(
         planned,
         assumptions,
@@ -178,10 +178,8 @@ def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
         truncated=round(counts.truncated * scale),
         prompt_tokens=round(counts.prompt_tokens * scale),
         kept_tokens=round(counts.kept_tokens * scale),
-        real_share=counts.prompt_tokens / counts.positions if exact else None,
-        step_rows=counts.step_rows,
-        devices=devices,
-        weight_bytes=parameter_bytes(*weights),
+        lengths=np.sort(np.array(counts.lengths, np.int64)),
+        step=planned.program(mesh, found[0].platform),
     )
 
 
@@ -191,13 +189,9 @@ def _choose(lines: int, count: int | None) -> Collection[int]:
     return frozenset(np.random.default_rng(_SEED).choice(lines, count, replace=False).tolist())
 
 
-def _shapes(settings: Settings, devices: int) -> BatchShapes:
-    return BatchShapes(settings.max_seq_length, settings.batch_size, devices // settings.model_parallel)
-
-
 @dataclass
 class _Counts:
-    """What is counted as samples and batches go by; none of them is kept."""
+    """What is counted as samples go by; of each only its length is kept."""
 
     samples: int = 0
     skipped: int = 0
@@ -205,44 +199,29 @@ class _Counts:
     truncated: int = 0
     prompt_tokens: int = 0
     kept_tokens: int = 0
-    positions: int = 0
-    step_rows: int = 0
+    lengths: list[int] = field(default_factory=list)
 
-    def add_sample(self, sample: TokenizedSample) -> None:
+    def add(self, result: TokenizedSample | SkippedSample) -> None:
+        if result.full_length:
+            self.lengths.append(result.full_length)
+        if isinstance(result, SkippedSample):
+            self.skipped += 1
+            return
         self.samples += 1
-        self.shortened += sample.dropped_examples > 0
-        self.truncated += sample.truncated
-        self.prompt_tokens += len(sample.token_ids)
-        self.kept_tokens += sample.n_kept
-
-    def add_batch(self, batch: Batch, shapes: BatchShapes) -> None:
-        """A sample of the lines fills few batches, so the memory of a step is that of a full one."""
-        length = batch.token_ids.shape[1]
-        kept = length if batch.positions is None else batch.positions.shape[1]
-        self.positions += batch.token_ids.size
-        self.step_rows = max(self.step_rows, max(shapes.row_counts(length)) // shapes.devices * kept)
+        self.shortened += result.dropped_examples > 0
+        self.truncated += result.truncated
+        self.prompt_tokens += len(result.token_ids)
+        self.kept_tokens += result.n_kept
 
 
-def _count(planned: Outline, chosen: Collection[int], devices: int) -> _Counts:
-    """Everything that the run would make of the chosen lines, one window of samples at a time."""
-    counts, shapes = _Counts(), _shapes(planned.settings, devices)
-    samples = _tokenized(planned, chosen, counts)
-    for window in windows(samples, planned.settings.lookahead * shapes.tokens_per_step):
-        for batch in plan_batches(window, shapes):
-            counts.add_batch(batch, shapes)
-    return counts
-
-
-def _tokenized(planned: Outline, chosen: Collection[int], counts: _Counts) -> Iterator[TokenizedSample]:
-    """The samples of the chosen lines, counted; raises BadDataError past --max_bad_records."""
-    settings = planned.settings
+def _count(planned: Outline, chosen: Collection[int]) -> _Counts:
+    """Everything that the run would make of the chosen lines; raises BadDataError past --max_bad_records."""
+    settings, counts = planned.settings, _Counts()
     make_prompt = PromptMaker(settings, load_tokenizer(str(planned.source.folder)), planned.stream.sha256)
     bad = BadRecordLimit(settings)
     records = islice(read_stream(settings.dataset_path), planned.lines)
-    for result in (make_prompt(sample_idx, record) for sample_idx, record in records if sample_idx in chosen):
-        if isinstance(result, TokenizedSample):
-            counts.add_sample(result)
-            yield result
-        else:
-            counts.skipped += 1
+    for result in make_prompt.many(record for record in records if record[0] in chosen):
+        counts.add(result)
+        if isinstance(result, SkippedSample):
             bad.count(result)
+    return counts

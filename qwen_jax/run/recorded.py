@@ -43,7 +43,6 @@ def recorded_settings(
             attention=settings["attention"],
             batch_size=settings["batch_size"],
             model_parallel=settings["model_parallel"],
-            lookahead=settings["lookahead"],
             max_seq_length=fingerprint["max_seq_length"],
             shard_size_gb=fingerprint["shard_size_gb"],
             prompt_format=fingerprint["prompt_format"],

@@ -6,7 +6,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.data.batching import BatchShapes, windows
+from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
@@ -29,8 +29,8 @@ def repair(
 ) -> None:
     """Extracts `shards` of the run in a worker's local `folder` again and puts them in their places.
 
-    Only their samples are computed, in the batches of the first time, so that on the same kind of machine the
-    bytes are the recorded ones; where they are not, the place is left as it is. The metadata is not changed.
+    Only their samples are computed. On the same kind of machine their bytes are the recorded ones; where they are not,
+    the place is left as it is. The metadata is not changed.
     model_path, dataset_path: where model and stream lie now, if not where the run had them.
 
     Raises ConfigError where model, stream or tokenizer differ from those of the run, and, when all has been tried,
@@ -80,8 +80,6 @@ class _Extraction:
 
     def _samples(self, entry: dict[str, Any]) -> list[CapturedSample]:
         settings, first = self._job.settings, entry["first_sample_idx"]
-        shapes = BatchShapes(settings.max_seq_length, settings.batch_size, self._job.mesh.shape["data"])
         reader = SampleReader(settings, self._make_prompt, first, bad_before=0)
-        ahead = windows(reader, settings.lookahead * shapes.tokens_per_step)
-        samples = captured_samples(ahead, shapes, self._capture, first)
-        return list(takewhile(lambda sample: sample.sample_idx <= entry["last_sample_idx"], samples))
+        wanted = takewhile(lambda sample: sample.sample_idx <= entry["last_sample_idx"], reader)
+        return list(captured_samples(lay_into_steps(wanted, self._job.step.shape), self._capture))

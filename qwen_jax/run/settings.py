@@ -34,7 +34,6 @@ class Settings:
     attention: str
     batch_size: int
     model_parallel: int
-    lookahead: int
     max_seq_length: int
     shard_size_gb: float
     prompt_format: str

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from threading import Event
 
-from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.data.prompts import load_tokenizer
+from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.errors import TerminatedError
 from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
 from qwen_jax.model.weights import load_model
@@ -97,14 +97,12 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     """Extracts from the first sample that is not yet durable to the end of the stream."""
     settings = job.settings
     first = committer.ledger.next_sample_idx
-    shapes = BatchShapes(settings.max_seq_length, settings.batch_size, job.mesh.shape["data"])
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
     reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records)
-    _report_memory(job, shapes)
-    ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
-    capture = load_capture(job)
-    samples = captured_samples(ahead, shapes, capture, first)
+    _report_memory(job)
+    steps = prefetch(lay_into_steps(reader, job.step.shape), depth=1)
+    samples = captured_samples(steps, load_capture(job))
     with (
         BackgroundCommitter(committer) as background,
         Progress(first, job.lines, lambda: background.backlog) as progress,
@@ -140,18 +138,14 @@ def load_capture(job: Job) -> Capture:
     use_compilation_cache(settings.compilation_cache_dir)
     log.info("loading %d of %d layers in %s", job.layers_run, job.config.num_layers, job.dtype)
     dtype = COMPUTE_DTYPES[job.dtype]
-    model = load_model(job.checkpoint, job.config, job.layers_run, dtype, job.mesh, settings.include_answer)
-    return Capture(model, job.layers, settings.taps, job.activation_dtype, job.mesh, job.attention)
-
-
-def _report_memory(job: Job, shapes: BatchShapes) -> None:
-    bound = activation_bytes_bound(
-        bytes_per_token=job.bytes_per_token,
-        max_seq_length=shapes.max_seq_length,
-        tokens_per_step=shapes.tokens_per_step,
-        lookahead=job.settings.lookahead,
-        shard_bytes=job.settings.shard_bytes,
+    model = load_model(
+        job.checkpoint, job.config, job.layers_run, dtype, job.step.mesh, settings.include_answer
     )
+    return Capture(job.step, model)
+
+
+def _report_memory(job: Job) -> None:
+    bound = activation_bytes_bound(job.step.shape, job.bytes_per_token, job.settings.shard_bytes)
     log.info("activations take at most %.1f GB of host memory (docs/performance.md)", bound / 1e9)
 
 

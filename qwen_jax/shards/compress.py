@@ -4,6 +4,7 @@ import os
 import struct
 import zlib
 from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
@@ -18,6 +19,7 @@ BLOCK_BYTES = 1 << 20
 IN_PLACE_BYTES = 1 << 18
 """From this size on a piece of data is compressed where it lies, in members of its own; part of the format."""
 
+_BLOCKS_WAITING = 8
 _LEVEL = 1
 _MEM_LEVEL = 9
 _DEFLATE_WBITS, _GZIP_WBITS = -15, 31
@@ -73,10 +75,16 @@ def _deflate(block: memoryview) -> list[bytes]:
     return [*head, deflate.compress(block[_HEAD_BYTES:]), deflate.flush()]
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # absent on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def writer_bytes() -> int:
+    """The most memory that a ParallelGzipWriter on all cores takes: blocks that wait, joined from pieces or compressed,
+    the one that is gathered and the one that is written."""
+    return (usable_cores() + _BLOCKS_WAITING + 2) * BLOCK_BYTES
 
 
 class ParallelGzipWriter:
@@ -84,7 +92,7 @@ class ParallelGzipWriter:
 
     Small writes are gathered into blocks. A write of IN_PLACE_BYTES or more is cut into blocks of its own
     and never copied, as a copy costs a tenth of the speed: its buffer must not change before `close`. The
-    output depends on the writes alone, never on `threads`. Memory: at most `8 * threads + 2` blocks. Leave the
+    output depends on the writes alone, never on `threads`. Memory: see writer_bytes. Leave the
     `with` block by an exception and nothing more is written: the file then ends early and is never
     mistaken for a whole shard.
 
@@ -95,7 +103,7 @@ class ParallelGzipWriter:
 
     def __init__(self, file: Writable, threads: int | None = None):
         self._file = file
-        self._threads = threads or _usable_cores()
+        self._threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gzip")
         self._pending: deque[Future[bytes]] = deque()
         self._block = bytearray()
@@ -105,13 +113,19 @@ class ParallelGzipWriter:
 
     def write(self, data: Buffer) -> int:
         """Takes bytes; raises here whatever an earlier block or the file met with."""
+        return self.write_joined([data])
+
+    def write_joined(self, pieces: Sequence[Buffer]) -> int:
+        """Takes bytes that lie in several pieces: the output is that of their concatenation, which is not made."""
         self._check_open()
-        view = memoryview(data).cast("B")
-        if len(view) >= IN_PLACE_BYTES:
-            self._compress_in_place(view)
+        views = [memoryview(piece).cast("B") for piece in pieces]
+        size = sum(map(len, views))
+        if size >= IN_PLACE_BYTES:
+            self._compress_in_place(views)
         else:
-            self._gather(view)
-        return len(view)
+            for view in views:
+                self._gather(view)
+        return size
 
     def close(self) -> None:
         """Writes what is left; a second call does nothing, a call after a failure raises it again."""
@@ -146,11 +160,11 @@ class ParallelGzipWriter:
         if self._closed:
             raise ValueError("write to a closed ParallelGzipWriter")
 
-    def _compress_in_place(self, view: memoryview) -> None:
+    def _compress_in_place(self, views: Sequence[memoryview]) -> None:
         if self._block:
             self._submit_gathered()
-        for start in range(0, len(view), BLOCK_BYTES):
-            self._submit(view[start : start + BLOCK_BYTES])
+        for block in _blocks(views):
+            self._submit(block)
 
     def _gather(self, view: memoryview) -> None:
         while len(view):
@@ -168,7 +182,7 @@ class ParallelGzipWriter:
         self._pending.append(self._pool.submit(compress_block, block))
         self._submitted = True
         # Enough in flight to keep the pool busy while this thread waits for the file.
-        self._drain(8 * self._threads)
+        self._drain(self._threads + _BLOCKS_WAITING)
 
     def _drain(self, keep: int) -> None:
         """Writes finished members, oldest first, until at most `keep` blocks are in flight."""
@@ -186,6 +200,26 @@ class ParallelGzipWriter:
         self._closed = True
         self._pending.clear()
         self._block = bytearray()
+
+
+def _blocks(views: Sequence[memoryview]) -> Iterator[Buffer]:
+    """Cuts what the views hold together every BLOCK_BYTES; only a block that lies in two of them is copied."""
+    begun: list[memoryview] = []
+    missing = BLOCK_BYTES
+    for view in views:
+        for start in range(-(BLOCK_BYTES - missing), len(view), BLOCK_BYTES):
+            piece = view[max(start, 0) : start + BLOCK_BYTES]
+            begun.append(piece)
+            missing -= len(piece)
+            if not missing:
+                yield _one(begun)
+                begun, missing = [], BLOCK_BYTES
+    if begun:
+        yield _one(begun)
+
+
+def _one(pieces: Sequence[memoryview]) -> Buffer:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class MalformedError(ValueError):

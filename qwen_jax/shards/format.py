@@ -42,12 +42,37 @@ class ShardError(BadDataError):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """[n, hidden] rows that lie in several arrays, one behind the other, as the steps of a run gave them."""
+
+    pieces: Sequence[np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(map(len, self.pieces)), self.pieces[0].shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.pieces[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+Layers = np.ndarray | Sequence[np.ndarray | Rows]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sample as the worker hands it over.
 
     Attributes:
         sample_idx: 0-based line number in the stream.
-        activations: [n_layers, n_tokens, hidden] array, or one [n_tokens, hidden] array a layer; float32,
+        activations: [n_layers, n_tokens, hidden] array, or one [n_tokens, hidden] array or Rows a layer; float32,
             float16 or bfloat16.
         token_ids: int32 [n_tokens], of the tokens that are kept.
         text_preview: the first characters of the prompt.
@@ -60,15 +85,15 @@ class Sample:
     """
 
     sample_idx: int
-    activations: np.ndarray | Sequence[np.ndarray]
+    activations: Layers
     token_ids: np.ndarray
     text_preview: str
     task_id: str
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
-    kinds: Mapping[str, np.ndarray | Sequence[np.ndarray]] = field(default_factory=dict)
-    embedding: np.ndarray | None = None
+    kinds: Mapping[str, Layers] = field(default_factory=dict)
+    embedding: np.ndarray | Rows | None = None
 
-    def stored(self) -> list[np.ndarray]:
+    def stored(self) -> list[np.ndarray | Rows]:
         """Every activation array that the shard holds once."""
         kinds = list(self.kinds.values()) or [self.activations]
         arrays = [array for kind in kinds for array in kind]
@@ -144,7 +169,7 @@ def write_shard(
     _check_samples(layers, samples)
     with ParallelGzipWriter(file, threads) as out:
         for piece in _pickle_pieces(layers, samples):
-            out.write(piece)
+            out.write_joined(piece if isinstance(piece, list) else [piece])
     return ShardInfo(
         samples=len(samples),
         tokens=sum(len(sample.token_ids) for sample in samples),
@@ -273,7 +298,7 @@ class _Memo:
     def __init__(self) -> None:
         self._slots: dict[Hashable, int] = {}
 
-    def once(self, key: Hashable, pieces: Callable[[], Iterable[Buffer]]) -> Iterator[Buffer]:
+    def once(self, key: Hashable, pieces: Callable[[], Iterable["Piece"]]) -> Iterator["Piece"]:
         """The pieces at the first call for `key`; from then on what fetches their value again."""
         if key in self._slots:
             yield _get(self._slots[key])
@@ -283,7 +308,11 @@ class _Memo:
         yield _put(self._slots[key])
 
 
-def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Buffer]:
+Piece = Buffer | list[Buffer]
+"""Bytes of the pickle; a list is one array's, which belong together."""
+
+
+def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Piece]:
     memo = _Memo()
     yield pickle.PROTO + b"\x04" + _prologue() + pickle.EMPTY_DICT
     for position, layer in enumerate(layers):
@@ -314,8 +343,12 @@ def _dtype_opcodes(dtype: np.dtype) -> bytes:
 
 
 def _record_pieces(
-    memo: _Memo, sample: Sample, place: Hashable, activation: np.ndarray, kinds: Mapping[str, np.ndarray]
-) -> Iterator[Buffer]:
+    memo: _Memo,
+    sample: Sample,
+    place: Hashable,
+    activation: np.ndarray | Rows,
+    kinds: Mapping[str, np.ndarray | Rows],
+) -> Iterator[Piece]:
     """One record. place: tells it from the sample's records of other layers."""
     values: Mapping[str, Any] = {
         "sample_idx": int(sample.sample_idx),
@@ -326,7 +359,7 @@ def _record_pieces(
     first_kind = next(iter(kinds), None)
     shared = {"token_ids": sample.token_ids, **sample.extras}
 
-    def array_once(name: str, array: np.ndarray) -> Iterator[Buffer]:
+    def array_once(name: str, array: np.ndarray | Rows) -> Iterator[Piece]:
         return memo.once(
             (place if name in kinds else "", sample.sample_idx, name), lambda: _array_pieces(memo, array)
         )
@@ -348,10 +381,11 @@ def _record_pieces(
     yield pickle.SETITEMS + pickle.APPEND
 
 
-def _array_pieces(memo: _Memo, array: np.ndarray) -> Iterator[Buffer]:
-    """What numpy's own pickling means, with the data as a view of the array."""
-    data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    size = len(data)
+def _array_pieces(memo: _Memo, array: np.ndarray | Rows) -> Iterator[Piece]:
+    """What numpy's own pickling means, with the data as views of the array."""
+    arrays = array.pieces if isinstance(array, Rows) else [array]
+    data = [memoryview(np.ascontiguousarray(each).reshape(-1).view(np.uint8)) for each in arrays]
+    size = array.nbytes
     length = (
         pickle.BINBYTES + struct.pack("<I", size)
         if size < 1 << 32

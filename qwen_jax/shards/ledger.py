@@ -59,6 +59,10 @@ class RunIdentity:
     header: Mapping[str, Any]
 
     @property
+    def max_seq_length(self) -> int:
+        return self.fingerprint.get("max_seq_length", 0)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """What is stored of a layer, the main kind first."""
         return tuple(self.header.get("activation_types", ()))
@@ -91,6 +95,20 @@ class Ledger:
     @property
     def bad_records(self) -> int:
         return sum(1 for note in self.skipped if note["bad_record"])
+
+    def length_note(self, max_seq_length: int) -> str:
+        """How many samples did not fit, and what would; empty where all did."""
+        too_long = [note for note in self.skipped if note["full_length"] > max_seq_length]
+        counted = {
+            "lost examples": self.shortened,
+            "were cut": self.truncated,
+            "were skipped as too long": too_long,
+        }
+        if not any(counted.values()):
+            return ""
+        longest = max(note["full_length"] for notes in counted.values() for note in notes)
+        counts = ", ".join(f"{len(notes)} {what}" for what, notes in counted.items() if notes)
+        return f"of the prompts so far {counts}; --max_seq_length {longest} would keep them whole"
 
     def with_shard(
         self, shard: ShardEntry, skipped: Iterable[dict], truncated: Iterable[dict], shortened: Iterable[dict]
@@ -297,6 +315,7 @@ def _notes(fields: Mapping[str, Any], key: str) -> tuple[dict, ...]:
         if not all(isinstance(value, str | int) for value in note.values()):
             raise DamagedError(f"{key} holds a note whose values are not plain")
         _count(note, "sample_idx")
+        _count(note, "full_length")
         if key == "skipped" and not isinstance(note.get("bad_record"), bool):
             raise DamagedError("a skipped sample does not say whether it was a bad record")
     return tuple(notes)

@@ -33,6 +33,19 @@ def shard_stats_name(number: int) -> str:
 
 
 @dataclass(frozen=True)
+class RowSums:
+    """Of the stored rows of one sample and kind: norms_CR their Euclidean norms; counts_E the rows of each of E blocks
+    in order; of each channel over a block mean_CED the mean, squares_CED the sum of squared distances from it, and
+    max_abs_CED the largest absolute value."""
+
+    norms_CR: np.ndarray
+    counts_E: np.ndarray
+    mean_CED: np.ndarray
+    squares_CED: np.ndarray
+    max_abs_CED: np.ndarray
+
+
+@dataclass(frozen=True)
 class KindStats:
     """Statistics of the stored rows of one kind (residual, attn, mlp, embedding), C captured layers.
 
@@ -50,22 +63,17 @@ class KindStats:
     norm_max_C: np.ndarray
 
     @classmethod
-    def of_samples(
-        cls,
-        layers: Sequence[int],
-        norms: Sequence[np.ndarray],
-        means: Sequence[np.ndarray],
-        squares: Sequence[np.ndarray],
-        max_abs: Sequence[np.ndarray],
-    ) -> Self:
-        """From each sample's norms_CR, mean_CD, squares_CD and max_abs_CD (see model.capture.Tap), summed in float64
-        in order."""
-        counts_S = np.array([norms_CR.shape[1] for norms_CR in norms])
-        mean_CD, variance_CD = _pool(counts_S, np.stack(means), np.stack(squares) / counts_S[:, None, None])
-        max_abs_CD = np.max(max_abs, axis=0).astype(np.float64)
-        total_C = sum(norms_CR.sum(axis=1, dtype=np.float64) for norms_CR in norms)
-        largest_C = np.max([norms_CR.max(axis=1) for norms_CR in norms], axis=0).astype(np.float64)
-        count = int(counts_S.sum())
+    def of_samples(cls, layers: Sequence[int], samples: Sequence[RowSums]) -> Self:
+        """Of samples in the order of the shard, summed in float64."""
+        counts_E = np.concatenate([sums.counts_E for sums in samples])
+        means_ECD, squares_ECD, max_abs_ECD = (
+            np.concatenate([getattr(sums, name) for sums in samples], axis=1).swapaxes(0, 1)
+            for name in ("mean_CED", "squares_CED", "max_abs_CED")
+        )
+        mean_CD, variance_CD = _pool(counts_E, means_ECD, squares_ECD / counts_E[:, None, None])
+        total_C = sum(sums.norms_CR.sum(axis=1, dtype=np.float64) for sums in samples)
+        largest_C = np.max([sums.norms_CR.max(axis=1) for sums in samples], axis=0).astype(np.float64)
+        max_abs_CD, count = max_abs_ECD.max(axis=0).astype(np.float64), int(counts_E.sum())
         return cls(tuple(layers), count, mean_CD, variance_CD, max_abs_CD, total_C / count, largest_C)
 
     @property
@@ -152,14 +160,23 @@ def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[st
 
 def _recompute(layers: Sequence[int], records_CS: Sequence[Sequence[Mapping]], key: str) -> KindStats:
     """One layer and sample at a time, since in float64 a shard is four times its size."""
+    return KindStats.of_samples(
+        layers, [_exact_sums(of_sample, key) for of_sample in zip(*records_CS, strict=True)]
+    )
+
+
+def _exact_sums(records_C: Sequence[Mapping], key: str) -> RowSums:
+    """A sample's rows as one block."""
     norms, means, squares, max_abs = [], [], [], []
-    for of_sample in zip(*records_CS, strict=True):
-        rows = [record[key].astype(np.float64) for record in of_sample]
-        norms.append(np.stack([np.linalg.norm(rows_RD, axis=1) for rows_RD in rows]))
-        means.append(np.stack([rows_RD.mean(axis=0) for rows_RD in rows]))
-        squares.append(np.stack([rows_RD.var(axis=0) * len(rows_RD) for rows_RD in rows]))
-        max_abs.append(np.stack([np.abs(rows_RD).max(axis=0) for rows_RD in rows]))
-    return KindStats.of_samples(layers, norms, means, squares, max_abs)
+    for record in records_C:
+        rows_RD = record[key].astype(np.float64)
+        norms.append(np.linalg.norm(rows_RD, axis=1))
+        means.append(rows_RD.mean(axis=0))
+        squares.append(rows_RD.var(axis=0) * len(rows_RD))
+        max_abs.append(np.abs(rows_RD).max(axis=0))
+    norms_CR = np.stack(norms)
+    of_block = (np.stack(values)[:, None] for values in (means, squares, max_abs))
+    return RowSums(norms_CR, np.array(norms_CR.shape[1:]), *of_block)
 
 
 def merge_stats(stats: Sequence[Stats]) -> Stats:

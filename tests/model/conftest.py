@@ -1,5 +1,6 @@
 """One random reference per shape, saved once a session, and our model loaded from it."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,10 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.data.prompts import TokenizedSample
+from qwen_jax.data.steps import StepShape, lay_into_steps
+from qwen_jax.model.attention import Blocked
+from qwen_jax.model.capture import Capture, Program
 from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.qwen2 import Qwen2
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
+from qwen_jax.run.pipeline import CapturedSample, captured_samples
 
 # hidden, mlp, layers, heads, kv heads, vocabulary, tied: the head layouts of the published sizes.
 SHAPES = {
@@ -36,9 +42,43 @@ class Reference:
         return np.random.default_rng(7).integers(0, self.config.vocab_size, (rows, length), np.int32)
 
 
-def run(model, tokens, layers, tap="residual"):
-    """[C, B, T, D]: one tap of the layers."""
-    return model(tokens, layers, [tap])[0][tap]
+def program_of(
+    model: Qwen2, layers: Sequence[int], taps: Sequence[str], shape: StepShape, **settings
+) -> Program:
+    """The program of that model's weights on this machine's devices."""
+    dtype = str(model.embed_VD.dtype)
+    given = {"dtype": dtype, "stored_dtype": dtype, "mesh": make_mesh(), "form": Blocked()} | settings
+    num_layers = model.blocks.attn.q_NHD.shape[0]
+    return Program(model.config, num_layers, tuple(layers), tuple(taps), shape=shape, **given)
+
+
+def samples_of(prompts: Iterable[np.ndarray], first: int = 0) -> list[TokenizedSample]:
+    """int32 token ids of each sample."""
+    return [
+        TokenizedSample(number, ids, np.zeros(len(ids), np.int32), None, "", "", False, 0, len(ids))
+        for number, ids in enumerate(prompts, first)
+    ]
+
+
+def capture_samples(
+    capture: Capture, shape: StepShape, samples: Iterable[TokenizedSample]
+) -> list[CapturedSample]:
+    return list(captured_samples(lay_into_steps(samples, shape), capture))
+
+
+def joined(sample: CapturedSample, tap: str = "residual") -> np.ndarray:
+    """[C, n, D]"""
+    return np.concatenate(sample.taps[tap].pieces, axis=1)
+
+
+def run(
+    model: Qwen2, tokens: np.ndarray, layers: Sequence[int], tap: str = "residual", **settings
+) -> np.ndarray:
+    """[C, B, T, D]: one tap of the layers, of prompts of one length, in steps that cut through them."""
+    shape = StepShape(settings.pop("step_tokens", 50), tokens.shape[1])
+    capture = Capture(program_of(model, layers, [tap], shape, **settings), model)
+    found = capture_samples(capture, shape, samples_of(tokens))
+    return np.stack([joined(sample, tap) for sample in found], axis=1)
 
 
 @pytest.fixture(scope="session", params=SHAPES)

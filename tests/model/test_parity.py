@@ -10,13 +10,15 @@ import pytest
 import torch
 from flax import nnx
 
-from qwen_jax.model.attention import blocked_attention
+from qwen_jax.data.steps import StepShape
+from qwen_jax.model.attention import Blocked
+from qwen_jax.model.capture import Capture
 from qwen_jax.model.config import read_config
 from qwen_jax.model.qwen2 import TAPS, rope_tables
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from tests.hf_reference import load_reference, reference_taps
-from tests.model.conftest import run
+from tests.model.conftest import capture_samples, joined, program_of, run, samples_of
 
 MODULE_TOLERANCE = 1e-5
 STACK_TOLERANCE = 1e-4
@@ -44,20 +46,26 @@ def test_every_layer_of_every_tap(reference, rows, length):
             assert worst_error(ours[layer], theirs[tap][layer]) < STACK_TOLERANCE, (tap, layer)
 
 
-def test_query_blocks_agree_with_hugging_face_over_several_blocks(small):
+def test_long_samples_over_many_steps_and_blocks_of_keys(small):
     tokens = small.tokens(1, 1300)
     theirs = reference_taps(small.hf, tokens)["residual"]
-    ours = run(small.ours(), tokens, range(small.config.num_layers))
+    ours = run(small.ours(), tokens, range(small.config.num_layers), step_tokens=300)
     assert worst_error(ours, theirs) < STACK_TOLERANCE
 
 
-def test_unequal_lengths_in_a_batch(reference):
-    """Each right-padded row equals the same prompt alone in Hugging Face."""
-    tokens = reference.tokens(3, 24)
-    ours = np.asarray(run(reference.ours(), tokens, range(reference.config.num_layers)))
-    for row, length in enumerate((24, 5, 17)):
-        theirs = reference_taps(reference.hf, tokens[row : row + 1, :length])["residual"]
-        assert worst_error(ours[:, row : row + 1, :length], theirs) < STACK_TOLERANCE
+def test_samples_of_unequal_lengths_in_one_row(reference):
+    """Each equals the same prompt alone in Hugging Face, whatever stands beside it."""
+    shape = StepShape(31, 90)
+    prompts = [reference.tokens(1, n)[0] for n in (24, 5, 90, 1, 31, 62)]
+    layers = range(reference.config.num_layers)
+    capture = Capture(program_of(reference.ours(), layers, TAPS, shape), reference.ours())
+    for sample in capture_samples(capture, shape, samples_of(prompts)):
+        theirs = reference_taps(reference.hf, sample.tokenized.token_ids[None])
+        for tap in TAPS:
+            assert worst_error(joined(sample, tap), theirs[tap][:, 0]) < STACK_TOLERANCE, (
+                tap,
+                sample.sample_idx,
+            )
 
 
 def test_hidden_states_of_hugging_face_are_our_layers_shifted_by_one(reference):
@@ -76,21 +84,25 @@ def test_hidden_states_of_hugging_face_are_our_layers_shifted_by_one(reference):
 
 def test_each_module_alone(reference):
     """Given Hugging Face's own input, each module's output is within the tighter module tolerance."""
-    tokens = reference.tokens(2, 33)
+    tokens = reference.tokens(1, 33)
     caught = _module_inputs_and_outputs(reference.hf, tokens)
     graph, params = nnx.split(reference.ours().blocks)
-    cos_TH, sin_TH = rope_tables(reference.config, tokens.shape[1], jnp.float32)
+    cos_TH, sin_TH = rope_tables(reference.config, 33)
+    form = Blocked()
+    shapes = form.carried_shapes(8, reference.config.num_kv_heads, reference.config.head_dim)
+    carried = tuple(jnp.zeros(shape) for shape in shapes)
+    attend = form(jnp.arange(33))
     for layer in range(reference.config.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
         modules = {
             "input_layernorm": block.attn_norm,
-            "self_attn": lambda x, attn=block.attn: attn(x, cos_TH, sin_TH, blocked_attention),
+            "self_attn": lambda x, attn=block.attn: attn(x, cos_TH, sin_TH, attend, carried)[0],
             "post_attention_layernorm": block.mlp_norm,
             "mlp": block.mlp,
         }
         for name, module in modules.items():
             given, expected = caught[layer, name]
-            assert worst_error(module(jnp.asarray(given)), expected) < MODULE_TOLERANCE, (layer, name)
+            assert worst_error(module(jnp.asarray(given[0])), expected[0]) < MODULE_TOLERANCE, (layer, name)
 
 
 def test_the_norm_of_a_tiny_input_uses_eps(small):

@@ -19,6 +19,7 @@ import pytest
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.run.commit import Committer
 from qwen_jax.run.pipeline import CapturedSample, FilledShard, SampleTap
+from qwen_jax.shards.statistics import RowSums
 from tests.fake_gcs import FakeGcs
 from tests.hf_reference import make_reference, save_reference
 from tests.run_worker.starts import ROOT, Start
@@ -201,13 +202,14 @@ def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
     tokenized = TokenizedSample(
         index, tokens, roles, None, f"prompt {index}", f"task {index}", False, 0, n_tokens
     )
-    tap = SampleTap(
-        activations_CTD,
-        np.linalg.norm(activations_CTD, axis=-1),
+    sums = (
         activations_CTD.mean(axis=1),
         activations_CTD.var(axis=1) * n_tokens,
         np.abs(activations_CTD).max(axis=1),
     )
+    norms = np.linalg.norm(activations_CTD, axis=-1)
+    row_sums = RowSums(norms, np.array([n_tokens]), *(each[:, None] for each in sums))
+    tap = SampleTap([activations_CTD], row_sums)
     return CapturedSample(tokenized, {"residual": tap})
 
 

@@ -2,20 +2,21 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.data.batching import BatchShapes, windows
 from qwen_jax.data.prompts import TokenizedSample
-from qwen_jax.model.capture import Captured, Tap
+from qwen_jax.data.steps import Step, StepShape, lay_into_steps
+from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter
 from qwen_jax.run.pipeline import STEPS_IN_FLIGHT, CapturedSample, captured_samples
 
-SHAPES = BatchShapes(max_seq_length=128, rows_per_device=2)
+SHAPE = StepShape(tokens=256, positions=128)
 WAIT_S = 30
 
 
@@ -30,40 +31,66 @@ class FakeDevice:
     def __init__(self) -> None:
         self.started = 0
 
-    def __call__(self, tokens_BT, counts_B, positions_BR, answers_BA) -> Captured:
+    def __call__(self, step: Step) -> "FakeStep":
         self.started += 1
-        stored_CBRD = np.repeat(tokens_BT[None, :, :, None], 2, axis=-1).astype(np.float32)
-        channel_CBD = np.zeros((1, len(tokens_BT), 2), np.float32)
-        return Captured({"residual": Tap(stored_CBRD, stored_CBRD[..., 0], *[channel_CBD] * 3)})
+        return FakeStep(step)
 
 
-def run(lengths: list[int], device: FakeDevice, first: int = 0) -> Iterator[CapturedSample]:
-    samples = [tokenized(index, length) for index, length in enumerate(lengths)]
-    return captured_samples(windows(samples, 2 * SHAPES.tokens_per_step), SHAPES, device, first)
+class FakeStep:
+    def __init__(self, step: Step):
+        self.step = step
+
+    def rows(self) -> list[RowResult]:
+        starts, _ = self.step.blocks()
+        results = []
+        for row, tokens_T in enumerate(self.step.tokens_XT):
+            kept_XR = self.step.kept_XR
+            kept = tokens_T if kept_XR is None else tokens_T[kept_XR[row]]
+            stored_CRD = np.repeat(kept[None, :, None], 2, axis=-1).astype(np.float32)
+            sums_CED = np.zeros((1, starts[:, row].size, 2), np.float32)
+            results.append(RowResult({"residual": TapRows(stored_CRD, stored_CRD[..., 0], *[sums_CED] * 3)}))
+        return results
+
+
+def run(
+    lengths: list[int], device: FakeDevice, first: int = 0, shape: StepShape = SHAPE
+) -> Iterator[CapturedSample]:
+    samples = [tokenized(index, length) for index, length in enumerate(lengths)][first:]
+    return captured_samples(lay_into_steps(samples, shape), device)
 
 
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 128), min_size=1, max_size=60), data=st.data())
 def test_every_sample_from_the_first_on_comes_once_in_order_with_its_own_rows(lengths, data):
     first = data.draw(st.integers(0, len(lengths) - 1))
-    found = list(run(lengths, FakeDevice(), first))
+    shape = StepShape(data.draw(st.sampled_from([16, 256])), 128, data.draw(st.integers(1, 3)))
+    found = list(run(lengths, FakeDevice(), first, shape))
     assert [sample.sample_idx for sample in found] == list(range(first, len(lengths)))
     for sample in found:
-        rows_RD = sample.taps["residual"].activations_CRD[0]
+        rows_RD = np.concatenate(sample.taps["residual"].pieces, axis=1)[0]
         assert (rows_RD == sample.tokenized.token_ids[:, None]).all() and rows_RD.shape[1] == 2
+
+
+def test_a_step_of_which_little_is_wanted_is_not_kept_alive():
+    """A view would hold all of it."""
+    kept = replace(tokenized(0, 100), positions=np.arange(40, dtype=np.int32))  # of 64
+    (whole,) = captured_samples(lay_into_steps([tokenized(0, 256)], StepShape(256, 256)), FakeDevice())
+    (few,) = captured_samples(lay_into_steps([kept], StepShape(1024, 128)), FakeDevice())
+    assert whole.taps["residual"].pieces[0].base is not None
+    assert few.taps["residual"].pieces[0].base is None
 
 
 def test_the_device_runs_ahead_of_the_host_by_a_bounded_number_of_steps():
     device = FakeDevice()
     taken = 0
     for taken, _ in enumerate(run([128] * 40, device), 1):
-        batch = -(-taken // 2)  # two such samples fill a step
-        assert device.started == min(20, batch + STEPS_IN_FLIGHT)
+        step = -(-taken // 2)  # two such samples fill a step
+        assert device.started == min(20, step + STEPS_IN_FLIGHT)
     assert taken == 40
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_reading_runs_ahead_by_a_bounded_number_of_windows(depth):
+def test_reading_runs_ahead_by_a_bounded_number_of_steps(depth):
     made: list[int] = []
     waiting = threading.Semaphore(0)
 

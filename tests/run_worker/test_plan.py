@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from qwen_jax.cli import FlagParser
+from qwen_jax.data.steps import BLOCK_TOKENS
 from qwen_jax.errors import BadDataError, ConfigError, UsageError
 from qwen_jax.run.flags import add_worker_flags, to_settings
 from qwen_jax.run.plan import make_plan
@@ -25,7 +26,7 @@ def plan_of(workspace, *flags, **assumptions):
 
 def test_a_full_plan_is_exact(finished):
     plan, totals = plan_of(finished), finished.metadata()["totals"]
-    assert plan.exact and 0.8 < plan.real_share < 1
+    assert plan.exact
     assert (plan.samples, plan.skipped, plan.shortened) == (
         totals["samples"],
         totals["skipped"],
@@ -49,10 +50,11 @@ def test_fewer_tokens_and_more_kinds(finished):
 
 def test_a_sample_of_the_lines_is_scaled_and_says_so(finished):
     full, some = plan_of(finished), plan_of(finished, plan_samples=12)
-    assert not some.exact and some.real_share is None
+    assert not some.exact
     assert "from 12 lines drawn at random" in "\n".join(some.lines_of_text())
     assert some.prompt_tokens == pytest.approx(full.prompt_tokens, rel=0.3)
-    assert some == plan_of(finished, plan_samples=12)
+    again = plan_of(finished, plan_samples=12)
+    assert list(some.lines_of_text()) == list(again.lines_of_text())
 
 
 def test_time_and_cost(finished):
@@ -72,29 +74,43 @@ def test_a_dry_run_writes_nothing(workspace):
 def test_another_machine_is_planned_for(finished):
     one = plan_of(finished, "--dtype", "bfloat16")
     eight = plan_of(finished, "--dtype", "bfloat16", "--model_parallel", "2", devices=8)
-    assert (one.devices, eight.devices) == (1, 8)
+    assert (one.step.mesh.size, eight.step.mesh.size) == (1, 8)
     assert eight.host_bytes > one.host_bytes  # four rows of devices, so four times the tokens a step
-    assert one.weight_bytes / 2 < eight.weight_bytes < 0.8 * one.weight_bytes  # the embedding is not shared
-    assert eight.samples == one.samples and eight.real_share < one.real_share
+    assert (
+        one.step.weight_bytes / 2 < eight.step.weight_bytes < 0.8 * one.step.weight_bytes
+    )  # the embedding is not shared
+    assert eight.samples == one.samples
     assert "on each of 8" in "\n".join(eight.lines_of_text())
 
 
 def test_the_memory_of_a_device(finished):
-    """Weights up to the deepest layer; as many rows as the largest batch keeps."""
+    """Weights up to the deepest layer; the keys and values that are carried on, and the steps in flight."""
     with safe_open(finished.model / "model.safetensors", "numpy") as file:
         sizes = {name: np.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     unused = ("lm_head.weight", "model.norm.weight")
     all_layers = sum(size for name, size in sizes.items() if name not in unused)
     first = sum(size for name, size in sizes.items() if "embed" in name or ".layers.0." in name)
-    assert plan_of(finished).weight_bytes == 4 * all_layers
-    assert plan_of(finished, "--layers_to_extract", "0", "--dtype", "bfloat16").weight_bytes == 2 * first
+    assert plan_of(finished).step.weight_bytes == 4 * all_layers
+    assert plan_of(finished, "--layers_to_extract", "0", "--dtype", "bfloat16").step.weight_bytes == 2 * first
     answers = plan_of(finished, "--layers_to_extract", "0", "--include_answer")
-    assert answers.weight_bytes == 4 * (all_layers + sizes["model.norm.weight"])
-    full, last = plan_of(finished), plan_of(finished, "--keep_tokens", "last")
-    assert 1000 < full.step_rows <= 2 * 640  # --batch_size 2, --max_seq_length 640
-    assert plan_of(finished, plan_samples=3).step_rows > 1000
-    assert full.step_bytes == full.step_rows * full.bytes_per_token
-    assert last.step_rows < 20
+    assert answers.step.weight_bytes == 4 * (all_layers + sizes["model.norm.weight"])
+    full = plan_of(finished)
+    assert full.step.shape.tokens == 2 * 256  # --batch_size 2 on a CPU
+    assert full.step_bytes == 3 * 512 * full.bytes_per_token
+    config = full.outline.config
+    keys = 2 * 640 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    last_rows = BLOCK_TOKENS * full.bytes_per_token
+    assert full.step.carried_bytes == keys + last_rows
+
+
+def test_the_lengths_and_what_others_would_keep(finished):
+    plan = plan_of(finished)
+    text = "\n".join(plan.lines_of_text())
+    assert len(plan.lengths) == plan.lines and f"longest {plan.lengths.max():,} tokens" in text
+    whole = (plan.lengths <= 2048).mean()
+    tokens = np.minimum(plan.lengths, 2048).sum()
+    assert f"at 2,048    {whole:.1%} of the prompts whole, at most {tokens:,} tokens" in text
+    assert text.count("of the prompts whole") == 4
 
 
 @pytest.mark.parametrize(

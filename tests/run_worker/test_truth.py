@@ -144,11 +144,20 @@ def test_stored_dtype(workspace, finished):
 def test_eight_devices_store_what_one_does(workspace, finished):
     """Also with the weights split over two devices each; metadata names the devices."""
     many = workspace.having(XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    many.run("--max_samples", "6", "--model_parallel", "2", "--lookahead", "1")
-    assert many.metadata()["settings"]["devices"] == 8
+    many.run("--max_samples", "6", "--model_parallel", "2")
+    assert many.metadata()["devices"] == 8
     stored, expected = records(many), records(finished)
     for layer in range(3):
         assert stored[layer]
         for ours, theirs in zip(stored[layer], expected[layer], strict=False):
             assert ours["sample_idx"] == theirs["sample_idx"]
             np.testing.assert_allclose(ours["activation"], theirs["activation"], rtol=0, atol=1e-4)
+
+
+def test_the_closing_line_says_how_many_did_not_fit_and_what_would(finished):
+    """A finished worker that is started again says it once more. At that length none is shortened."""
+    metadata = finished.metadata()
+    said = finished.run().stdout.splitlines()[-1]
+    longest = max(note["full_length"] for note in metadata["shortened"] + metadata["skipped"])
+    assert f"{len(metadata['shortened'])} lost examples" in said
+    assert said.endswith(f"--max_seq_length {longest} would keep them whole")

@@ -22,7 +22,6 @@ TYPED = {
         "SHARD_SIZE_GB": "0.5",
         "MAX_SEQ_LENGTH": "77",
         "MAX_SAMPLES": "5",
-        "LOOKAHEAD": "2",
     },
     **{"MAX_BAD_RECORDS": "3", "LAYERS_TO_EXTRACT": "0 3", "ACTIVATION_TYPE": "mlp attn", "SKIP_FIRST": "1"},
     **{"KEEP_TOKENS": "role:test_input,answer", "DTYPE": "float32", "ACTIVATION_DTYPE": "float32"},

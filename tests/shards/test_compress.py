@@ -193,3 +193,17 @@ def test_threads_end_with_the_writer():
     before = threading.active_count()
     written([bytes(5000)], threads=3)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    "sizes", [[0], [400, 300, 900], [999, 1, 1000], [1500, 2, 0, 4000], [25_017, 3], [1, 999, 7]]
+)
+def test_pieces_give_the_bytes_of_the_whole(sizes, monkeypatch):
+    """Also where they are compressed in place, in blocks that lie in several of them."""
+    monkeypatch.setattr(compress, "IN_PLACE_BYTES", 2000)
+    data = random.Random(0).randbytes(sum(sizes))
+    ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+    file = io.BytesIO()
+    with ParallelGzipWriter(file, 2) as out:
+        out.write_joined([data[end - size : end] for size, end in zip(sizes, ends, strict=True)])
+    assert file.getvalue() == written([data])

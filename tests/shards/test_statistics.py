@@ -7,20 +7,26 @@ import pytest
 from safetensors.numpy import load, save
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.shards.statistics import MASSIVE, KindStats, merge_stats, parse_stats, stats_bytes
+from qwen_jax.shards.statistics import MASSIVE, KindStats, RowSums, merge_stats, parse_stats, stats_bytes
 
 LAYERS = (3, 7)
 
 
 def of_rows(samples: list[np.ndarray]) -> KindStats:
-    """From samples [layers, rows, hidden], by way of the float32 numbers that a device gives."""
-    rows = [sample.astype(np.float32) for sample in samples]
-    return KindStats.of_samples(
-        LAYERS,
-        [np.linalg.norm(sample, axis=-1) for sample in rows],
-        [sample.mean(axis=1) for sample in rows],
-        [np.square(sample - sample.mean(axis=1, keepdims=True)).sum(axis=1) for sample in rows],
-        [np.abs(sample).max(axis=1) for sample in rows],
+    """From samples [layers, rows, hidden], by way of the float32 numbers that a device gives of blocks of 70 rows."""
+    return KindStats.of_samples(LAYERS, [row_sums(sample.astype(np.float32)) for sample in samples])
+
+
+def row_sums(rows: np.ndarray) -> RowSums:
+    blocks = [rows[:, start : start + 70] for start in range(0, rows.shape[1], 70)]
+    return RowSums(
+        np.linalg.norm(rows, axis=-1),
+        np.array([block.shape[1] for block in blocks]),
+        np.stack([block.mean(axis=1) for block in blocks], axis=1),
+        np.stack(
+            [np.square(block - block.mean(axis=1, keepdims=True)).sum(axis=1) for block in blocks], axis=1
+        ),
+        np.stack([np.abs(block).max(axis=1) for block in blocks], axis=1),
     )
 
 

@@ -1,0 +1,107 @@
+"""A sample's bits are a function of the sample and the settings alone, in float32 and in bfloat16."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax.data.steps import BLOCK_TOKENS, StepShape
+from qwen_jax.model.capture import Capture
+from tests.model.conftest import capture_samples, joined, program_of, samples_of
+
+LENGTHS = (40, 1, 300, 77, 130, 64, 5, 299, 33)
+TAPS = ("residual", "attn", "mlp", "embedding")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def setting(request, small):
+    """A capture of every tap, its shape and some prompts; each test takes the capture as another one left it."""
+    model = small.ours(jnp.dtype(request.param))
+    shape = StepShape(96, max(LENGTHS))
+    capture = Capture(program_of(model, range(small.config.num_layers), TAPS, shape), model)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, small.config.vocab_size, length).astype(np.int32) for length in LENGTHS]
+    return capture, shape, prompts
+
+
+def bits(capture, shape, prompts) -> dict[bytes, list[np.ndarray]]:
+    """By the prompt's tokens: all that is stored of it, and its sums."""
+    found = {}
+    for sample in capture_samples(capture, shape, samples_of(prompts)):
+        sums = [array for tap in TAPS for array in vars(sample.taps[tap].sums).values()]
+        found[sample.tokenized.token_ids.tobytes()] = [*(joined(sample, tap) for tap in TAPS), *sums]
+    return found
+
+
+def assert_equal_bits(ours, theirs, prompts) -> None:
+    for prompt in prompts:
+        for a, b in zip(ours[prompt.tobytes()], theirs[prompt.tobytes()], strict=True):
+            assert a.tobytes() == b.tobytes(), f"the sample of {len(prompt)} tokens"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neighbours_order_and_where_steps_end(setting, seed):
+    """Others before, between and behind, in another order: every sample begins and is cut elsewhere."""
+    capture, shape, prompts = setting
+    expected = bits(capture, shape, prompts)
+    rng = np.random.default_rng(seed)
+    strangers = [rng.integers(0, 199, rng.integers(1, 120)).astype(np.int32) for _ in range(4)]
+    mixed = [*prompts, *strangers]
+    rng.shuffle(mixed)
+    assert_equal_bits(bits(capture, shape, mixed), expected, prompts)
+
+
+def test_each_alone(setting):
+    """As a run that is cut there begins."""
+    capture, shape, prompts = setting
+    expected = bits(capture, shape, prompts)
+    for prompt in prompts:
+        assert_equal_bits(bits(capture, shape, [prompt]), expected, [prompt])
+
+
+def test_blocks_of_statistics_span_steps(setting):
+    """Or the test above would say nothing of them."""
+    _, shape, prompts = setting
+    assert shape.tokens < BLOCK_TOKENS < max(map(len, prompts))
+
+
+PROGRAM = """
+import sys
+import jax.numpy as jnp, numpy as np
+from qwen_jax.data.steps import StepShape
+from qwen_jax.model.capture import Capture
+from qwen_jax.model.config import read_config
+from qwen_jax.model.sharding import make_mesh
+from qwen_jax.model.weights import load_model, open_checkpoint
+from tests.model.conftest import capture_samples, joined, program_of, samples_of
+
+config, mesh = read_config(sys.argv[1]), make_mesh()
+model = load_model(open_checkpoint(sys.argv[1]), config, config.num_layers, jnp.dtype(sys.argv[2]), mesh)
+shape = StepShape(96, 300, mesh.shape["data"])
+rng = np.random.default_rng(5)
+prompts = [rng.integers(0, 199, length).astype(np.int32) for length in (40, 1, 300, 77, 130, 64, 5, 299, 33) * 2]
+capture = Capture(program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh), model)
+found = [joined(sample) for sample in capture_samples(capture, shape, samples_of(prompts))]
+np.save(sys.argv[3], np.concatenate(found, axis=1).view(np.uint8))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_two_and_eight_devices(small, dtype, tmp_path):
+    found = []
+    for devices in (1, 2, 8):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        out = tmp_path / f"{devices}.npy"
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(small.folder), dtype, str(out)],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            cwd=Path(__file__).parents[2],
+            check=True,
+        )
+        found.append(np.load(out))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
