@@ -122,6 +122,10 @@ class Part:
             return range(self.start, self.stop)
         return range(*np.searchsorted(positions, [self.start + before, self.stop + before]).tolist())
 
+    def places(self, positions: np.ndarray, chosen: range) -> np.ndarray:
+        """Where the `chosen` ones of the sample's `positions` stand in the row."""
+        return positions[chosen.start : chosen.stop] + (self.place - self.start)
+
     @property
     def kept_rows(self) -> slice:
         return slice(self.kept_place, self.kept_place + len(self.kept))
@@ -166,36 +170,27 @@ class Step:
     @cached_property
     def kept_counts(self) -> np.ndarray:
         """int32 [rows]: tokens kept of each row."""
-        return self._rows(lambda parts: [sum(len(part.kept) for part in parts)], 1)[:, 0]
+        return self._counts(lambda part: part.kept)
 
-    @property
+    @cached_property
     def kept_XR(self) -> np.ndarray | None:
         """int32 [rows, kept]: the tokens of the step to keep, filled up with 0; None is all."""
         if all(part.sample.positions is None for part in self.parts):
             return None
         size = next(size for size in self.shape.kept_sizes if size >= self.kept_counts.max())
-
-        def places(parts: Sequence[Part]) -> Iterator[int]:
-            for part in parts:
-                positions = part.sample.kept(np.arange(len(part.sample.token_ids)))
-                yield from part.place - part.start + positions[part.kept.start : part.kept.stop]
-
-        return self._rows(places, size)
+        return self._rows(lambda part: part.places(part.sample.positions, part.kept), size)
 
     def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The log-probabilities that are wanted: int32 [rows, tokens] tokens of the step and what should follow each,
         and [rows] how many."""
 
-        def before(parts: Sequence[Part]) -> Iterator[int]:
-            for part in parts:
-                yield from part.place - part.start - 1 + _of(part, part.sample.answer_positions)
+        def following(part: Part) -> np.ndarray:
+            return part.sample.token_ids[part.sample.answer_positions[part.answered]]
 
-        def following(parts: Sequence[Part]) -> Iterator[int]:
-            for part in parts:
-                yield from part.sample.token_ids[_of(part, part.sample.answer_positions)]
-
-        counts = self._rows(lambda parts: [sum(len(part.answered) for part in parts)], 1)[:, 0]
-        return self._rows(before, self.shape.tokens), self._rows(following, self.shape.tokens), counts
+        before = self._rows(
+            lambda part: part.places(part.sample.answer_positions, part.answered) - 1, self.shape.tokens
+        )
+        return before, self._rows(following, self.shape.tokens), self._counts(lambda part: part.answered)
 
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """Starts and sizes of the blocks that this step completes, int32 [times, rows, shape.blocks], in order; times
@@ -211,16 +206,20 @@ class Step:
         starts, sizes = np.moveaxis(table.reshape(2, self.shape.rows, times, -1), 2, 1)
         return starts, sizes
 
-    def _rows(self, values: Callable[[Sequence[Part]], Iterable[int]], width: int) -> np.ndarray:
-        filled = np.zeros((self.shape.rows, width), np.int32)
-        for row, entries in enumerate(filled):
-            found = list(values(self.parts_of(row)))
-            entries[: len(found)] = found
+    def _counts(self, of_part: Callable[[Part], range]) -> np.ndarray:
+        counts = np.zeros(self.shape.rows, np.int32)
+        for part in self.parts:
+            counts[part.row] += len(of_part(part))
+        return counts
+
+    def _rows(self, of_part: Callable[[Part], np.ndarray], width: int) -> np.ndarray:
+        """What each part gives, one behind the other in its row."""
+        filled, ends = np.zeros((self.shape.rows, width), np.int32), [0] * self.shape.rows
+        for part in self.parts:
+            values, start = of_part(part), ends[part.row]
+            ends[part.row] = start + len(values)
+            filled[part.row, start : ends[part.row]] = values
         return filled
-
-
-def _of(part: Part, positions: np.ndarray) -> np.ndarray:
-    return positions[part.answered.start : part.answered.stop]
 
 
 @dataclass

@@ -5,7 +5,6 @@ import sys
 
 from qwen_jax.data.steps import StepShape
 from qwen_jax.run.pipeline import MIN_REAL_SHARE, STEPS_IN_FLIGHT
-from qwen_jax.shards.compress import writer_bytes
 
 # glibc's malloc.h; the numbers are part of its ABI.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -33,9 +32,9 @@ def activation_bytes_bound(shape: StepShape, bytes_per_token: int, shard_bytes: 
 
     Two shards (one filling, one being compressed, each up to one sample over its size) and the step that the older one
     shares with its predecessor; a long sample for each further row, which waits for one before it; the steps in
-    flight and the one being handed out; divided by the share of a kept step that is wanted. And what compressing takes.
+    flight and the one being handed out; divided by the share of a kept step that is wanted.
     """
     shards = 2 * (shard_bytes + shape.positions * bytes_per_token)
     waiting = (shape.rows - 1) * shape.positions * bytes_per_token
     steps = (1 + STEPS_IN_FLIGHT + 1) * shape.per_step * bytes_per_token
-    return round((shards + waiting + steps) / MIN_REAL_SHARE) + writer_bytes()
+    return round((shards + waiting + steps) / MIN_REAL_SHARE)

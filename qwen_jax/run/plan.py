@@ -118,19 +118,22 @@ class Plan:
         yield from self._costs()
 
     def _lengths(self) -> Iterator[str]:
-        """The lengths of whole prompts, and what other values of --max_seq_length would mean."""
+        """The lengths of whole prompts, and what the usual values of --max_seq_length would mean, up to all whole."""
         if not len(self.lengths):
             return
         shown = ", ".join(f"{share}% {np.percentile(self.lengths, share):,.0f}" for share in _PERCENTILES)
         yield f"  lengths     {shown}, longest {self.lengths[-1]:,} tokens"
         scale = self.lines / max(self.tokenized_lines, 1)
-        limits = (limit for limit in USUAL_LENGTHS if limit <= self.outline.config.max_positions)
-        for limit in limits:
+        for limit in USUAL_LENGTHS:
+            if limit > self.outline.config.max_positions:
+                return
             whole = np.searchsorted(self.lengths, limit, side="right") / len(self.lengths)
             tokens = round(np.minimum(self.lengths, limit).sum() * scale)
             cost = _bytes(tokens * self.bytes_per_token)
             name = f"at {limit:,}"
             yield f"  {name:<11} {whole:.1%} of the prompts whole, at most {tokens:,} tokens, {cost} raw if all kept"
+            if whole == 1:
+                return
 
     def _costs(self) -> Iterator[str]:
         assumed = self.assumptions

@@ -75,16 +75,10 @@ def _deflate(block: memoryview) -> list[bytes]:
     return [*head, deflate.compress(block[_HEAD_BYTES:]), deflate.flush()]
 
 
-def usable_cores() -> int:
+def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # absent on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def writer_bytes() -> int:
-    """The most memory that a ParallelGzipWriter on all cores takes: blocks that wait, joined from pieces or compressed,
-    the one that is gathered and the one that is written."""
-    return (usable_cores() + _BLOCKS_WAITING + 2) * BLOCK_BYTES
 
 
 class ParallelGzipWriter:
@@ -92,7 +86,7 @@ class ParallelGzipWriter:
 
     Small writes are gathered into blocks. A write of IN_PLACE_BYTES or more is cut into blocks of its own
     and never copied, as a copy costs a tenth of the speed: its buffer must not change before `close`. The
-    output depends on the writes alone, never on `threads`. Memory: see writer_bytes. Leave the
+    output depends on the writes alone, never on `threads`. Memory: at most `threads + 10` blocks. Leave the
     `with` block by an exception and nothing more is written: the file then ends early and is never
     mistaken for a whole shard.
 
@@ -103,7 +97,7 @@ class ParallelGzipWriter:
 
     def __init__(self, file: Writable, threads: int | None = None):
         self._file = file
-        self._threads = threads or usable_cores()
+        self._threads = threads or _usable_cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gzip")
         self._pending: deque[Future[bytes]] = deque()
         self._block = bytearray()
