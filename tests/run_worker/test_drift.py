@@ -67,7 +67,7 @@ class Prepared:
         assert len(resumed.ledger.shards) == SHARDS
         assert resumed.ledger.next_sample_idx >= 2 * SHARDS
         assert not resumed.is_new
-        Committer(self.run, self.places, (0, 1), resumed.ledger, resumed.fence).mend(bucket=True)
+        Committer(self.run, self.places, (0, 1), resumed.ledger, resumed.fence).mend(resumed.stored)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_checkpoint_torn_at_every_byte_is_rebuilt(local):
         local.markers[0].write_bytes(whole[:length])
         resumed = local.resume()
         assert len(resumed.ledger.shards) == SHARDS and resumed.local_lags, length
-    Committer(local.run, local.places, (0, 1), resumed.ledger, resumed.fence).mend(bucket=False)
+    Committer(local.run, local.places, (0, 1), resumed.ledger, resumed.fence).mend(None)
     assert local.markers[0].read_bytes() == whole
 
 
@@ -315,12 +315,13 @@ def test_a_folder_in_the_place_of_a_marker(local):
 def test_force_restart_names_and_deletes_all_of_it_and_nothing_else(prepared, caplog):
     note = prepared.places.output_dir / "notes.txt"
     note.write_text("mine")
-    discard(prepared.places)
+    discard(prepared.run, prepared.places)
     places = 1 if prepared.places.store is None else 2
     assert f"--force_restart: deleting {places * (2 * SHARDS + 2)} files: " in caplog.text
     assert str(prepared.markers[0]) in caplog.text
     resumed = prepared.resume()
-    assert resumed.is_new and resumed.ledger == Ledger()
+    assert resumed.ledger == Ledger() and not resumed.to_adopt
+    assert resumed.is_new == (prepared.places.store is None)
     assert note.exists()
 
 
