@@ -146,17 +146,9 @@ class Committer:
         """Uploads a shard that an earlier run left whole on the local disk; `ledger` already holds it."""
         log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
         failpoint("adopting")
-        self._fetch(shard_stats_name(len(ledger.shards)))
-        self._fetch(ledger.shards[-1].filename)
         self._commit(ledger, ledger.shards[-1])
         self._shards_begun = len(ledger.shards)
         failpoint("adopted")
-
-    def _fetch(self, name: str) -> None:
-        """Brings what only the bucket has, and no marker there covers: stored anew it is this writer's."""
-        path = self._places.output_dir / name
-        if not path.exists():
-            self._places.store.download_file(name, path)
 
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""

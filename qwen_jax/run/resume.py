@@ -294,10 +294,7 @@ def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[L
     if local is None or durable.status == COMPLETED or local.shards[: len(durable.shards)] != durable.shards:
         return ()
     further = list(local.shards[len(durable.shards) :])
-    if not further:
-        return ()
-    here, there = _local_check(places)(further), _bucket_check(places)(further)
-    checks = [*map(max, here, there), False]
+    checks = [*_local_check(places)(further), False]
     first = len(durable.shards) + 1
     return tuple(local.prefix(n) for n in range(first, first + checks.index(False)))
 

@@ -1,15 +1,15 @@
 """The statistics of a run's durable shards, wherever their files are."""
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.places import Places
 from qwen_jax.shards import load_shard
 from qwen_jax.shards.ledger import ShardEntry
 from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats, shard_stats_name
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
+from qwen_jax.storage.local import TEMP_SUFFIX
 from qwen_jax.storage.store import ObjectInfo
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,13 @@ class StoredStats:
         path = self._places.output_dir / shard.filename
         if path.exists() and file_crc32c(path) == (shard.bytes, shard.crc32c):
             return shard_stats(load_shard(path), self._kinds)
-        with tempfile.TemporaryDirectory(dir=self._places.output_dir) as folder:
-            copy = Path(folder) / shard.filename
-            self._places.store.download_file(shard.filename, copy)
+        copy = path.with_name(path.name + TEMP_SUFFIX)
+        found = self._places.store and self._places.store.download_file(shard.filename, copy)
+        if found is None or (found.size, found.crc32c) != (shard.bytes, shard.crc32c):
+            raise WriterConflictError(
+                f"{shard.filename} was changed or deleted by somebody else while this worker was at work; start again"
+            )
+        try:
             return shard_stats(load_shard(copy), self._kinds)
+        finally:
+            copy.unlink()
