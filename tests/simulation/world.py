@@ -6,6 +6,7 @@ not say goes well. So a script is all there is to a failure, and a shorter one i
 """
 
 import contextlib
+import gc
 import json
 import random
 import threading
@@ -452,6 +453,7 @@ def search(crashes: int, seed: int = 0) -> tuple[int, Violation | None, int]:
     Returns how many did, the violation if any, and the last seed.
     """
     died = 0
+    gc.freeze()  # what the tests have imported need not be looked through again and again
     with simulated():
         while True:
             world = World(Script.random(seed))
