@@ -9,6 +9,7 @@ import pytest
 from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import UsageError
 from qwen_jax.run.settings import WORKER_ID_VARIABLES, bucket_url, resolve_worker_id, worker_folder
+from qwen_jax.storage import open_store
 
 
 def parser() -> FlagParser:
@@ -108,6 +109,24 @@ def test_no_worker_id_is_an_error_never_zero(environment):
 def test_a_bad_worker_id_names_its_source(text):
     with pytest.raises(UsageError, match="TPU_WORKER_ID"):
         resolve_worker_id(None, {"TPU_WORKER_ID": text})
+
+
+def test_an_endless_worker_id_is_refused():
+    with pytest.raises(UsageError, match="9 digits, got 5000"):
+        resolve_worker_id("9" * 5000, {})
+
+
+@pytest.mark.parametrize("prefix", ["../other", "a/../../b", "a\nb", "x" * 5000])
+@pytest.mark.parametrize("bucket", ["bucket", "file:///folder"])
+def test_a_prefix_that_cannot_be_is_refused(bucket, prefix):
+    with pytest.raises(UsageError, match="a prefix may"):
+        bucket_url(bucket, prefix, 0)
+
+
+def test_a_prefix_means_itself_in_a_folder_too(tmp_path):
+    url = bucket_url(tmp_path.as_uri(), "exp#1?%41", 0)
+    open_store(url).put_bytes("a", b"1")
+    assert (tmp_path / "exp#1?%41" / "tpu_0" / "a").exists()
 
 
 def test_workers_never_share_a_folder(tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 from qwen_jax.errors import BadDataError, StorageError, UsageError
 from qwen_jax.shards.ledger import METADATA_NAME, DamagedError, Ledger, parse_metadata, shard_number
@@ -292,8 +291,9 @@ def read_any(path: str | Path) -> bytes:
 
 
 def _plain(path: str | Path) -> str:
-    parts = urlsplit(str(path))
-    return unquote(parts.path) if parts.scheme == "file" else str(path)
+    from qwen_jax.storage.opening import plain_path
+
+    return plain_path(str(path))
 
 
 def _local_runs(path: Path) -> list[Run]:

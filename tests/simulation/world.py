@@ -238,7 +238,12 @@ class World:
             raise self.violation
         if not self._next.finished:
             return self._next
-        return next((machine for machine in self.machines if not machine.finished), None)
+        left = next((machine for machine in self.machines if not machine.finished), None)
+        if left is None and self._due is not None:
+            left = self.machines[self.step % len(self.machines)]
+            left.finished, left.force = False, True
+            self.watch.forget_disk()
+        return left
 
     def _give_turn(self, machine: Machine) -> None:
         if machine.process is None:

@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from qwen_jax.errors import ConfigError, StorageError, TerminatedError
+from qwen_jax.run.settings import bucket_url
 from qwen_jax.storage import PreconditionFailedError, open_store
 from qwen_jax.storage.checksum import crc32c_of
 from qwen_jax.storage.gcs import GcsStore
@@ -60,6 +61,12 @@ class TestGcsStore(StoreContract):
         store.put_bytes("a", b"1")
         assert [info.name for info in store.list()] == ["a"]
         assert server.tree() == {"activations/a": b"1", "elsewhere": b"x"}
+
+
+@pytest.mark.parametrize("prefix", ["exp#1", "exp?2", "a%23b", "#", "ümlaut x"])
+def test_a_prefix_is_a_name_and_no_address(server, prefix):
+    open_store(bucket_url("bucket", prefix, 0)).put_bytes("a", b"1")
+    assert server.tree() == {f"{prefix}/tpu_0/a": b"1"}
 
 
 WRITE_FAULTS = [
