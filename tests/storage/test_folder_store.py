@@ -58,8 +58,8 @@ def test_a_folders_name_is_taken_as_it_is(tmp_path, name):
         "gs://bucket/a/./b",
         f"gs://bucket/{'x' * 1025}",
         "gs://Bucket/a",
-    ]
-    + ["gs://bucket#1/a", "gs://b/a", "gs://bucket/\ud800", "file:///x/\x1b[31m", "a\0b"],
+        *("gs://bucket#1/a", "gs://b/a", "gs://bucket/\ud800", "file:///x/\x1b[31m", "a\0b"),
+    ],
 )
 def test_what_no_store_can_hold_is_refused(url):
     with pytest.raises(UsageError, match="cannot store to"):
