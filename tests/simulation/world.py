@@ -37,7 +37,7 @@ STARTS = 250
 
 TROUBLE = ("io", "full", "lose", "late")
 WEIGHTS = {
-    "switch": 8,
+    "switch": 16,
     "kill": 14,
     "power": 4,
     "vanish": 1,
