@@ -5,7 +5,6 @@ taken in part.
 """
 
 import base64
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -138,7 +137,7 @@ class Blob:
             self._is(stored)
 
     def _is(self, stored: Stored) -> None:
-        self.size, self.crc32c = len(stored.data), stored.crc32c
+        self._properties = resource(self.name, stored)
         self.generation, self.metadata = stored.generation, stored.metadata
 
     def reload(self, **_: object) -> None:
@@ -214,12 +213,16 @@ def take_chunk(bucket: Bucket, session: Session, data: bytes, headers: dict[str,
     if session.done is None and len(session.data) == session.size:
         session.done = bucket.put(session.name, session.data, session.metadata, session.condition)
     if session.done is not None:
-        stored = session.done
-        resource = {"name": session.name, "size": str(len(stored.data)), "generation": str(stored.generation)}
-        return Answer(200, {}, resource | {"crc32c": stored.crc32c, "metadata": stored.metadata})
+        return Answer(200, {}, resource(session.name, session.done))
     return Answer(308, {"Range": f"bytes=0-{len(session.data) - 1}"} if session.data else {})
 
 
-def parsed(stored: Stored | None) -> dict[str, Any]:
-    """The content of a JSON object; {} where there is none."""
-    return json.loads(stored.data) if stored is not None else {}
+def resource(name: str, stored: Stored) -> dict[str, Any]:
+    """What the bucket says of an object."""
+    return {
+        "name": name,
+        "size": str(len(stored.data)),
+        "generation": str(stored.generation),
+        "crc32c": stored.crc32c,
+        "metadata": stored.metadata,
+    }
