@@ -9,7 +9,7 @@ from qwen_jax.data.arc import BadRecord, Task, Text
 from qwen_jax.data.batching import window_start
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.data.selection import TokenSelection
-from qwen_jax.data.streams import read_stream
+from qwen_jax.data.streams import StreamSummary, read_stream
 from qwen_jax.errors import BadDataError
 from qwen_jax.run.settings import Settings
 
@@ -76,8 +76,11 @@ class SampleReader:
         make_prompt: PromptMaker,
         first: int,
         bad_before: int,
+        stream: StreamSummary | None = None,
     ):
-        """bad_before: the bad records before `first`, which count towards --max_bad_records too."""
+        """bad_before: the bad records before `first`, which count towards --max_bad_records too. stream: as the file
+        was summed up; ConfigError where it is another by now."""
+        self._stream = stream
         self._settings = settings
         self._make_prompt = make_prompt
         self._first = first
@@ -86,7 +89,9 @@ class SampleReader:
 
     def __iter__(self) -> Iterator[TokenizedSample]:
         """Yields samples in order; raises BadDataError past --max_bad_records."""
-        for sample_idx, record in read_stream(self._settings.dataset_path, window_start(self._first)):
+        for sample_idx, record in read_stream(
+            self._settings.dataset_path, window_start(self._first), self._stream
+        ):
             if self._settings.max_samples is not None and sample_idx >= self._settings.max_samples:
                 return
             result = self._make_prompt(sample_idx, record)

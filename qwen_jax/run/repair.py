@@ -81,7 +81,7 @@ class _Extraction:
     def _samples(self, entry: dict[str, Any]) -> list[CapturedSample]:
         settings, first = self._job.settings, entry["first_sample_idx"]
         shapes = BatchShapes(settings.max_seq_length, settings.batch_size, self._job.mesh.shape["data"])
-        reader = SampleReader(settings, self._make_prompt, first, bad_before=0)
+        reader = SampleReader(settings, self._make_prompt, first, bad_before=0, stream=self._job.stream)
         ahead = windows(reader, settings.lookahead * shapes.tokens_per_step)
         samples = captured_samples(ahead, shapes, self._capture, first)
         return list(takewhile(lambda sample: sample.sample_idx <= entry["last_sample_idx"], samples))

@@ -87,7 +87,7 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     shapes = BatchShapes(settings.max_seq_length, settings.batch_size, job.mesh.shape["data"])
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
-    reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records)
+    reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records, job.stream)
     _report_memory(job, shapes)
     ahead = prefetch(windows(reader, settings.lookahead * shapes.tokens_per_step), depth=1)
     capture = load_capture(job)

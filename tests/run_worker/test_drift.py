@@ -17,7 +17,7 @@ from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
 from qwen_jax.shards.ledger import COMPLETED, Ledger, RunIdentity
 from qwen_jax.storage.folder import FolderStore
-from tests.run_worker.conftest import captured_sample, commit
+from tests.run_worker.conftest import ROOT, captured_sample, commit
 from tests.run_worker.torture import CHECKPOINT
 
 FIELDS = [
@@ -362,3 +362,33 @@ def test_other_weights_by_the_command_line(begun, tmp_path):
 def test_several_settings_by_the_command_line(begun):
     words = "(layers: was [0, 1, 2], is [1]; max_seq_length: was 640, is 512)"
     assert_drift_refused(begun, words, "--layers_to_extract", "1", "--max_seq_length", "512")
+
+
+CHANGING = """
+import qwen_jax.data.streams as streams
+_summary = streams.stream_summary
+def then_changed(path):
+    found = _summary(path)
+    lines = open(path, "rb").read().splitlines(True)
+    with open(path, "wb") as file:
+        file.writelines({change})
+    return found
+streams.stream_summary = then_changed
+"""
+
+
+@pytest.mark.parametrize("change", ["lines[:10]", "lines + lines[:6]", "lines[1:2] + lines[1:]"])
+def test_a_stream_that_changes_after_its_digest_was_taken(workspace, finished, tmp_path, change):
+    """A run over it would be completed and wrong, and no later start would ever look again."""
+    stream = tmp_path / "changing.jsonl"
+    stream.write_bytes(workspace.stream.read_bytes())
+    (tmp_path / "sitecustomize.py").write_text(CHANGING.replace("{change}", change))
+    changing = replace(workspace.having(PYTHONPATH=f"{tmp_path}:{ROOT}"), forked=False)
+    done = changing.run(stream=stream, expect=78)
+    assert "was changed while it was in use" in done.stderr and "Traceback" not in done.stderr
+    assert workspace.metadata()["status"] == "in_progress" and not workspace.shards()
+    stream.write_bytes(workspace.stream.read_bytes())
+    workspace.run(stream=stream)
+    assert [path.read_bytes() for path in workspace.shards()] == [
+        path.read_bytes() for path in finished.shards()
+    ]
