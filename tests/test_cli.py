@@ -1,13 +1,14 @@
 """Flag, then environment variable, then default."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qwen_jax.cli import FlagParser, positive_float, positive_int
-from qwen_jax.errors import UsageError
+from qwen_jax.cli import FlagParser, ShownFormatter, positive_float, positive_int, say
+from qwen_jax.errors import StorageError, UsageError, shown
 from qwen_jax.run.settings import WORKER_ID_VARIABLES, bucket_url, resolve_worker_id, worker_folder
 from qwen_jax.storage import open_store
 
@@ -161,3 +162,19 @@ def test_a_missing_package_is_named_with_what_to_do(tmp_path):
     assert done.returncode == 78
     assert "tqdm is missing" in done.stderr and ".venv/bin/python" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+HOSTILE = "a\x1b[31mred\x9b2J\rb\tc‮d\ud800\x00 upload_id=SECRET"
+
+
+def test_what_is_shown_moves_no_cursor_and_is_one_line(capsys):
+    say(f"{HOSTILE}\nfaked line")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out[:-1].isprintable() and "SECRET" not in out
+    assert r"a\x1b[31mred" in out
+
+
+def test_errors_and_warnings_are_shown_so_too():
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "skipped: %s", (HOSTILE,), None)
+    for text in (str(StorageError(HOSTILE)), ShownFormatter("%(message)s").format(record), shown(HOSTILE)):
+        assert text.isprintable() and "SECRET" not in text
