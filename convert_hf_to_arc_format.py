@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import dropwhile
 from pathlib import Path
 
-from qwen_jax.cli import FlagParser, non_negative_int, run_script
+from qwen_jax.cli import FlagParser, log_to_terminal, non_negative_int, run_script
 from qwen_jax.data.arc import Row
 from qwen_jax.data.convert import Rejected, stream_lines
 from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.flag("split", "split of a Hugging Face dataset", default="train")
     parser.flag("revision", "branch, tag or commit of a Hugging Face dataset")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s")
+    log_to_terminal("%(levelname)s %(message)s")
     written = convert_hf_dataset_to_arc_format(**vars(args))
     print(f"{written} tasks written to {args.output_filename}")
     return 0

@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """A dataset -> N stream files, one for each worker, dealt round-robin. Run it once."""
 
-import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from qwen_jax.cli import FlagParser, positive_int, run_script
+from qwen_jax.cli import FlagParser, log_to_terminal, positive_int, run_script
 from qwen_jax.data.arc import Row
 from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
 from qwen_jax.data.streams import stream_name, write_streams
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.flag("revision", "branch, tag or commit of a Hugging Face dataset")
     parser.switch("verbose", "name all rejected rows (at most 1000), not only the first five")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s")
+    log_to_terminal("%(levelname)s %(message)s")
 
     started = time.monotonic()
     rows = islice(iter_source_rows(args.dataset_name, args.split, args.revision), args.max_samples)

@@ -9,7 +9,7 @@ Exit codes: 0 done, 2 usage, 65 bad data over the limit, 75 storage unreachable 
 import logging
 from collections.abc import Sequence
 
-from qwen_jax.cli import FlagParser, run_script
+from qwen_jax.cli import FlagParser, log_to_terminal, run_script
 from qwen_jax.run.flags import add_worker_flags, to_settings
 from qwen_jax.run.plan_flags import add_plan_flags, take_assumptions
 from qwen_jax.run.shutdown import run_until_sigterm
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     dry_run, verbose, assumptions = args.pop("dry_run"), args.pop("verbose"), take_assumptions(args)
     settings = to_settings(args)
-    logging.basicConfig(format=LOG_FORMAT, datefmt="%H:%M:%S")
+    log_to_terminal(LOG_FORMAT, "%H:%M:%S")
     logging.getLogger("qwen_jax").setLevel(logging.DEBUG if verbose else logging.INFO)
     # What follows imports jax, only after TPU_WORKER_ID has left the environment.
     if dry_run:

@@ -1,11 +1,10 @@
 """python -m qwen_jax COMMAND: look into shards, check them, and pass them on."""
 
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
-from qwen_jax.cli import FlagParser, run_script
+from qwen_jax.cli import FlagParser, log_to_terminal, run_script
 from qwen_jax.commands import COMMANDS
 from qwen_jax.errors import UsageError
 
@@ -20,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else UsageError.exit_code
     if argv[0] not in COMMANDS:
         raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
-    logging.basicConfig(format="%(levelname)s %(message)s")
+    log_to_terminal("%(levelname)s %(message)s")
     command = importlib.import_module(f"qwen_jax.commands.{argv[0]}")
     parser = getattr(command, "Parser", FlagParser)(
         prog=f"python -m qwen_jax {argv[0]}",

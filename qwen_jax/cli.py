@@ -1,12 +1,13 @@
 """Flags as all our scripts take them: flag, then environment variable, then default."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from qwen_jax.errors import ConfigError, TerminatedError, ToolkitError, UsageError
+from qwen_jax.errors import ConfigError, TerminatedError, ToolkitError, UsageError, shown
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -123,6 +124,25 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
+
+
+def say(line: object) -> None:
+    """Prints a line for people."""
+    print(shown(str(line)), flush=True)
+
+
+def log_to_terminal(line: str, datefmt: str | None = None) -> None:
+    """Log messages go to stderr as `line` says."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter(line, datefmt))
+    logging.basicConfig(handlers=[handler])
+
+
+class ShownFormatter(logging.Formatter):
+    """Log messages as a terminal may show them: they quote streams, shards and buckets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True)
 
 
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:

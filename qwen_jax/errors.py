@@ -1,10 +1,38 @@
 """What can go wrong, each kind with its exit code (docs/guide.md lists them)."""
 
+import re
+
+_GRANTING = re.compile(
+    r"""((?<![A-Za-z])(?:upload_id|(?:[a-z]+_)?token|(?:x-goog-)?signature|x-goog-credential|api_?key|(?<=[?&])key)
+        (?:=|%3D) | authorization['"]?\s*[:=]\s*['"]?(?:bearer|basic)?\s* | bearer\s+)
+        ['"]?[^\s'"&,;)>]+ | \b(?:ya29\.|hf_)[\w.-]{8,}""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def redacted(text: str) -> str:
+    """`text` without what grants access to whoever reads it: an upload's session, tokens, signatures."""
+    return _GRANTING.sub(lambda match: f"{match[1] or ''}...", text)
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """`text` as a terminal may show it, wherever it comes from: nothing in it moves a cursor, hides or colours
+    something, or grants access. lines: whether it may be several."""
+    kept = "\n" if lines else ""
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+        for each in redacted(text)
+    )
+
 
 class ToolkitError(Exception):
     """A failure that the user can act on: the message says what, where and what to do next."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Other people's words are part of many messages, and messages go to logs, records and pages."""
+        return shown(super().__str__(), lines=True)
 
 
 class UsageError(ToolkitError):

@@ -49,6 +49,9 @@ class Fault:
         expire: forget the upload session and answer 410.
         corrupt: do it, with one bit of the body sent or stored turned over.
         cut: send half of the answer's body, then reset the connection.
+        bare: answer 412 and nothing else, whatever the condition is.
+        vanish: do it, and delete the object before the answer is sent.
+        strange: do it, but the answer describes the object as `reply` says.
     """
 
     kind: str
@@ -59,6 +62,7 @@ class Fault:
     status: int = 503
     keep: int = 0
     seen: int = 0
+    reply: dict[str, Any] = field(default_factory=dict)
 
     def strikes(self, method: str, path: str) -> bool:
         if (self.method and self.method != method) or self.path not in path:
@@ -238,16 +242,30 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         if kind == "status":
             return self._error(ApiError(self.fault.status, "injected"))
+        if kind == "bare":
+            return self._send(412, {}, b"")
         if kind == "reset" and "upload_id" not in self.query:
             return self._reset()
         try:
             with self.fake.lock:
                 status, headers, data = self._answer(parts.path)
         except ApiError as error:
+            if kind == "vanish":
+                self.fake.objects("bucket").clear()
             return self._error(error)
+        if kind == "strange":
+            data = self._strange(data)
         if kind in ("lose_reply", "reset"):
             return self._reset()
         self._send(status, headers, data)
+
+    def _strange(self, data: bytes) -> bytes:
+        """The description as the fault has it; a key whose value is None is left out."""
+        said = json.loads(data or b"{}")
+        if "generation" not in said:
+            return data
+        said |= self.fault.reply
+        return json.dumps({key: value for key, value in said.items() if value is not None}).encode()
 
     def _answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         match = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", path)

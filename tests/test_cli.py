@@ -1,14 +1,16 @@
 """Flag, then environment variable, then default."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qwen_jax.cli import FlagParser, positive_float, positive_int
-from qwen_jax.errors import UsageError
+from qwen_jax.cli import FlagParser, ShownFormatter, positive_float, positive_int, say
+from qwen_jax.errors import StorageError, UsageError, shown
 from qwen_jax.run.settings import WORKER_ID_VARIABLES, bucket_url, resolve_worker_id, worker_folder
+from qwen_jax.storage import open_store
 
 
 def parser() -> FlagParser:
@@ -110,6 +112,24 @@ def test_a_bad_worker_id_names_its_source(text):
         resolve_worker_id(None, {"TPU_WORKER_ID": text})
 
 
+def test_an_endless_worker_id_is_refused():
+    with pytest.raises(UsageError, match="9 digits, got 5000"):
+        resolve_worker_id("9" * 5000, {})
+
+
+@pytest.mark.parametrize("prefix", ["../other", "a/../../b", "a\nb", "x" * 5000])
+@pytest.mark.parametrize("bucket", ["bucket", "file:///folder"])
+def test_a_prefix_that_cannot_be_is_refused(bucket, prefix):
+    with pytest.raises(UsageError, match="a prefix may"):
+        bucket_url(bucket, prefix, 0)
+
+
+def test_a_prefix_means_itself_in_a_folder_too(tmp_path):
+    url = bucket_url(tmp_path.as_uri(), "exp#1?%41", 0)
+    open_store(url).put_bytes("a", b"1")
+    assert (tmp_path / "exp#1?%41" / "tpu_0" / "a").exists()
+
+
 def test_workers_never_share_a_folder(tmp_path):
     assert worker_folder(tmp_path, 5) == tmp_path / "worker_5"
     assert worker_folder(tmp_path / "worker_5", 5) == tmp_path / "worker_5"
@@ -142,3 +162,19 @@ def test_a_missing_package_is_named_with_what_to_do(tmp_path):
     assert done.returncode == 78
     assert "tqdm is missing" in done.stderr and ".venv/bin/python" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+HOSTILE = "a\x1b[31mred\x9b2J\rb\tc‮d\ud800\x00 upload_id=SECRET"
+
+
+def test_what_is_shown_moves_no_cursor_and_is_one_line(capsys):
+    say(f"{HOSTILE}\nfaked line")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out[:-1].isprintable() and "SECRET" not in out
+    assert r"a\x1b[31mred" in out
+
+
+def test_errors_and_warnings_are_shown_so_too():
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "skipped: %s", (HOSTILE,), None)
+    for text in (str(StorageError(HOSTILE)), ShownFormatter("%(message)s").format(record), shown(HOSTILE)):
+        assert text.isprintable() and "SECRET" not in text

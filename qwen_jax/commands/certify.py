@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.cli import FlagParser, non_negative_int, positive_int
+from qwen_jax.cli import FlagParser, non_negative_int, positive_int, say
 from qwen_jax.commands.arguments import add_path
 from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
 from qwen_jax.reading.runs import Run, open_runs
@@ -44,19 +44,19 @@ def _certify(run: Run, args: Namespace) -> bool:
     if obstacle is None:
         record_fidelity(run, record)
     else:
-        print(f"{obstacle}: nothing was recorded")
+        say(f"{obstacle}: nothing was recorded")
     return record["passed"]
 
 
 def _show(run: Run, record: dict[str, Any]) -> None:
-    print(f"{run.where}: {len(record['samples'])} samples, tolerance {record['tolerance']:.2g}")
+    say(f"{run.where}: {len(record['samples'])} samples, tolerance {record['tolerance']:.2g}")
     for name, kinds in record["references"].items():
-        print(f"  against {name}")
-        print(f"  {'kind':<10} {'layer':>9} {'max abs':>10} {'relative':>10}   1 - min cosine")
+        say(f"  against {name}")
+        say(f"  {'kind':<10} {'layer':>9} {'max abs':>10} {'relative':>10}   1 - min cosine")
         for kind, layers in kinds.items():
             for layer, close in layers.items():
-                print(f"  {kind:<10} {layer:>9} {_numbers(**close)}")
-    print("  within the tolerance" if record["passed"] else "  BEYOND THE TOLERANCE")
+                say(f"  {kind:<10} {layer:>9} {_numbers(**close)}")
+    say("  within the tolerance" if record["passed"] else "  BEYOND THE TOLERANCE")
 
 
 def _numbers(max_abs: float | None, relative: float | None, min_cosine: float | None) -> str:

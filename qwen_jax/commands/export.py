@@ -9,7 +9,7 @@ dataset a layer, which SAELens reads as its cached activations. A dataset card (
 
 from argparse import Namespace
 
-from qwen_jax.cli import FlagParser, positive_int
+from qwen_jax.cli import FlagParser, positive_int, say
 from qwen_jax.commands.arguments import add_kind, add_path, layer_name
 from qwen_jax.reading.export import FORMATS, export
 from qwen_jax.shards import EMBEDDING
@@ -29,5 +29,5 @@ def run(args: Namespace) -> int:
         args.path, args.to, args.output, layers=args.layers, kind=args.kind, context_size=args.context_size
     )
     kept = f", {done.parts_kept} of {done.parts} parts were there already" if done.parts_kept else ""
-    print(f"{done.output}: {len(done.layers)} layers of {done.rows:,} rows as {args.to}{kept}")
+    say(f"{done.output}: {len(done.layers)} layers of {done.rows:,} rows as {args.to}{kept}")
     return 0

@@ -8,7 +8,7 @@ python -m qwen_jax inspect activations/worker_0 --sample 12 --layer 5
 from argparse import Namespace
 from typing import Any
 
-from qwen_jax.cli import FlagParser, non_negative_int
+from qwen_jax.cli import FlagParser, non_negative_int, say
 from qwen_jax.commands.arguments import add_kind, add_path, layer_name
 from qwen_jax.errors import ConfigError
 from qwen_jax.reading.inspect import describe, find_sample, token_table
@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
         found, sample = find_sample(runs, args.sample, args.layer, args.kind)
         lines = token_table(sample, _tokenizer(args.tokenizer, found))
     for line in lines:
-        print(line)
+        say(line)
     return 0
 
 
@@ -52,5 +52,5 @@ def _tokenizer(name: str | None, run: Run) -> Any:
     try:
         return load_tokenizer(model["name"], model["revision"])
     except ConfigError as error:
-        print(f"without the tokens' text: {error}; pass --tokenizer")
+        say(f"without the tokens' text: {error}; pass --tokenizer")
         return None

@@ -38,6 +38,7 @@ from qwen_jax.fleet.workers import (
     listed,
     number_of_workers,
     parse_workers,
+    secrets_of,
     without_secrets,
 )
 
@@ -202,7 +203,7 @@ def _start_all(vms: Vms, args: Namespace) -> int:
     def start(worker: int) -> str | None:
         _say(f"starting worker {worker} on {vms.name(worker)}")
         try:
-            ssh(vms.start_command(worker, os.environ))
+            ssh(vms.start_command(worker, os.environ), secrets_of(os.environ))
         except CommandError as error:
             return str(error)
         return None

@@ -7,7 +7,7 @@ matplotlib (pip install matplotlib). Of several stored kinds it draws the main o
 
 from argparse import Namespace
 
-from qwen_jax.cli import FlagParser
+from qwen_jax.cli import FlagParser, say
 from qwen_jax.commands.arguments import add_kind, add_paths
 from qwen_jax.reading.plot import plot_runs
 from qwen_jax.reading.runs import local_output, open_runs
@@ -22,5 +22,5 @@ def add_flags(parser: FlagParser) -> None:
 def run(args: Namespace) -> int:
     output = local_output(args.output, "--output")
     plot_runs([run for path in args.paths for run in open_runs(path)], output, args.kind)
-    print(f"wrote {output}")
+    say(f"wrote {output}")
     return 0

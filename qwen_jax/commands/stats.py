@@ -8,7 +8,7 @@ has none, they are computed from its shards.
 from argparse import Namespace
 from collections.abc import Iterator
 
-from qwen_jax.cli import FlagParser
+from qwen_jax.cli import FlagParser, say
 from qwen_jax.commands.arguments import add_paths
 from qwen_jax.errors import UsageError
 from qwen_jax.reading.runs import local_output, open_runs
@@ -29,10 +29,11 @@ def run(args: Namespace) -> int:
         raise UsageError(
             "--output takes the statistics of runs with the same kinds and layers; name those alone"
         )
-    print(f"{'kind':<10} {'layer':>9} {'rows':>12} {'mean norm':>10} {'max norm':>10}  massive channels")
+    say(f"{'kind':<10} {'layer':>9} {'rows':>12} {'mean norm':>10} {'max norm':>10}  massive channels")
     for group in groups:
         stats = merged_stats(group)
-        print("\n".join(_lines(stats)))
+        for line in _lines(stats):
+            say(line)
         if output is not None:
             with atomic_write(output) as file:
                 file.write(stats_bytes(stats))

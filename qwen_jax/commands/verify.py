@@ -10,7 +10,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from qwen_jax.cli import FlagParser, positive_int
+from qwen_jax.cli import FlagParser, positive_int, say
 from qwen_jax.commands.arguments import add_paths
 from qwen_jax.reading.runs import Bucket, Run, open_runs
 from qwen_jax.reading.verify import Fault, Verified, verify_runs
@@ -33,9 +33,9 @@ def run(args: Namespace) -> int:
         _, verified = _verify(args)
     if verified.faults:
         count = len(verified.faults)
-        print("1 fault" if count == 1 else f"{count} faults")
+        say("1 fault" if count == 1 else f"{count} faults")
         return FAULTS_FOUND
-    print(
+    say(
         f"all is whole; workers: {verified.workers}, shards: {verified.shards}, samples: {verified.samples:,}, "
         "each stored once"
     )
@@ -47,7 +47,7 @@ def _verify(args: Namespace) -> tuple[list[Run], Verified]:
     runs = [run for path in args.paths for run in open_runs(path, damaged_too=True)]
     verified = verify_runs(runs, args.streams, args.jobs)
     for fault in verified.faults:
-        print(fault)
+        say(fault)
     return runs, verified
 
 
@@ -57,7 +57,7 @@ def _repair(runs: list[Run], faults: list[Fault], args: Namespace) -> bool:
     for each in runs:
         bad = sorted({fault.shard for fault in faults if fault.run is each and each.entry(fault.shard)})
         if bad:
-            print(f"extracting again: {', '.join(_with_samples(each, name) for name in bad)}")
+            say(f"extracting again: {', '.join(_with_samples(each, name) for name in bad)}")
             _repair_run(each, bad, args)
             repaired = True
     return repaired

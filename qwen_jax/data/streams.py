@@ -7,7 +7,7 @@ import json
 import os
 import resource
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,13 +26,19 @@ def stream_name(index: int) -> str:
     return f"stream_{index:03d}.jsonl"
 
 
-def read_stream(path: str | Path, start: int = 0) -> Iterator[tuple[int, Task | Text | BadRecord]]:
+def read_stream(
+    path: str | Path, start: int = 0, expected: "StreamSummary | None" = None
+) -> Iterator[tuple[int, Task | Text | BadRecord]]:
     """Yields (sample_idx, record) from line `start` on; a bad line yields its BadRecord in place.
 
     sample_idx is the 0-based line number, so that bad lines never shift the others. Lines longer than
-    MAX_LINE_BYTES are bad records, read past in pieces. Raises ConfigError if the file is not there.
+    MAX_LINE_BYTES are bad records, read past in pieces.
+
+    Raises ConfigError if the file is not there, and, where `expected` is given, before any line is yielded that is not
+    what was summed up then.
     """
-    with _open_stream(path) as file:
+    with _open_stream(path) as whole:
+        file = whole if expected is None else io.BufferedReader(_Unchanged(whole, path, expected))
         for sample_idx, raw in enumerate(read_lines(file)):
             if sample_idx >= start:
                 yield sample_idx, _parse(raw)
@@ -70,22 +76,58 @@ def _parse(raw: bytes | None) -> Task | Text | BadRecord:
 
 @dataclass(frozen=True)
 class StreamSummary:
-    """sha256 of a stream file's bytes (hex), and its number of lines."""
+    """sha256 of a stream file's bytes (hex), and its number of lines.
+
+    marks: the sha256 of all bytes up to the end of each piece of 1 MiB, by which a change is seen where it begins.
+    """
 
     sha256: str
     lines: int
+    marks: tuple[bytes, ...] = field(default=(), repr=False, compare=False)
 
 
 def stream_summary(path: str | Path) -> StreamSummary:
     """Reads a stream file once, in bounded memory; raises ConfigError if it is not there."""
     digest = hashlib.sha256()
-    newlines, last = 0, b"\n"
+    newlines, last, marks = 0, b"\n", []
     with _open_stream(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
+            marks.append(digest.digest())
             newlines += chunk.count(b"\n")
             last = chunk[-1:]
-    return StreamSummary(digest.hexdigest(), newlines + (last != b"\n"))
+    return StreamSummary(digest.hexdigest(), newlines + (last != b"\n"), tuple(marks))
+
+
+class _Unchanged(io.RawIOBase):
+    """A stream file's bytes, piece by piece, each only once it is known to be what was summed up."""
+
+    def __init__(self, file: BinaryIO, path: str | Path, expected: StreamSummary):
+        self._file, self._path = file, path
+        self._marks = iter(expected.marks)
+        self._digest = hashlib.sha256()
+        self._piece = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._piece:
+            self._piece = memoryview(self._next_piece())
+        length = min(len(buffer), len(self._piece))
+        buffer[:length] = self._piece[:length]
+        self._piece = self._piece[length:]
+        return length
+
+    def _next_piece(self) -> bytes:
+        piece = self._file.read(_CHUNK_BYTES)
+        self._digest.update(piece)
+        if (self._digest.digest() if piece else None) != next(self._marks, None):
+            raise ConfigError(
+                f"the stream {self._path} was changed while it was in use, so nothing more of it is stored; put back "
+                "the file as it was and start again, or pass --force_restart to extract the changed one from its start"
+            )
+        return piece
 
 
 @contextlib.contextmanager

@@ -13,11 +13,14 @@ class CommandError(StorageError):
     """A tool could not do it; str is what it said."""
 
 
-def call(command: Sequence[str], folder: Path | None = None) -> str:
-    """Runs a command without input, in `folder` or here, and returns what it printed; raises CommandError."""
+def call(command: Sequence[str], folder: Path | None = None, given: str = "") -> str:
+    """Runs a command in `folder` or here and returns what it printed; raises CommandError.
+
+    given: what it reads from its standard input, which nobody sees in a list of processes.
+    """
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CALL_LIMIT_S, cwd=folder
+            command, input=given.encode(), capture_output=True, timeout=CALL_LIMIT_S, cwd=folder
         )
     except subprocess.TimeoutExpired as error:
         raise CommandError(f"{command[0]} gave no answer in {CALL_LIMIT_S:.0f} s") from error

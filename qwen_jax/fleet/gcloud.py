@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen_jax.data.streams import stream_name
 from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.workers import settings_of
+from qwen_jax.fleet.workers import SECRETS, settings_of
 
 VM, QUEUED = "vm", "queued"
 READY, WAITING, LOST, ABSENT = "ready", "waiting", "lost", "absent"
@@ -44,7 +44,10 @@ class Vms:
         return self.name_pattern.replace("{}", str(worker))
 
     def start_command(self, worker: int, environment: Mapping[str, str]) -> list[str]:
-        """ssh that leaves the worker running in the background, with the settings of `environment`."""
+        """ssh that leaves the worker running in the background, with the settings of `environment`.
+
+        It reads the secrets among them, where there are any, from its input (`secrets_of`).
+        """
         remote = self._remote_command(worker, environment)
         return [*_TPU_VM, "ssh", self.name(worker), "--zone", self.zone, *self.ssh_flags, "--command", remote]
 
@@ -83,7 +86,7 @@ class Vms:
             steps.append(f"{{ [ -e {folder}/launch_worker.sh ] || {unpack}; }}")
         # INSTALL_PYTHON: the Python of TPU images is older than ours.
         own = {"TPU_WORKER_ID": str(worker), "UPLOAD_TO_GCS": "true", "INSTALL_PYTHON": "true"}
-        variables = own | settings_of(environment)
+        variables = own | settings_of(environment, without=SECRETS)
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
         steps.append(f"cd {folder}")
         if self.streams_url is not None:
@@ -92,6 +95,10 @@ class Vms:
             there, parent = shlex.quote(str(stream)), shlex.quote(str(stream.parent))
             copy = f"gcloud storage cp {url} {there}"
             steps += [f"mkdir -p {parent}", f"{{ [ -e {there} ] || {copy}; }}"]
+        for name in SECRETS:
+            if environment.get(name):
+                # From the input of ssh: an argument stands in every list of processes, here and there.
+                steps.append(f"IFS= read -r {name} && export {name}")
         # ls: says so where the script is missing; what runs in the background could not.
         steps += ["ls launch_worker.sh > /dev/null", "mkdir -p logs", f"export {exports}"]
         # >>: a second start must not empty the log of a worker that runs.
@@ -107,14 +114,14 @@ class FirstAlone:
         self._lock = Lock()
         self._has_succeeded = False
 
-    def __call__(self, command: Sequence[str]) -> str:
+    def __call__(self, command: Sequence[str], given: str = "") -> str:
         """As `call`."""
         with self._lock:
             if not self._has_succeeded:
-                said = call(command)
+                said = call(command, given=given)
                 self._has_succeeded = True
                 return said
-        return call(command)
+        return call(command, given=given)
 
 
 _TPU_VM = ("gcloud", "compute", "tpus", "tpu-vm")

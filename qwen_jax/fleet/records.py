@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Self
 
+from qwen_jax.errors import shown
+
 STARTING, RUNNING, ENDED, FAILED, TERMINATED = "starting", "running", "ended", "failed", "terminated"
 STATUSES = (STARTING, RUNNING, ENDED, FAILED, TERMINATED)
 HISTORY_POINTS = 120
@@ -20,8 +22,7 @@ def progress_name(worker_id: int | None = None) -> str:
 
 def one_line(text: str) -> str:
     """Somebody else's words, fit for a terminal: one line, without control characters, not endless."""
-    words = "".join(each if each.isprintable() else " " for each in text).split()
-    line = " ".join(words)
+    line = " ".join(shown(" ".join(text.split())).split())
     return line if len(line) <= _LONGEST_MESSAGE else f"{line[:_LONGEST_MESSAGE]} ..."
 
 

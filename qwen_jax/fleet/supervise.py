@@ -25,6 +25,7 @@ from qwen_jax.fleet.gcloud import (
     read_documents,
 )
 from qwen_jax.fleet.records import FAILED, RUNNING, one_line
+from qwen_jax.fleet.workers import secrets_of
 
 FINAL_EXITS = tuple(kind.exit_code for kind in (UsageError, BadDataError, ConfigError))
 """Ends of a worker that another start does not change."""
@@ -229,7 +230,7 @@ class Supervisor:
 
     def _start(self, worker: int, care: _Care, now: float) -> None:
         try:
-            self._ssh(self.vms.start_command(worker, self.environment))
+            self._ssh(self.vms.start_command(worker, self.environment), secrets_of(self.environment))
         except CommandError as error:
             self.say(f"worker {worker}: not started: {error}")
             return

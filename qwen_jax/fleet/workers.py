@@ -49,6 +49,14 @@ def settings_of(environment: Mapping[str, str], *, without: Collection[str] = ()
     return {name: environment[name] for name in names if environment.get(name)}
 
 
+def secrets_of(environment: Mapping[str, str]) -> str:
+    """The secrets that are set, one a line, for a command that reads them; raises UsageError for one of two lines."""
+    values = [environment[name] for name in SECRETS if environment.get(name)]
+    if any("\n" in value for value in values):
+        raise UsageError(f"{' and '.join(SECRETS)} must be one line")
+    return "".join(f"{value}\n" for value in values)
+
+
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """For printing: `...` stands for each secret that is set."""
     hidden = {name: "..." for name in SECRETS if environment.get(name)}

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 from qwen_jax.errors import BadDataError, StorageError, UsageError
 from qwen_jax.shards.ledger import METADATA_NAME, DamagedError, Ledger, parse_metadata, shard_number
@@ -224,7 +223,7 @@ def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
 
     Raises BadDataError where there are no shards and no metadata.json, and for a metadata.json that cannot be used.
     """
-    runs = _runs_in_bucket(str(path)) if is_bucket_url(path) else _local_runs(Path(_plain(path)))
+    runs = _runs_in_bucket(str(path)) if is_bucket_url(path) else _local_runs(Path(plain(path)))
     if not runs:
         raise BadDataError(
             f"{path} holds no shards and no metadata.json; give a shard file, a worker's folder, or the folder "
@@ -272,7 +271,7 @@ def local_output(path: str | Path, flag: str) -> Path:
             f"{flag} {path}: this is written on the local disk; give a local path, then copy it with "
             "`gcloud storage cp`"
         )
-    return Path(_plain(path))
+    return Path(plain(path))
 
 
 def read_any(path: str | Path) -> bytes:
@@ -286,14 +285,16 @@ def read_any(path: str | Path) -> bytes:
             raise StorageError(f"{path} is not there")
         return data
     try:
-        return Path(_plain(path)).read_bytes()
+        return Path(plain(path)).read_bytes()
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _plain(path: str | Path) -> str:
-    parts = urlsplit(str(path))
-    return unquote(parts.path) if parts.scheme == "file" else str(path)
+def plain(path: str | Path) -> str:
+    """A local path, where it is given as file:///path."""
+    from qwen_jax.storage.opening import plain_path
+
+    return plain_path(str(path))
 
 
 def _local_runs(path: Path) -> list[Run]:

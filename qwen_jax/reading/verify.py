@@ -10,8 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.data.streams import stream_summary
 from qwen_jax.errors import BadDataError
-from qwen_jax.reading.runs import METADATA_NAME, Run, read_any
+from qwen_jax.reading.runs import METADATA_NAME, Run, is_bucket_url, plain, read_any
 from qwen_jax.reading.verify_shard import ShardFaults
 from qwen_jax.shards.ledger import COMPLETED, shard_number
 from qwen_jax.shards.statistics import (
@@ -233,13 +234,31 @@ def _against_streams(runs: Sequence[Run], path: str | Path) -> Iterator[Fault]:
             f"{path} is not a streams.json ({error!r}); give the one beside the streams"
         ) from error
     for sha256, (file, samples) in expected.items():
+        yield from _stream_file(path, file, sha256, samples)
         having = [run for run in runs if _stream(run) == sha256]
         if not having:
             yield Fault(str(path), f"no worker has extracted {file}")
         for run in having:
+            if run.metadata["dataset"]["lines"] != samples:
+                lines = run.metadata["dataset"]["lines"]
+                yield Fault(run.where, f"saw {lines} lines of {file}, which has {samples}")
             if run.ledger.next_sample_idx != samples:
                 done = run.ledger.next_sample_idx
                 yield Fault(run.where, f"dealt with {done} of the {samples} samples of {file}")
     for run in runs:
         if _stream(run) not in expected:
             yield Fault(run.where, f"its stream is none of {path}")
+
+
+def _stream_file(path: str | Path, file: str, sha256: str, samples: int) -> Iterator[Fault]:
+    """Where the stream still lies beside its streams.json: whether it is what was extracted."""
+    stream = Path(plain(path)).parent / Path(file).name
+    if is_bucket_url(path) or not stream.is_file():
+        return
+    found = stream_summary(stream)
+    if (found.sha256, found.lines) != (sha256, samples):
+        yield Fault(
+            str(stream),
+            f"was changed since it was made: it has {found.lines} lines and sha256 {found.sha256}, not {samples} and "
+            f"{sha256}",
+        )

@@ -31,7 +31,8 @@ class Fence:
     """Generations of the bucket's marker objects as this writer knows them; 0 means absent.
 
     Each write is conditional on them, so that of two workers with one id the second to write finds out.
-    writer: tells our own write whose reply was lost from a rival's write of the same bytes.
+    writer: goes with everything that this writer stores. It tells our own write whose reply was lost from
+    another's write of the same bytes.
     """
 
     generations: dict[str, int] = field(default_factory=dict)
@@ -79,11 +80,29 @@ class Committer:
         self._commit_markers(self.ledger)
         failpoint("opened")
 
-    def mend(self, *, bucket: bool) -> None:
-        """Writes the markers again where they lag behind what is durable; the bucket's only if asked to."""
-        if self.ledger.status == COMPLETED:
-            self._commit_stats(self.ledger)
-        self._commit_markers(self.ledger, bucket=bucket)
+    def start_over(self) -> None:
+        """Puts the markers of an empty run in the place of those in the bucket, the checkpoint first."""
+        if self._places.checkpoint_path is not None:
+            self._put_marker(self._places.checkpoint_name, json_bytes(self.ledger.checkpoint(self._run)))
+        self._put_marker(METADATA_NAME, json_bytes(self.ledger.metadata(self._run)))
+
+    def claim(self) -> None:
+        """Marks a bucket that has no metadata.json as this writer's, before a kept shard is uploaded."""
+        if not self._fence.generations.get(METADATA_NAME):
+            self._store_markers(self.ledger)
+
+    def mend(self, stored: Ledger | None) -> None:
+        """Writes the markers again where they lag behind what is durable.
+
+        stored: what the bucket's metadata.json says; None where the bucket's markers are not to be written.
+        """
+        ledger = self.ledger
+        if ledger.status == COMPLETED:
+            behind = stored is not None and stored.status != COMPLETED
+            if behind:
+                self.ledger = stored  # until the statistics are there, no marker may say that all is done
+            self._commit_stats(ledger, upload=behind)
+        self._commit_markers(ledger, bucket=stored is not None)
 
     def write(self, shard: FilledShard) -> WrittenShard:
         """Compresses the next shard into its temporary file."""
@@ -140,13 +159,13 @@ class Committer:
         summary = {kind: entry.summary() for kind, entry in stats.items()}
         self._commit_markers(self.ledger.completed(lines, map(_skip_note, skipped), summary))
 
-    def _commit_stats(self, ledger: Ledger) -> Stats:
+    def _commit_stats(self, ledger: Ledger, *, upload: bool = True) -> Stats:
         """Makes the statistics of all shards durable, which a marker of a completed run stands for."""
         if not ledger.shards:
             return {}
         stats = StoredStats(self._places, self._run.kinds).merged(ledger.shards)
         self._write_stats(STATS_NAME, stats)
-        if self._places.store is not None:
+        if upload and self._places.store is not None:
             self._upload(STATS_NAME)
         return stats
 
@@ -176,16 +195,24 @@ class Committer:
                 path.unlink(missing_ok=True)
 
     def _upload(self, name: str) -> None:
-        path = self._places.output_dir / name
-        store = self._places.store
-        try:
-            store.put_file(name, path, if_generation=0)
-        except PreconditionFailedError as refused:
-            # No checkpoint covers it, so it is a dead predecessor's; unless a live rival has just stored it.
-            # Writing the markers again fails if the rival has committed it, and keeps him from doing so.
+        """Stores a local file as an object that this writer, and no other, has made.
+
+        No marker covers what lies there under another's token: it is a dead predecessor's, or a rival's. Looked at
+        first, then the markers are written again, then that very generation is replaced: in this order nobody
+        can replace what another has committed (docs/reliability.md). Equal bytes are replaced too: a paused rival
+        may be about to replace the generation that he has seen.
+        """
+        path, generation = self._places.output_dir / name, 0
+        while True:
+            try:
+                self._places.store.put_file(name, path, if_generation=generation, writer=self._fence.writer)
+                return
+            except PreconditionFailedError as refused:
+                # Gone again between the refusal and the look: then nothing may be there next time either.
+                generation = refused.present.generation if refused.present else 0
+            # Fails if a rival has committed it, and keeps him from doing so.
             self._store_markers(self.ledger)
             log.warning("%s stands in the bucket but no checkpoint covers it; replacing it", name)
-            store.put_file(name, path, if_generation=refused.present.generation)
 
     def _commit_markers(self, ledger: Ledger, *, bucket: bool = True) -> None:
         write_json(self._places.metadata_path, ledger.metadata(self._run))

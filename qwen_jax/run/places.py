@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_jax.shards.ledger import METADATA_NAME
+from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
 from qwen_jax.storage.store import Store
 
 
@@ -22,6 +23,12 @@ class Places:
     @property
     def metadata_path(self) -> Path:
         return self.output_dir / METADATA_NAME
+
+    def remove_leftovers(self) -> None:
+        """Deletes the unfinished files of dead writers; raises StorageError."""
+        for leftover in self.output_dir.glob(f"*{TEMP_SUFFIX}"):
+            with storage_errors("delete", leftover):
+                leftover.unlink()
 
     def local_shard_names(self) -> list[str]:
         return sorted(path.name for path in self.output_dir.glob("shard_*.pkl.gz"))

@@ -9,7 +9,7 @@ from typing import Any
 from qwen_jax.data.arc import BadRecord, Task, Text
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.data.selection import TokenSelection
-from qwen_jax.data.streams import read_stream
+from qwen_jax.data.streams import StreamSummary, read_stream
 from qwen_jax.errors import BadDataError
 from qwen_jax.run.settings import Settings
 
@@ -79,8 +79,11 @@ class SampleReader:
         make_prompt: PromptMaker,
         first: int,
         bad_before: int,
+        stream: StreamSummary | None = None,
     ):
-        """bad_before: the bad records before `first`, which count towards --max_bad_records too."""
+        """bad_before: the bad records before `first`, which count towards --max_bad_records too. stream: as the file
+        was summed up; ConfigError where it is another by now."""
+        self._stream = stream
         self._settings = settings
         self._make_prompt = make_prompt
         self._first = first
@@ -97,7 +100,7 @@ class SampleReader:
 
     def _records(self) -> Iterator[tuple[int, Task | Text | BadRecord]]:
         """Those from `first` on, up to --max_samples; reads no line more."""
-        records = read_stream(self._settings.dataset_path, self._first)
+        records = read_stream(self._settings.dataset_path, self._first, self._stream)
         most = self._settings.max_samples
         return records if most is None else islice(records, max(most - self._first, 0))
 

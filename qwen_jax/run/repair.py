@@ -80,6 +80,6 @@ class _Extraction:
 
     def _samples(self, entry: dict[str, Any]) -> list[CapturedSample]:
         settings, first = self._job.settings, entry["first_sample_idx"]
-        reader = SampleReader(settings, self._make_prompt, first, bad_before=0)
+        reader = SampleReader(settings, self._make_prompt, first, bad_before=0, stream=self._job.stream)
         wanted = takewhile(lambda sample: sample.sample_idx <= entry["last_sample_idx"], reader)
         return list(captured_samples(lay_into_steps(wanted, self._job.step.shape), self._capture))

@@ -5,14 +5,15 @@ shards, with a warning, or refused.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.errors import ConfigError
-from qwen_jax.run.commit import Fence
+from qwen_jax.errors import ConfigError, WriterConflictError
+from qwen_jax.run.commit import Committer, Fence
+from qwen_jax.run.failpoints import failpoint
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.places import Places
 from qwen_jax.shards.ledger import (
@@ -29,7 +30,8 @@ from qwen_jax.shards.ledger import (
     shard_name,
 )
 from qwen_jax.storage.checksum import file_crc32c
-from qwen_jax.storage.local import storage_errors
+from qwen_jax.storage.local import storage_errors, sync_folder
+from qwen_jax.storage.store import ObjectInfo
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Resumed:
     """ledger: what is durable; to_adopt: the ledgers after each further shard that only lies locally.
 
     bucket_lags, local_lags: the markers there do not say what is durable, and no adoption will write them.
+    stored: what the bucket's metadata.json says, or may say until all of `ledger` is in place; None without one.
     settings: those of the run before that may change (job.identify), {} for a new run.
     """
 
@@ -46,6 +49,7 @@ class Resumed:
     to_adopt: tuple[Ledger, ...]
     fence: Fence
     is_new: bool
+    stored: Ledger | None
     bucket_lags: bool
     local_lags: bool
     settings: dict[str, Any]
@@ -85,6 +89,40 @@ class _Claim:
         return self.ledger == ledger and (not checkpointing or found == wanted)
 
 
+def take_up(
+    run: RunIdentity,
+    places: Places,
+    layers: Sequence[int],
+    *,
+    force_restart: bool = False,
+    delete_local_after_upload: bool = False,
+) -> tuple[Committer, Resumed]:
+    """Finds where to go on, and brings the places to one state; raises what `resume` and `discard` do."""
+    if force_restart:
+        discard(run, places)
+    resumed = resume(run, places)
+    if force_restart and not resumed.ledger.shards:
+        resumed = replace(resumed, is_new=True)
+    committer = Committer(
+        run,
+        places,
+        layers,
+        resumed.ledger,
+        resumed.fence,
+        delete_local_after_upload=delete_local_after_upload,
+    )
+    failpoint("resumed")
+    if resumed.is_new:
+        committer.open()
+    elif resumed.to_adopt:
+        committer.claim()
+    elif resumed.bucket_lags or resumed.local_lags:
+        committer.mend(resumed.stored if resumed.bucket_lags else None)
+    for ledger in resumed.to_adopt:
+        committer.adopt(ledger)
+    return committer, resumed
+
+
 def resume(run: RunIdentity, places: Places) -> Resumed:
     """Finds the longest prefix of the run that is durable.
 
@@ -99,12 +137,18 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
     for claim in claims:
         for problem in claim.problems:
             log.warning("%s: %s", claim.place, problem)
-    _refuse_unexplained(places, claims)
+    _refuse_unexplained(places, claims, fence)
     ledgers = [claim.ledger for claim in claims if claim.ledger is not None]
-    is_durable = _bucket_check(places) if places.store is not None else _local_check(places)
+    if places.store is None:
+        is_durable = _local_check(places)
+    else:
+        is_durable = _bucket_check(places)
+        # What no marker in the bucket covers is not durable, even where it lies there as described: a rival
+        # may be about to replace it, and not know that anybody counts on it. Adopting it stores it anew.
+        ledgers = [ledger.prefix(min(claims[0].covered, len(ledger.shards))) for ledger in ledgers]
     ledger = max((_verified(ledger, is_durable) for ledger in ledgers), key=_reach, default=Ledger())
     adopt = _adoptable(ledger, claims[-1].ledger, places) if places.store is not None else ()
-    _refuse_lost(claims, len(ledger.shards) + len(adopt))
+    _refuse_lost(claims, len(ledger.shards) + len(adopt), places, fence)
     is_new = all(claim.says_nothing for claim in claims)
     if not is_new and claims[0].checkpoint is None and places.checkpoint_path is not None:
         log.warning("checkpoint of worker %d rebuilt from %d shards", run.worker_id, len(ledger.shards))
@@ -113,17 +157,31 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         for claim in claims
     ]
     settings = next((claim.metadata.settings for claim in claims if claim.metadata is not None), {})
-    return Resumed(ledger, adopt, fence, is_new, lags[0], lags[-1], settings)
+    in_bucket = places.store is not None
+    stored = (claims[0].ledger or ledger.reopened(len(ledger.shards))) if in_bucket else None
+    return Resumed(ledger, adopt, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings)
 
 
-def _refuse_lost(claims: list[_Claim], found: int) -> None:
+def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence) -> None:
     """What the first place that says anything covers must still be there."""
     truth = next((claim for claim in claims if not claim.says_nothing), None)
     if truth is not None and found < truth.covered:
+        _refuse_a_moving_bucket(places, fence)
         raise ConfigError(
             f"{truth.place} should hold {truth.covered} shards, but {shard_name(found + 1)} is missing, "
             "changed or not described in metadata.json; restore it, or pass --force_restart to start over"
         )
+
+
+def _refuse_a_moving_bucket(places: Places, fence: Fence) -> None:
+    """Nothing is lost or unexplained where another writer is at work while this one looks."""
+    for name, generation in fence.generations.items():
+        present = places.store.stat(name)
+        if (present.generation if present else 0) != generation:
+            raise WriterConflictError(
+                f"{name} in {places.store.url} was changed by another writer while it was read; stop one of the two "
+                "and start again"
+            )
 
 
 def _reach(ledger: Ledger) -> tuple[int, int, bool]:
@@ -177,7 +235,7 @@ def _refuse_foreign(run: RunIdentity, worker_id: int, fingerprint: dict, source:
     )
 
 
-def _refuse_unexplained(places: Places, claims: list[_Claim]) -> None:
+def _refuse_unexplained(places: Places, claims: list[_Claim], fence: Fence) -> None:
     """A first run marks its folder before its first shard, so shards without metadata are not ours."""
     if any(claim.ledger is not None for claim in claims):
         return
@@ -186,6 +244,7 @@ def _refuse_unexplained(places: Places, claims: list[_Claim]) -> None:
         found += [info.name for info in places.store.list("shard_")]
     damaged = any(claim.problems for claim in claims) or any(claim.checkpoint for claim in claims)
     if found or damaged:
+        _refuse_a_moving_bucket(places, fence)
         what = f"{len(found)} shards ({found[0]} ...)" if found else "a checkpoint"
         raise ConfigError(
             f"{places} holds {what} but no readable metadata.json, so the run cannot be resumed; choose "
@@ -232,7 +291,7 @@ def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[L
 
     None at all if the two took different ways: another machine's bits may differ in the last place.
     """
-    if local is None or local.shards[: len(durable.shards)] != durable.shards:
+    if local is None or durable.status == COMPLETED or local.shards[: len(durable.shards)] != durable.shards:
         return ()
     further = list(local.shards[len(durable.shards) :])
     checks = [*_local_check(places)(further), False]
@@ -240,21 +299,55 @@ def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[L
     return tuple(local.prefix(n) for n in range(first, first + checks.index(False)))
 
 
-def discard(places: Places) -> None:
-    """Deletes what an earlier run left in both places, markers first (`--force_restart`)."""
-    local = [places.checkpoint_path, places.metadata_path]
-    names = [*places.local_shard_names(), *places.local_stats_names()]
-    local += [places.output_dir / name for name in names]
-    local = [path for path in local if path is not None and path.exists()]
-    stored = [info.name for info in places.store.list()] if places.store is not None else []
-    markers = (places.checkpoint_name, METADATA_NAME)
-    stored = [name for name in stored if name in markers or name.startswith(("shard_", "stats"))]
-    if local or stored:
-        names = [*map(str, local), *(f"{places.store.url}/{name}" for name in stored)]
+def discard(run: RunIdentity, places: Places) -> None:
+    """Deletes what an earlier run left in both places (`--force_restart`).
+
+    The bucket's markers are not deleted: they are replaced by those of an empty run, and only then the rest goes.
+    So whoever was at work here is fenced out first, and whoever comes after finds a run to go on with. Only what
+    was there before that, under the generation that it had then, is deleted.
+
+    Raises WriterConflictError where another writer is at work.
+    """
+    stored = list(places.store.list()) if places.store is not None else []
+    markers = {info.name: info.generation for info in stored if info.name in _marker_names(places)}
+    data = [info for info in stored if info.name.startswith(("shard_", "stats"))]
+    local_data = [
+        places.output_dir / name for name in (*places.local_shard_names(), *places.local_stats_names())
+    ]
+    local_markers = [
+        path for path in (places.checkpoint_path, places.metadata_path) if path and path.exists()
+    ]
+    _name_what_goes([*local_markers, *local_data], [*markers, *(info.name for info in data)], places)
+    _delete_local(local_markers)
+    if markers or data:
+        _empty_bucket(run, places, markers, data)
+    _delete_local(local_data)
+
+
+def _marker_names(places: Places) -> tuple[str, str]:
+    return places.checkpoint_name, METADATA_NAME
+
+
+def _name_what_goes(local: list[Path], stored: list[str], places: Places) -> None:
+    names = [*map(str, local), *(f"{places.store.url}/{name}" for name in stored)]
+    if names:
         shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
         log.warning("--force_restart: deleting %d files: %s", len(names), shown)
-    for name in sorted(stored, key=lambda name: name not in markers):
-        places.store.delete(name)
-    for path in local:
+
+
+def _empty_bucket(run: RunIdentity, places: Places, markers: dict[str, int], data: list[ObjectInfo]) -> None:
+    """markers, data: as listed. The checkpoint first: dying after it, the old run is still whole."""
+    fence = Fence({name: markers.get(name, 0) for name in _marker_names(places)})
+    Committer(run, places, (), Ledger(), fence).start_over()
+    for info in data:
+        places.store.delete(info.name, info.generation)
+
+
+def _delete_local(paths: list[Path]) -> None:
+    """Deletes files so that they stay deleted when the power fails."""
+    for path in paths:
         with storage_errors("delete", path):
             path.unlink()
+    for folder in {path.parent for path in paths}:
+        with storage_errors("delete in", folder):
+            sync_folder(folder)

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from qwen_jax.errors import UsageError
+from qwen_jax.storage.opening import check_place
 
+_LONGEST_ID = 9
 WORKER_ID_VARIABLES = ("WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK", "TPU_WORKER_ID")
 
 
@@ -71,6 +74,8 @@ def resolve_worker_id(flag: str | None, environment: dict[str, str]) -> int:
         if text:
             if not (text.isascii() and text.isdigit()):
                 raise UsageError(f"{source} must be a whole number from 0 on, got {text!r}")
+            if len(text.lstrip("0")) > _LONGEST_ID:
+                raise UsageError(f"{source} may have {_LONGEST_ID} digits, got {len(text)}")
             return int(text)
     raise UsageError(
         f"no worker id: pass --worker_id N or set one of {', '.join(WORKER_ID_VARIABLES)}; "
@@ -85,8 +90,14 @@ def worker_folder(output_dir: Path, worker_id: int) -> Path:
 
 
 def bucket_url(bucket: str, prefix: str, worker_id: int) -> str:
-    """Where a worker's objects go: `gs://BUCKET/PREFIX/tpu_N`, or a local folder given as file://..."""
-    root = bucket if "://" in bucket else f"gs://{bucket}"
-    return "/".join(
-        [root.rstrip("/"), *([prefix.strip("/")] if prefix.strip("/") else []), f"tpu_{worker_id}"]
-    )
+    """Where a worker's objects go: `gs://BUCKET/PREFIX/tpu_N`, or a local folder given as file://...
+
+    The prefix is a name, in which `#`, `?` and `%` mean themselves. Raises UsageError for one that cannot be.
+    """
+    root, below = bucket if "://" in bucket else f"gs://{bucket}", prefix.strip("/")
+    check_place(f"gs://any/{below}")  # what a bucket refuses must not lead out of a folder either
+    if root.startswith("file://"):
+        below = quote(below)
+    url = "/".join([root.rstrip("/"), *([below] if below else []), f"tpu_{worker_id}"])
+    check_place(url)
+    return url

@@ -15,7 +15,7 @@ from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive
-from qwen_jax.run.failpoints import arm, failpoint
+from qwen_jax.run.failpoints import arm
 from qwen_jax.run.job import Job, identify, prepare
 from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, captured_samples, filled_shards
@@ -24,10 +24,9 @@ from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress import Progress
 from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
-from qwen_jax.run.resume import discard, resume
+from qwen_jax.run.resume import take_up
 from qwen_jax.run.settings import Settings
 from qwen_jax.shards.ledger import COMPLETED, Ledger
-from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
 from qwen_jax.storage.opening import open_store
 
 log = logging.getLogger(__name__)
@@ -57,24 +56,13 @@ def open_committer(job: Job, stop: Event) -> Committer:
     settings = job.settings
     places = open_places(settings, stop)
     identity = identify(job)
-    if settings.force_restart:
-        discard(places)
-    resumed = resume(identity, places)
-    committer = Committer(
+    committer, resumed = take_up(
         identity,
         places,
         job.layers,
-        resumed.ledger,
-        resumed.fence,
+        force_restart=settings.force_restart,
         delete_local_after_upload=settings.delete_local_after_upload,
     )
-    failpoint("resumed")
-    if resumed.is_new:
-        committer.open()
-    elif resumed.bucket_lags or resumed.local_lags:
-        committer.mend(bucket=resumed.bucket_lags)
-    for ledger in resumed.to_adopt:
-        committer.adopt(ledger)
     _report_start(job, places, committer.ledger, resumed.is_new)
     if committer.ledger.status != COMPLETED:
         _report_changes(resumed.settings, identity.header["settings"])
@@ -86,11 +74,10 @@ def open_places(settings: Settings, stop: Event) -> Places:
     checkpoint_path = None
     if settings.checkpointing:
         checkpoint_path = settings.checkpoint_dir / settings.checkpoint_name
-    for leftover in settings.output_dir.glob(f"*{TEMP_SUFFIX}"):
-        with storage_errors("delete", leftover):
-            leftover.unlink()
     store = open_store(settings.bucket_url, stop=stop) if settings.bucket_url else None
-    return Places(settings.output_dir, checkpoint_path, settings.checkpoint_name, store)
+    places = Places(settings.output_dir, checkpoint_path, settings.checkpoint_name, store)
+    places.remove_leftovers()
+    return places
 
 
 def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) -> None:
@@ -99,7 +86,7 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     first = committer.ledger.next_sample_idx
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
-    reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records)
+    reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records, job.stream)
     _report_memory(job)
     steps = prefetch(lay_into_steps(reader, job.step.shape), depth=1)
     samples = captured_samples(steps, load_capture(job))

@@ -135,8 +135,10 @@ class Ledger:
 
     def prefix(self, shards: int) -> Self:
         """The ledger as it was after its first `shards` shards; itself if that is all of them."""
-        if shards == len(self.shards):
-            return self
+        return self if shards == len(self.shards) else self.reopened(shards)
+
+    def reopened(self, shards: int) -> Self:
+        """The ledger as it was when its first `shards` shards were durable and the run went on."""
         last = self.shards[shards - 1].last_sample_idx if shards else -1
 
         def upto(notes: Sequence[dict]) -> tuple[dict, ...]:

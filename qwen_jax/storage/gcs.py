@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
-from qwen_jax.errors import ConfigError, StorageError, TerminatedError
+from qwen_jax.errors import ConfigError, StorageError, TerminatedError, redacted
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
 from qwen_jax.storage.local import atomic_write, storage_errors
 from qwen_jax.storage.resumable import NoProgressError, ResumableUpload, SessionLostError
@@ -43,6 +44,10 @@ class _WrongBytesError(Exception):
     """What arrived, there or here, is not what was sent."""
 
 
+class _WrongReplyError(Exception):
+    """The reply cannot be the bucket's: it lacks what the bucket says, or speaks of something else."""
+
+
 _TRANSIENT = (
     requests.RequestException,
     auth.TransportError,
@@ -52,6 +57,7 @@ _TRANSIENT = (
     SessionLostError,
     NoProgressError,
     _WrongBytesError,
+    _WrongReplyError,
 )
 _LIBRARY_ERRORS = (*_TRANSIENT, api.GoogleAPICallError, auth.GoogleAuthError, InvalidResponse)
 
@@ -143,8 +149,11 @@ class GcsStore:
         return self._retry("read", name, attempt)
 
     def stat(self, name: str) -> ObjectInfo | None:
-        blob = self._retry("look up", name, lambda: self._reload(name))
-        return self._info(blob) if blob else None
+        def attempt() -> ObjectInfo | None:
+            blob = self._reload(name)
+            return self._info(blob) if blob else None
+
+        return self._retry("look up", name, attempt)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         def attempt() -> list[ObjectInfo]:
@@ -191,11 +200,15 @@ class GcsStore:
                     info = self._info_of_resource(wanted.name, upload.send())
                 else:
                     info = self._send_whole(wanted, file, condition)
-            except SessionLostError:
+            except (SessionLostError, api.BadRequest, _WrongReplyError):
                 upload = None
                 raise
-            except api.PreconditionFailed:
-                return accept_or_conflict(wanted, if_generation, self.stat(wanted.name), self.url)
+            except api.PreconditionFailed as error:
+                upload, present = None, self.stat(wanted.name)
+                if (present.generation if present else 0) == condition:
+                    # Something on the way says so, or what stood there is gone: the next try will tell.
+                    raise _WrongReplyError("refused, though all is as it was expected to be") from error
+                return accept_or_conflict(wanted, if_generation, present, self.url)
             if (info.size, info.crc32c) != (wanted.size, wanted.crc32c):
                 # Ours, but damaged: the next try replaces exactly that.
                 condition, upload = (None if if_generation is None else info.generation), None
@@ -256,15 +269,18 @@ class GcsStore:
         return blob
 
     def _info(self, blob: storage.Blob) -> ObjectInfo:
-        name = blob.name.removeprefix(self._prefix)
-        writer = (blob.metadata or {}).get(_WRITER_KEY)
-        return ObjectInfo(name, blob.size, blob.crc32c, blob.generation, writer)
+        return self._info_of_resource(blob.name.removeprefix(self._prefix), blob._properties)
 
-    def _info_of_resource(self, name: str, resource: dict[str, Any]) -> ObjectInfo:
-        writer = resource.get("metadata", {}).get(_WRITER_KEY)
-        return ObjectInfo(
-            name, int(resource["size"]), resource["crc32c"], int(resource["generation"]), writer
-        )
+    def _info_of_resource(self, name: str, resource: Any) -> ObjectInfo:
+        """What a reply says of an object; raises _WrongReplyError where it is not of this one, or not whole."""
+        try:
+            said, size, generation = resource["name"], int(resource["size"]), int(resource["generation"])
+            crc32c, writer = resource["crc32c"], (resource.get("metadata") or {}).get(_WRITER_KEY)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _WrongReplyError(f"a reply that does not describe an object ({error!r})") from error
+        if said != self._prefix + name:
+            raise _WrongReplyError(f"a reply about another object, {said!r:.200}")
+        return ObjectInfo(name, size, crc32c, generation, writer)
 
     def _retry(
         self,
@@ -341,6 +357,9 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, auth.GoogleAuthError):
         return error.retryable
     code = _code(error)
+    if code == 400:
+        # What arrived there has another checksum than what we sent: damaged on the way.
+        return re.search("crc32c|md5|checksum", str(error), re.IGNORECASE) is not None
     return code is not None and (code in _TRANSIENT_CODES or code >= 500)
 
 
@@ -351,7 +370,7 @@ def _code(error: Exception) -> int | None:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(".")
+    return f"{type(error).__name__}: {' '.join(redacted(str(error)).split())[:300]}".rstrip(".")
 
 
 def _budget_from_environment() -> float:

@@ -26,6 +26,7 @@ _ADVICE = {
     errno.ENOENT: "the folder does not exist: create it",
     errno.ENOTDIR: "a part of the path is a file: choose another folder",
     errno.EISDIR: "a folder has this name: move it away",
+    errno.ELOOP: "it is a symbolic link, which is not followed: remove it",
 }
 
 
@@ -51,7 +52,7 @@ class AtomicFile:
         self._running = RunningCrc32c()
         self._written_back = 0
         with storage_errors("write", path):
-            self._file = open(_temp_path(path), "wb")  # noqa: SIM115 - closed by commit or discard
+            self._file = open(_temp_path(path), "wb", opener=no_link)  # noqa: SIM115 - closed by commit or discard
 
     @property
     def size(self) -> int:
@@ -133,6 +134,11 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
 def json_bytes(obj: Any) -> bytes:
     """`obj` as our JSON files spell it: keys in the order given, indent 2, one newline at the end."""
     return (json.dumps(obj, indent=2, allow_nan=False) + "\n").encode()
+
+
+def no_link(path: str, flags: int) -> int:
+    """Opens a file of ours, for `open`: a link that somebody has put in its place is refused, not followed."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

@@ -302,6 +302,41 @@ def test_a_huge_line_is_read_past_in_bounded_memory(tmp_path):
     assert "longer than" in str(second)
 
 
+LONG = [json.dumps({"text": f"{number} " + "x" * 300_000}) + "\n" for number in range(12)]
+CHANGES = {
+    "cut at a line": lambda lines: lines[:-2],
+    "cut at a piece": lambda lines: ["".join(lines)[: 1 << 20]],
+    "emptied": lambda lines: [],
+    "more lines": lambda lines: [*lines, lines[0]],
+    "another letter": lambda lines: [*lines[:6], lines[6].replace("x", "y", 1), *lines[7:]],
+    "lines swapped": lambda lines: [*lines[:8], lines[9], lines[8], *lines[10:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_stream_that_changes_is_seen_before_a_line_of_the_change_is_used(tmp_path, change):
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(LONG))
+    summary = stream_summary(path)
+    whole = list(read_stream(path, 0, summary))
+    assert [record.text for _, record in whole] == [json.loads(line)["text"] for line in LONG]
+    path.write_text("".join(change(LONG)))
+    read = []
+    with pytest.raises(ConfigError, match="was changed while it was in use"):
+        for entry in read_stream(path, 0, summary):
+            read.append(entry)
+    assert read == whole[: len(read)]
+
+
+def test_a_stream_that_is_replaced_by_its_like_is_the_same(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(LONG))
+    summary = stream_summary(path)
+    path.unlink()
+    path.write_text("".join(LONG))
+    assert len(list(read_stream(path, 3, summary))) == len(LONG) - 3
+
+
 def test_a_missing_stream_says_how_to_make_it(tmp_path):
     with pytest.raises(ConfigError, match="create_dataset_streams"):
         list(read_stream(tmp_path / "gone.jsonl"))

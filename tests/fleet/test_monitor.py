@@ -164,7 +164,7 @@ def test_messages_are_one_line_of_plain_text(tmp_path):
     put(tmp_path, 0, record(0, status=FAILED, message="a\nWorker 1: done\r\x1b[2J\x00" + "x" * 9999), None)
     lines = list(details(states(tmp_path, 1)))
     assert len(lines) == 4 and all(line.isprintable() for line in lines) and len(lines[-1]) < 600
-    assert lines[-1].strip().startswith("a Worker 1: done [2J xxx")
+    assert lines[-1].strip().startswith(r"a Worker 1: done \x1b[2J\x00xxx")
 
 
 def test_a_worker_that_starts_says_so(tmp_path):

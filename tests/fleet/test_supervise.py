@@ -325,7 +325,7 @@ def test_no_more_at_once_than_the_limit(cloud, monkeypatch, words):
         return ""
 
     monkeypatch.setattr(supervise, "call", call)
-    monkeypatch.setattr(FirstAlone, "__call__", lambda self, command: call(command))
+    monkeypatch.setattr(FirstAlone, "__call__", lambda self, command, given: call(command))
     cloud.vms(**{f"w{worker}": word for worker, word in enumerate(words)})
     run_supervisor(cloud, [done(cloud, *range(6))], workers=tuple(range(6)), parallel=2)
     assert peak == 2
@@ -335,7 +335,7 @@ def test_until_an_ssh_has_succeeded_each_is_alone(monkeypatch):
     """The first fails, the second makes the key; then two run at once."""
     running, begun, met, changed = 0, 0, set(), threading.Condition()
 
-    def call(command: list[str]) -> str:
+    def call(command: list[str], given: str) -> str:
         nonlocal running, begun
         with changed:
             number, begun, running = begun, begun + 1, running + 1

@@ -405,6 +405,37 @@ def test_a_shard_alone(copy, capsys):
     assert "has crc32c" in capsys.readouterr().out
 
 
+def test_streams_are_compared_with_their_digests_and_lines(copy, tmp_path):
+    listed = json.loads(STREAMS.read_text())
+    (tmp_path / "streams.json").write_text(json.dumps(listed))
+    stream = tmp_path / listed["streams"][0]["file"]
+    stream.write_bytes((STREAMS.parent / stream.name).read_bytes())
+    assert faults(copy.folder, streams=tmp_path / "streams.json") == []
+    stream.write_bytes(stream.read_bytes() + b"{}\n")
+    (found,) = faults(copy.folder, streams=tmp_path / "streams.json")
+    assert f"{stream}: was changed since it was made: it has 37 lines" in found
+    stream.unlink()
+    copy.metadata(lambda m: m["dataset"].update(lines=40))
+    assert any("saw 40 lines of" in fault for fault in faults(copy.folder, streams=tmp_path / "streams.json"))
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "stats"])
+def test_a_hostile_name_does_not_reach_the_terminal(copy, capsys, command):
+    def change(metadata):
+        metadata["model"]["name"] = metadata["dataset"]["path"] = "x\x1b]0;owned\x07\x9b2Jy"
+        metadata["fingerprint"]["overlong"] = "\x1b[2J"
+
+    copy.metadata(change)
+    other = Copy(copy.folder.with_name("worker_1"))
+    shutil.copytree(copy.folder, other.folder)
+    other.metadata(lambda m: m["fingerprint"].update(overlong="\x1b[3J"))
+    main(
+        [command, str(copy.folder), str(other.folder)] if command == "verify" else [command, str(copy.folder)]
+    )
+    out = capsys.readouterr().out
+    assert out and all(line.isprintable() for line in out.splitlines())
+
+
 def test_the_command_says_so(copy, capsys):
     assert main(["verify", str(copy.folder), "--streams", str(STREAMS)]) == 0
     assert "workers: 1, shards: 4, samples: 36, each stored once" in capsys.readouterr().out

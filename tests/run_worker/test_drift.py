@@ -17,7 +17,7 @@ from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
 from qwen_jax.shards.ledger import COMPLETED, Ledger, RunIdentity
 from qwen_jax.storage.folder import FolderStore
-from tests.run_worker.conftest import captured_sample, commit
+from tests.run_worker.conftest import ROOT, captured_sample, commit
 from tests.run_worker.torture import CHECKPOINT
 
 FIELDS = [
@@ -67,7 +67,7 @@ class Prepared:
         assert len(resumed.ledger.shards) == SHARDS
         assert resumed.ledger.next_sample_idx >= 2 * SHARDS
         assert not resumed.is_new
-        Committer(self.run, self.places, (0, 1), resumed.ledger, resumed.fence).mend(bucket=True)
+        Committer(self.run, self.places, (0, 1), resumed.ledger, resumed.fence).mend(resumed.stored)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_checkpoint_torn_at_every_byte_is_rebuilt(local):
         local.markers[0].write_bytes(whole[:length])
         resumed = local.resume()
         assert len(resumed.ledger.shards) == SHARDS and resumed.local_lags, length
-    Committer(local.run, local.places, (0, 1), resumed.ledger, resumed.fence).mend(bucket=False)
+    Committer(local.run, local.places, (0, 1), resumed.ledger, resumed.fence).mend(None)
     assert local.markers[0].read_bytes() == whole
 
 
@@ -315,12 +315,13 @@ def test_a_folder_in_the_place_of_a_marker(local):
 def test_force_restart_names_and_deletes_all_of_it_and_nothing_else(prepared, caplog):
     note = prepared.places.output_dir / "notes.txt"
     note.write_text("mine")
-    discard(prepared.places)
+    discard(prepared.run, prepared.places)
     places = 1 if prepared.places.store is None else 2
     assert f"--force_restart: deleting {places * (2 * SHARDS + 2)} files: " in caplog.text
     assert str(prepared.markers[0]) in caplog.text
     resumed = prepared.resume()
-    assert resumed.is_new and resumed.ledger == Ledger()
+    assert resumed.ledger == Ledger() and not resumed.to_adopt
+    assert resumed.is_new == (prepared.places.store is None)
     assert note.exists()
 
 
@@ -361,3 +362,33 @@ def test_other_weights_by_the_command_line(begun, tmp_path):
 def test_several_settings_by_the_command_line(begun):
     words = "(layers: was [0, 1, 2], is [1]; max_seq_length: was 640, is 512)"
     assert_drift_refused(begun, words, "--layers_to_extract", "1", "--max_seq_length", "512")
+
+
+CHANGING = """
+import qwen_jax.data.streams as streams
+_summary = streams.stream_summary
+def then_changed(path):
+    found = _summary(path)
+    lines = open(path, "rb").read().splitlines(True)
+    with open(path, "wb") as file:
+        file.writelines({change})
+    return found
+streams.stream_summary = then_changed
+"""
+
+
+@pytest.mark.parametrize("change", ["lines[:10]", "lines + lines[:6]", "lines[1:2] + lines[1:]"])
+def test_a_stream_that_changes_after_its_digest_was_taken(workspace, finished, tmp_path, change):
+    """A run over it would be completed and wrong, and no later start would ever look again."""
+    stream = tmp_path / "changing.jsonl"
+    stream.write_bytes(workspace.stream.read_bytes())
+    (tmp_path / "sitecustomize.py").write_text(CHANGING.replace("{change}", change))
+    changing = replace(workspace.having(PYTHONPATH=f"{tmp_path}:{ROOT}"), forked=False)
+    done = changing.run(stream=stream, expect=78)
+    assert "was changed while it was in use" in done.stderr and "Traceback" not in done.stderr
+    assert workspace.metadata()["status"] == "in_progress" and not workspace.shards()
+    stream.write_bytes(workspace.stream.read_bytes())
+    workspace.run(stream=stream)
+    assert [path.read_bytes() for path in workspace.shards()] == [
+        path.read_bytes() for path in finished.shards()
+    ]

@@ -14,7 +14,7 @@ from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.commit import Committer
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
-from qwen_jax.run.resume import resume
+from qwen_jax.run.resume import resume, take_up
 from qwen_jax.shards.ledger import RunIdentity
 from qwen_jax.storage.folder import FolderStore
 from tests.run_worker.conftest import captured_sample, commit, tree
@@ -135,7 +135,7 @@ def test_killed_while_completing(cloud, undisturbed, killed_at):
     assert_mirrored(cloud, undisturbed)
 
 
-IDENTITY = RunIdentity(5, "stream", "model", {"seed": 1}, {"settings": {}})
+IDENTITY = RunIdentity(5, "stream", "model", {"seed": 1}, {"settings": {}, "activation_types": ["residual"]})
 
 
 def places_of(root: Path, machine: str, bucket: str) -> Places:
@@ -198,6 +198,94 @@ def test_a_dead_predecessors_shard_with_other_bits_is_replaced(tmp_path):
     )
     commit(open_committer(tmp_path, "heir"), one_sample_shard(0, 2.0))
     assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
+
+
+def orphan(root: Path, value: float) -> None:
+    """A writer that dies when its first shard is in the bucket and no marker lists it."""
+    dead = open_committer(root, "dead")
+    dead._commit_markers = killed
+    with pytest.raises(KeyboardInterrupt):
+        commit(dead, one_sample_shard(0, value))
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_paused_writer_cannot_replace_what_its_successor_has_committed(tmp_path, monkeypatch):
+    """It has looked at a dead writer's shard and is about to replace it; its successor finds equal bytes there."""
+    orphan(tmp_path, 1.0)
+    paused = open_committer(tmp_path, "paused")
+    store, put_file = paused._places.store, FolderStore.put_file
+
+    def put(name, path, if_generation=None, **options):
+        if name == "shard_0001.pkl.gz" and if_generation:
+            commit(open_committer(tmp_path, "successor"), one_sample_shard(0, 1.0))
+        return put_file(store, name, path, if_generation, **options)
+
+    monkeypatch.setattr(store, "put_file", put)
+    with pytest.raises(WriterConflictError):
+        commit(paused, one_sample_shard(0, 2.0))
+    assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 1.0
+    assert len(open_committer(tmp_path, "third").ledger.shards) == 1
+
+
+def test_a_restarted_worker_replaces_its_own_shard_that_no_marker_covers(tmp_path):
+    """Its local metadata describes what lies in the bucket, but a rival may be about to replace just that."""
+    orphan(tmp_path, 1.0)
+    store = places_of(tmp_path, "dead", "bucket").store
+    before = store.stat("shard_0001.pkl.gz")
+    committer, _ = take_up(IDENTITY, places_of(tmp_path, "dead", "bucket"), (0,))
+    after = store.stat("shard_0001.pkl.gz")
+    assert len(committer.ledger.shards) == 1
+    assert after.crc32c == before.crc32c and after.generation != before.generation
+
+
+def test_a_shard_that_is_covered_is_not_written_again(tmp_path):
+    commit(open_committer(tmp_path, "first"), one_sample_shard(0, 1.0))
+    store = places_of(tmp_path, "first", "bucket").store
+    before = list(store.list())
+    take_up(IDENTITY, places_of(tmp_path, "first", "bucket"), (0,))
+    assert list(store.list()) == before
+
+
+def test_a_paused_force_restart_does_not_delete_what_a_rival_has_committed(tmp_path, monkeypatch):
+    commit(open_committer(tmp_path, "first"), one_sample_shard(0, 1.0))
+    places = places_of(tmp_path, "restarted", "bucket")
+    delete = FolderStore.delete
+
+    def paused(self, name, if_generation=None):
+        monkeypatch.setattr(FolderStore, "delete", delete)
+        take_up(IDENTITY, places_of(tmp_path, "rival", "bucket"), (0,), force_restart=True)
+        commit(open_committer(tmp_path, "rival"), one_sample_shard(0, 2.0))
+        delete(self, name, if_generation)
+
+    monkeypatch.setattr(FolderStore, "delete", paused)
+    with pytest.raises(WriterConflictError):
+        take_up(IDENTITY, places, (0,), force_restart=True)
+    assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
+    assert len(open_committer(tmp_path, "third").ledger.shards) == 1
+
+
+def test_a_force_restart_fences_out_the_writer_before_it_deletes(tmp_path, monkeypatch):
+    owner = open_committer(tmp_path, "owner")
+    commit(owner, one_sample_shard(0, 1.0))
+    monkeypatch.setattr(FolderStore, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        take_up(IDENTITY, places_of(tmp_path, "restarted", "bucket"), (0,), force_restart=True)
+    with pytest.raises(WriterConflictError):
+        commit(owner, one_sample_shard(1, 1.0))
+    assert open_committer(tmp_path, "third").ledger.shards == ()
+
+
+def test_statistics_of_an_overtaken_shard_are_not_merged(tmp_path):
+    """Its own statistics lie on the disk, of a shard whose place a rival's has taken."""
+    orphan(tmp_path, 2.0)
+    commit(open_committer(tmp_path, "rival"), one_sample_shard(0, 1.0))
+    again = open_committer(tmp_path, "dead")
+    again.complete(1, [])
+    bucket = tmp_path / "bucket"
+    assert (bucket / "stats.safetensors").read_bytes() == (bucket / "stats_0001.safetensors").read_bytes()
 
 
 def test_local_shards_that_took_another_way_are_not_adopted(tmp_path):

@@ -17,6 +17,7 @@ RECORD = """
 call="$CALLS/$(date +%s%N).$$-$(basename "$0")"
 mkdir "$call"
 for argument in "$@"; do printf '%s\\0' "$argument"; done >"$call/arguments"
+[ -t 0 ] || cat >"$call/input"
 env -0 >"$call/environment.tmp"
 mv "$call/environment.tmp" "$call/environment"
 """
@@ -29,6 +30,7 @@ class Call:
     program: str
     arguments: list[str]
     environment: dict[str, str]
+    input: bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class Fakes:
     def calls(self, program: str = "") -> list[Call]:
         """The recorded calls in order, of one program or of all."""
         found = [
-            Call(folder.name.partition("-")[2], _split(folder / "arguments"), _variables(folder))
+            Call(
+                folder.name.partition("-")[2],
+                _split(folder / "arguments"),
+                _variables(folder),
+                (folder / "input").read_bytes() if (folder / "input").exists() else b"",
+            )
             for folder in sorted(self.calls_folder.iterdir())
             if (folder / "environment").exists()
         ]

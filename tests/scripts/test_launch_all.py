@@ -108,6 +108,7 @@ def remote(tmp_path, fakes, gcloud):
         for call in gcloud.calls("gcloud"):
             done = subprocess.run(
                 ["bash", "-c", given(call)[2]],
+                input=call.input,
                 env=fakes.environment(),
                 cwd=home,
                 capture_output=True,
@@ -255,11 +256,18 @@ def test_without_packages_settings_are_left_to_the_workers(gcloud, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--supervise",)])
 def test_a_token_is_forwarded_and_never_printed(gcloud, flags):
     shown = launch(gcloud, "--workers", "3", "--dry_run", *flags, HF_TOKEN="hf_secret")
-    assert "hf_secret" not in shown.stdout + shown.stderr and "HF_TOKEN=..." in shown.stdout
+    assert "hf_secret" not in shown.stdout + shown.stderr and "read -r HF_TOKEN" in shown.stdout
     done = launch(gcloud, "--workers", "3", HF_TOKEN="hf_secret", JAX_PACKAGE="jax[tpu]==1.2")
-    command = given(gcloud.calls("gcloud")[0])[2]
-    assert "HF_TOKEN=hf_secret" in command and "JAX_PACKAGE='jax[tpu]==1.2'" in command
+    call = gcloud.calls("gcloud")[0]
+    assert "hf_secret" not in " ".join(call.arguments), "a list of processes shows it"
+    assert call.input == b"hf_secret\n" and "JAX_PACKAGE='jax[tpu]==1.2'" in given(call)[2]
     assert "hf_secret" not in done.stdout + done.stderr
+
+
+def test_a_token_of_two_lines_is_refused(gcloud):
+    done = launch(gcloud, "--workers", "3", HF_TOKEN="hf_one\nhf_two")
+    assert done.returncode == 2 and "HF_TOKEN must be one line" in done.stderr
+    assert gcloud.calls() == []
 
 
 def test_further_flags_reach_gcloud_as_a_shell_reads_them(gcloud):

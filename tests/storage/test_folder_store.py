@@ -39,6 +39,33 @@ def test_urls(root, monkeypatch):
             open_store(url)
 
 
+@pytest.mark.parametrize("name", ["fh#1/bk", "fh?1", "a%b", "a b#", "fh#1?x=%41"])
+def test_a_folders_name_is_taken_as_it_is(tmp_path, name):
+    """`#` and `?` end the path of a web address, but they are letters of a name."""
+    named = tmp_path / name
+    open_store(named.as_uri()).put_bytes("a", b"1")
+    assert (named / "a").read_bytes() == b"1"
+    if "%" not in name:
+        assert open_store(f"file://{named}").get_bytes("a")[0] == b"1"
+    assert [path.name for path in tmp_path.iterdir()] == [name.partition("/")[0]]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gs://bucket/a\nb",
+        "gs://bucket/../a",
+        "gs://bucket/a/./b",
+        f"gs://bucket/{'x' * 1025}",
+        "gs://Bucket/a",
+        *("gs://bucket#1/a", "gs://b/a", "gs://bucket/\ud800", "file:///x/\x1b[31m", "a\0b"),
+    ],
+)
+def test_what_no_store_can_hold_is_refused(url):
+    with pytest.raises(UsageError, match="cannot store to"):
+        open_store(url)
+
+
 @pytest.mark.parametrize(
     "name", ["", "/etc/passwd", "../a", "a/../../b", "a//b", "a/", ".", f"{HIDDEN}/lock", "a\0b"]
 )

@@ -13,9 +13,11 @@ import pytest
 import requests
 
 from qwen_jax.errors import ConfigError, StorageError, TerminatedError
+from qwen_jax.run.settings import bucket_url
 from qwen_jax.storage import PreconditionFailedError, open_store
 from qwen_jax.storage.checksum import crc32c_of
 from qwen_jax.storage.gcs import GcsStore
+from tests import fake_gcs
 from tests.fake_gcs import FakeGcs, Fault
 from tests.storage.contract import BIG, StoreContract
 
@@ -62,6 +64,12 @@ class TestGcsStore(StoreContract):
         assert server.tree() == {"activations/a": b"1", "elsewhere": b"x"}
 
 
+@pytest.mark.parametrize("prefix", ["exp#1", "exp?2", "a%23b", "#", "ümlaut x"])
+def test_a_prefix_is_a_name_and_no_address(server, prefix):
+    open_store(bucket_url("bucket", prefix, 0)).put_bytes("a", b"1")
+    assert server.tree() == {f"{prefix}/tpu_0/a": b"1"}
+
+
 WRITE_FAULTS = [
     Fault("status", "POST", status=408),
     Fault("status", "POST", status=429),
@@ -94,6 +102,18 @@ WRITE_FAULTS = [
     Fault("expire", "PUT", nth=2, times=2),
     Fault("corrupt", "PUT", nth=4),
     Fault("cut", "PUT", nth=4),
+]
+
+
+STRANGE_REPLIES = [
+    {"size": None},
+    {"crc32c": None},
+    {"generation": None},
+    {"name": None},
+    {"name": "activations/other"},
+    {"size": "many"},
+    {"size": "7"},
+    {"crc32c": "AAAAAA=="},
 ]
 
 
@@ -130,6 +150,90 @@ def test_a_write_is_committed_once(server, fault):
     server.faults.append(fault)
     first = store.put_bytes("a", BIG if fault.method == "PUT" else SMALL, 0)
     assert first.generation == 1001
+
+
+@pytest.mark.parametrize("reply", STRANGE_REPLIES, ids=str)
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("condition", [0, None])
+def test_a_reply_about_something_else_is_a_fault(server, store, reply, method, condition):
+    data = BIG if method == "PUT" else SMALL
+    server.faults.append(Fault("strange", method, "upload", nth=4 if data is BIG else 1, reply=reply))
+    info = store.put_bytes("a", data, condition, writer="me")
+    assert server.tree() == {"activations/a": data}
+    assert (info.name, info.size, info.crc32c) == ("a", len(data), crc32c_of(data))
+    assert store.stat("a") == info
+
+
+@pytest.mark.parametrize("reply", STRANGE_REPLIES[:6], ids=str)
+def test_a_look_up_that_speaks_of_something_else_is_tried_again(server, store, reply):
+    info = store.put_bytes("a", SMALL)
+    server.faults.append(Fault("strange", "GET", reply=reply))
+    assert store.stat("a") == info
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_refusal_that_nothing_explains_is_tried_again(server, store, method):
+    data = BIG if method == "PUT" else SMALL
+    server.faults.append(Fault("bare", method, times=2))
+    assert store.put_bytes("a", data, 0, writer="me").size == len(data)
+    server.faults.append(Fault("bare", method, times=10**6))
+    with pytest.raises(StorageError, match="refused, though all is as it was expected"):
+        quick_store(budget_s=0.1).put_bytes("b", data, 0, writer="me")
+
+
+@pytest.mark.parametrize("data", [SMALL, BIG], ids=["small", "big"])
+def test_an_object_that_vanishes_between_a_refusal_and_its_look_up(server, store, data):
+    store.put_bytes("a", b"dead writer's")
+    server.faults.append(Fault("vanish", "POST"))
+    assert store.put_bytes("a", data, 0, writer="me").size == len(data)
+    assert server.tree() == {"activations/a": data}
+
+
+@pytest.mark.parametrize("data", [SMALL, BIG], ids=["small", "big"])
+def test_what_is_damaged_on_the_way_is_sent_again(server, store, data, monkeypatch):
+    """The bucket answers 400, because the checksum is another."""
+    refused, crc = [], fake_gcs.crc32c
+
+    def damaged(arrived):
+        if len(arrived) == len(data) and len(refused) < 2:
+            refused.append(arrived)
+            return "AAAAAA=="
+        return crc(arrived)
+
+    monkeypatch.setattr(fake_gcs, "crc32c", damaged)
+    store.put_bytes("a", data, 0)
+    assert refused and server.tree() == {"activations/a": data}
+
+
+def test_an_uploads_authority_is_nowhere_shown(server, caplog):
+    server.faults.append(Fault("status", "PUT", times=10**6))
+    with caplog.at_level(logging.DEBUG, "qwen_jax"), pytest.raises(StorageError) as caught:
+        quick_store(budget_s=0.1).put_bytes("a", BIG, 0)
+    shown = caplog.text + str(caught.value)
+    assert "upload_id=..." in shown and "session-" not in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "url: /upload?uploadType=resumable&upload_id=SECRET (Caused by ...)",
+        "https://x/o?X-Goog-Signature=SECRET&x=1",
+        "Authorization: Bearer SECRET",
+        "{'Authorization': 'Bearer SECRET'}",
+        "export HF_TOKEN=SECRET && x",
+        "token hf_SECRETSECRET was refused",
+        "ya29.SECRETSECRET",
+        "https://x/?access_token=SECRET",
+    ],
+)
+def test_what_grants_access_is_redacted(text):
+    assert "SECRET" not in str(StorageError(text)) and "..." in str(StorageError(text))
+
+
+def test_what_grants_nothing_is_left(server):
+    text = "sample 3 (task key) at gs://bucket/a/monkey=1: 5 tokens, tokenizer, keep_tokens=all, hf_x"
+    assert str(StorageError(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -299,7 +403,7 @@ def test_the_buckets_checksum_check_refuses_what_was_damaged_on_the_way(server, 
     """The file changes between our checksum and the upload, as a bad disk would have it."""
     path = tmp_path / "shard"
     path.write_bytes(BIG)
-    store = quick_store()
+    store = quick_store(budget_s=0.1)
     start_session = store._start_session
 
     def damage(*args):

@@ -117,6 +117,25 @@ def test_a_missing_folder(tmp_path):
         write_json(tmp_path / "none" / "a.json", {})
 
 
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "a.tmp").symlink_to(tmp_path / "victim")
+    with (
+        pytest.raises(StorageError, match="symbolic link, which is not followed: remove it"),
+        atomic_write(tmp_path / "a") as file,
+    ):
+        file.write(b"x")
+    assert (tmp_path / "victim").read_bytes() == b"mine" and not (tmp_path / "a").exists()
+
+
+def test_a_link_in_the_place_of_the_file_is_replaced(tmp_path):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "a").symlink_to(tmp_path / "victim")
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"x")
+    assert (tmp_path / "victim").read_bytes() == b"mine" and not (tmp_path / "a").is_symlink()
+
+
 def test_json_is_deterministic(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"b": 1, "a": ["é", "\ud800", None]})

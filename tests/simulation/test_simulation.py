@@ -1,0 +1,84 @@
+"""Exactly once, against every order of crashes, failures and rivals that a seed can think of."""
+
+import logging
+
+import pytest
+
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.world import Event, Script, explained, fails, run, search, simulated
+
+DEFAULT_CRASHES = 10_000
+OLD_DEFECTS = [what for what in MUTANTS if what.endswith("(as before)")]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """A message for each of a million failures takes longer than the failures."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def assert_promises_hold(crashes: int, seed: int) -> None:
+    died, violation, last = search(crashes, seed)
+    assert violation is None, explained(last)
+    print(f"{died} crashes, seeds {seed} to {last}: no promise broken")
+
+
+def test_ten_thousand_crashes():
+    assert_promises_hold(DEFAULT_CRASHES, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(10))
+def test_a_million_crashes(part):
+    assert_promises_hold(100_000, (part + 1) * 1_000_000)
+
+
+def assert_found(what: str) -> None:
+    with MUTANTS[what]():
+        died, violation, seed = search(DEFAULT_CRASHES)
+    print(f"{what}: seed {seed}, after {died} crashes: {violation}")
+    assert violation is not None, f"{DEFAULT_CRASHES} crashes do not show that {what}"
+
+
+@pytest.mark.parametrize("what", OLD_DEFECTS)
+def test_old_defects_are_found(what):
+    assert_found(what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [what for what in MUTANTS if what not in OLD_DEFECTS])
+def test_mutants_are_found(what):
+    assert_found(what)
+
+
+def test_a_seed_is_all_there_is_to_a_world():
+    with simulated():
+        worlds = [run(Script.random(seed)) for seed in (7, 7)]
+    assert worlds[0].step == worlds[1].step > 100
+    assert worlds[0].crashes == worlds[1].crashes > 0
+
+
+def test_a_failure_is_shrunk_to_a_short_script():
+    with MUTANTS["the folder is not synced"]():
+        seed = search(DEFAULT_CRASHES)[2]
+        text = explained(seed)
+    assert text.startswith(f"seed {seed}: ")
+    assert text.count("Event(") <= 3 < len(Script.random(seed).events)
+    with simulated():
+        assert fails(Script.random(seed)) is None, "the failure is the mutant's"
+
+
+OVERTAKEN = Script(
+    bits=(0, 1),
+    events=(
+        Event(0, "put metadata.json", "switch", 1),
+        Event(0, "put metadata.json", "switch", 0),
+    ),
+)
+
+
+def test_a_script_can_be_written_by_hand():
+    with simulated():
+        assert run(OVERTAKEN).crashes == 0
