@@ -223,6 +223,16 @@ class Program:
         )
         return jax.jit(mapped)
 
+    def lower_sum_up(self, kept: int | None = None) -> jax.stages.Lowered:
+        """As lower_step, for `sum_up`."""
+        rows = self.shape.tokens if kept is None else kept
+        counts = self._array((self.shape.blocks,), "int32")
+        stored = {
+            tap: self._array((old.shape[1], rows, old.shape[3]), self.stored_dtype)
+            for tap, old in self.carried_rows().items()
+        }
+        return self.sum_up.lower(self.carried_rows(), stored, self._array((), "int32"), counts, counts)
+
     def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
         old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
         size = self.shape.block_tokens

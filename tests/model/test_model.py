@@ -9,8 +9,8 @@ from qwen_jax.data.steps import StepShape
 from qwen_jax.model.capture import block_sums
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
-from tests.hf_reference import PUBLISHED
 from tests.model.conftest import program_of, run
+from tests.published import PUBLISHED
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {
