@@ -38,12 +38,12 @@ class Accelerator:
         return self.chip.platform
 
 
-# TPU: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)" of docs.cloud.google.com/tpu/docs.
-# They name peak compute in bf16, HBM capacity and HBM bandwidth of a chip. The host link is PCIe with 16 lanes:
-# third generation on v4, v5e and v5p (16 GB/s), fifth on v6e by its page; for v6e and TPU7x we take the 32 GB/s that
-# "How to Scale Your Model" (jax-ml.github.io/scaling-book, "How to Think About TPUs") gives v6e. A chip of TPU7x
-# is two devices for jax: half of 2,307 TFLOP/s, of 192 GiB and of 7,380 GB/s, and half of the link.
-_V4 = Chip("tpu", 32 * _GIB, 275 * _TFLOPS, 1228 * _GBPS, 16 * _GBPS)
+# TPU: peak compute in bf16, HBM capacity and HBM bandwidth of a chip are those of the pages "TPU v4", "TPU v5e",
+# "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)" of docs.cloud.google.com/tpu/docs. Of the host link only v6e's page says
+# something (PCIe of the fifth generation), so these are assumptions on the careful side: 16 lanes of the third
+# generation on v4, v5e and v5p (16 GB/s), twice that for a chip of v6e and TPU7x. A chip of TPU7x is two
+# devices for jax, each with half of its 2,307 TFLOP/s, its 192 GiB, its 7,380 GB/s and its link.
+_V4 = Chip("tpu", 32 * _GIB, 275 * _TFLOPS, 1200 * _GBPS, 16 * _GBPS)
 _V5E = Chip("tpu", 16 * _GIB, 197 * _TFLOPS, 819 * _GBPS, 16 * _GBPS)
 _V5P = Chip("tpu", 95 * _GIB, 459 * _TFLOPS, 2765 * _GBPS, 16 * _GBPS)
 _V6E = Chip("tpu", 32 * _GIB, 918 * _TFLOPS, 1638 * _GBPS, 32 * _GBPS)
