@@ -80,10 +80,11 @@ def test_defaults(gcloud):
 
 def test_a_model_that_cannot_fit_is_said_before_machines_are_paid_for(gcloud, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_fields("72B")))
-    done = launch(gcloud, "--dry_run", NUM_WORKERS="1", MODEL_PATH=str(tmp_path))
+    variables = {"NUM_WORKERS": "1", "MODEL_PATH": str(tmp_path), "VENV_DIR": with_packages(tmp_path / "env")}
+    done = launch(gcloud, "--dry_run", **variables)
     assert done.returncode == 0 and f"warning: {tmp_path} on v4-8: needs about " in done.stderr
     (tmp_path / "config.json").write_text(json.dumps(config_fields("0.5B")))
-    assert "warning" not in launch(gcloud, "--dry_run", NUM_WORKERS="1", MODEL_PATH=str(tmp_path)).stderr
+    assert "warning" not in launch(gcloud, "--dry_run", **variables).stderr
 
 
 def test_values_of_any_kind_reach_gcloud(gcloud):
