@@ -57,14 +57,15 @@ def figures(outline: Outline, size: str, machine: Accelerator, ask: bool) -> lis
     parts, length = settings.model_parallel, settings.max_seq_length
     program = outline.program(machine_mesh(machine, parts), machine.platform)
     roof, memory = Roof(program, machine, context=length / 2), device_memory(program)
-    seconds, temporaries = "", memory.temporaries
+    seconds, temporaries = "not compiled", memory.temporaries
     if ask:
         step = outline.program(absent_mesh(machine, parts), machine.platform)
         try:
             compiled = compile_now(step.lower_step())
         except JaxRuntimeError as error:
             return [size, machine.name, f"{length:,}", f"does not compile: {str(error).splitlines()[0]}"]
-        seconds, temporaries = f"{compiled.seconds:.0f}", compiled.temporaries
+        # The statistics of a step are a program of their own, which may take more (run/roof.py).
+        seconds, temporaries = f"{compiled.seconds:.0f}", max(compiled.temporaries, memory.temporaries)
     memories = (memory.weights, memory.carried, memory.steps, temporaries, machine.chip.memory)
     return [
         *(size, machine.name, f"{length:,}", str(parts), seconds),

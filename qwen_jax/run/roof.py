@@ -29,7 +29,8 @@ _RESERVED = 0.05
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on each device. steps: captured activations of the steps in flight. temporaries: while a step runs."""
+    """Bytes on each device. steps: captured activations of the steps in flight. temporaries: while a step runs, or its
+    statistics are taken, whichever takes more."""
 
     weights: int
     carried: int
@@ -116,7 +117,7 @@ def device_memory(program: Program) -> DeviceMemory:
         program.weight_bytes,
         program.carried_bytes,
         (1 + STEPS_IN_FLIGHT) * captured_bytes(program),
-        temporary_bytes(program),
+        max(temporary_bytes(program), _statistics_bytes(program)),
     )
 
 
@@ -125,6 +126,12 @@ def captured_bytes(program: Program) -> int:
     rows = program.carried_rows().values()
     values = sum(array.shape[1] * array.shape[3] * array.dtype.itemsize for array in rows)
     return values * program.shape.tokens
+
+
+def _statistics_bytes(program: Program) -> int:
+    """While a step's statistics are taken: its activations once more, between the rows before and behind them."""
+    shape = program.shape
+    return captured_bytes(program) * (shape.tokens + 2 * shape.block_tokens) // shape.tokens
 
 
 def temporary_bytes(program: Program) -> int:
