@@ -22,7 +22,8 @@ from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.model.config import Qwen2Config
 from qwen_jax.model.weights import LAYER_TENSORS
 from qwen_jax.run.pipeline import captured_samples
-from tests.hf_reference import PUBLISHED, load_reference
+from tests.hf_reference import load_reference
+from tests.published import PUBLISHED
 
 PEAK_SIZE = (2048, 896, 4864)
 LONGEST_EAGER = 4096

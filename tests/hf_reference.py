@@ -5,22 +5,15 @@ As a script it writes a checkpoint of a published size, for trying things at the
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-# Published sizes (config.json of Qwen/Qwen2.5-*): hidden, mlp, layers, heads, kv heads, vocabulary, tied.
-PUBLISHED = {
-    "0.5B": (896, 4864, 24, 14, 2, 151936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "3B": (2048, 11008, 36, 16, 2, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False),
-    "14B": (5120, 13824, 48, 40, 8, 152064, False),
-    "32B": (5120, 27648, 64, 40, 8, 152064, False),
-    "72B": (8192, 29568, 80, 64, 8, 152064, False),
-}
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is a script
+from tests.published import PUBLISHED
 
 
 def make_reference(

@@ -25,9 +25,10 @@ from argparse import ArgumentTypeError, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from qwen_jax.cli import FlagParser, positive_float, positive_int
-from qwen_jax.errors import TerminatedError, UsageError
+from qwen_jax.errors import TerminatedError, ToolkitError, UsageError
 from qwen_jax.fleet import hardware, kubernetes, local, skypilot
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.gcloud import QUEUED, VM, FirstAlone, Vms
@@ -41,6 +42,9 @@ from qwen_jax.fleet.workers import (
     secrets_of,
     without_secrets,
 )
+
+if TYPE_CHECKING:
+    from qwen_jax.run.settings import Settings
 
 _TOOLS = {
     "gcloud": ("gcloud", "install the Google Cloud CLI"),
@@ -120,7 +124,9 @@ def gcloud_flags(text: str) -> tuple[str, ...]:
 
 
 def run(args: Namespace) -> int:
-    _check_settings(upload=args.engine != "local" or bool(os.environ.get("GCS_BUCKET")))
+    settings = _check_settings(upload=args.engine != "local" or bool(os.environ.get("GCS_BUCKET")))
+    if settings is not None and args.engine == "gcloud":
+        _warn_of_memory(settings, args.accelerator_type)
     if args.engine == "local":
         return _run_local(args)
     if not os.environ.get("GCS_BUCKET"):
@@ -136,21 +142,57 @@ def run(args: Namespace) -> int:
     )
 
 
-def _check_settings(*, upload: bool) -> None:
-    """Reads the worker's variables as each worker would, before any machine is paid for; exits with 2."""
+def _check_settings(*, upload: bool) -> "Settings | None":
+    """Reads the worker's variables as each worker would, before any machine is paid for; exits with 2. None where
+    packages are missing."""
     try:
         from qwen_jax.run.flags import add_worker_flags, to_settings
     except ModuleNotFoundError as error:
         print(f"settings are left to the workers to check: no {error.name} here", file=sys.stderr)
-        return
+        return None
     parser = FlagParser(prog="launch_all_workers.sh", env_for_all=True)
     add_worker_flags(parser)
     parser.switch("verbose", "")
     values = vars(parser.parse_args([]))
     del values["verbose"]
-    to_settings(values | {"worker_id": "0", "upload_to_gcs": upload})
+    settings = to_settings(values | {"worker_id": "0", "upload_to_gcs": upload})
     for name in SECONDS:
         _check_seconds(name, os.environ.get(name) or "0")
+    return settings
+
+
+def _warn_of_memory(settings: "Settings", accelerator_type: str) -> None:
+    """Says so where the model cannot fit such machines, if its config is at hand."""
+    from qwen_jax.model.chips import ACCELERATORS
+    from qwen_jax.model.config import read_config
+
+    machine, folder = ACCELERATORS.get(accelerator_type), _config_folder(settings)
+    if machine is None or folder is None:
+        return
+    try:
+        from qwen_jax.run.roof import complaint, outline_of_config
+
+        said = complaint(outline_of_config(settings, read_config(folder)), machine)
+    except ModuleNotFoundError:
+        return
+    except ToolkitError as error:
+        said = str(error)
+    if said is not None:
+        print(f"warning: {settings.model_path} on {machine.name}: {said}", file=sys.stderr)
+
+
+def _config_folder(settings: "Settings") -> Path | None:
+    """Where the model's config.json lies: in its folder, or in the hub's cache here; nothing is fetched."""
+    folder = Path(settings.model_path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(settings.model_path, "config.json", revision=settings.revision)
+    except (ModuleNotFoundError, ValueError):
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _check_seconds(name: str, text: str) -> None:

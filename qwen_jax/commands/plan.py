@@ -1,8 +1,8 @@
 """Says what a run would write and take before it is started: samples, tokens, bytes, shards, memory, time, cost.
 Takes the worker's flags and variables. Tokenises the stream, all of it or --plan_samples lines; loads no weights.
---dtype auto and --devices mean this machine's: for a TPU or GPU say --dtype bfloat16 and how many there are.
+--dtype auto and --devices mean this machine's, but with --accelerator that one's.
 
-  python -m qwen_jax plan --worker_id 0 --dtype bfloat16 --devices 4 --plan_samples 500
+  python -m qwen_jax plan --worker_id 0 --accelerator v4-8 --plan_samples 500
   python -m qwen_jax plan --worker_id 0 --layers_to_extract 11 --tokens_per_second 30000 --price_per_hour 1.2
 """
 

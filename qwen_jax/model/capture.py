@@ -3,10 +3,12 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -223,6 +225,16 @@ class Program:
         )
         return jax.jit(mapped)
 
+    def lower_sum_up(self, kept: int | None = None) -> jax.stages.Lowered:
+        """As lower_step, for `sum_up`."""
+        rows = self.shape.tokens if kept is None else kept
+        counts = self._array((self.shape.blocks,), "int32")
+        stored = {
+            tap: self._array((old.shape[1], rows, old.shape[3]), self.stored_dtype)
+            for tap, old in self.carried_rows().items()
+        }
+        return self.sum_up.lower(self.carried_rows(), stored, self._array((), "int32"), counts, counts)
+
     def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
         old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
         size = self.shape.block_tokens
@@ -297,11 +309,11 @@ class Capture:
         answers = step.answers() if program.with_answers else None
         inputs = (step.tokens_XT, step.positions_XT, step.kept_XR, answers, step.kept_counts)
         *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
-        started = self._announce(step)
-        stored, log_probs, self._carried = program.step(self._params, self._tables, self._carried, *inputs)
-        sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
-        if started is not None:
-            log.info("compiled in %.1f s", time.monotonic() - started)
+        with self._announced(step):
+            stored, log_probs, self._carried = program.step(
+                self._params, self._tables, self._carried, *inputs
+            )
+            sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
         self._rows = sums[-1][1]
         captured = Captured(stored, [found for found, _ in sums], log_probs, program.taps)
         captured.start_copying()
@@ -311,20 +323,44 @@ class Capture:
         by_row = NamedSharding(self._program.mesh, P("data"))
         return self._program.sum_up(self._rows, stored, counts, *jax.device_put(blocks, by_row))
 
-    def _announce(self, step: StepInput) -> float | None:
-        """Says that a program is new, so that nobody takes its compilation for a hang; when that began."""
-        kept = step.kept_XR
-        size = self._program.shape.tokens if kept is None else kept.shape[1]
+    @contextmanager
+    def _announced(self, step: StepInput) -> Iterator[None]:
+        """Says that a program is new, and for how long it has been compiled, so that nobody takes that for a hang."""
+        kept, program = step.kept_XR, self._program
+        size = program.shape.tokens if kept is None else kept.shape[1]
         if size in self._compiled:
-            return None
+            yield
+            return
         self._compiled.add(size)
         notes = "" if kept is None else f", {size} of them kept"
-        log.info(
-            "compiling the step of %d tokens%s (on TPU this may take minutes)",
-            self._program.shape.tokens,
-            notes,
-        )
-        return time.monotonic()
+        what = f"the step of {program.shape.tokens} tokens{notes}"
+        layers, form = program.num_layers, program.form.name
+        log.info("compiling %s: %d layers, %s attention", what, layers, form)
+        started = time.monotonic()
+        with _repeated(lambda: log.info("still compiling, for %.0f s", time.monotonic() - started)):
+            yield
+        log.info("compiled in %.1f s", time.monotonic() - started)
+
+
+_SAID_EVERY_S = 30.0
+
+
+@contextmanager
+def _repeated(say: Callable[[], None]) -> Iterator[None]:
+    """Calls `say` from a thread every half minute."""
+    done = Event()
+
+    def wait() -> None:
+        while not done.wait(_SAID_EVERY_S):
+            say()
+
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _zeros(shapes: Any) -> Any:

@@ -54,9 +54,11 @@ def make_mesh(model_parallel: int = 1) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, model_parallel), ("data", "model"))
 
 
-def planned_mesh(devices: int, model_parallel: int) -> AbstractMesh:
-    """The mesh of a machine with so many devices; ConfigError if uneven."""
-    check_division(devices, model_parallel, "devices planned for (--devices)")
+def planned_mesh(
+    devices: int, model_parallel: int, name: str = "devices planned for (--devices)"
+) -> AbstractMesh:
+    """The mesh of a machine with so many devices; ConfigError if uneven, which calls them `name`."""
+    check_division(devices, model_parallel, name)
     return AbstractMesh((devices // model_parallel, model_parallel), ("data", "model"))
 
 

@@ -5,17 +5,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.streams import read_stream
+from qwen_jax.errors import UsageError
 from qwen_jax.model.capture import Program
+from qwen_jax.model.chips import Accelerator, accelerator
+from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.sharding import planned_mesh
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
-from qwen_jax.run.pipeline import STEPS_IN_FLIGHT
 from qwen_jax.run.plan_flags import Assumptions
 from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
+from qwen_jax.run.roof import Roof, as_on_an_accelerator, device_memory, machine_mesh, what_would_fit
 from qwen_jax.run.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
@@ -45,6 +49,8 @@ class Plan:
     kept_tokens: int
     lengths: np.ndarray
     step: Program
+    roof: Roof | None = None
+    compiled: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Settings:
@@ -85,11 +91,19 @@ class Plan:
     @property
     def step_bytes(self) -> int:
         """Captured activations of the steps that are in flight, on each device."""
-        return (1 + STEPS_IN_FLIGHT) * self.step.shape.tokens * self.bytes_per_token
+        return device_memory(self.step).steps
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """As given, else a share of the accelerator's roof."""
+        given = self.assumptions.tokens_per_second
+        if given is not None or self.roof is None:
+            return given
+        return self.roof.tokens_per_second(self.assumptions.roof_share)
 
     @property
     def hours(self) -> float | None:
-        speed = self.assumptions.tokens_per_second
+        speed = self.tokens_per_second
         return None if speed is None else self.prompt_tokens / speed / 3600
 
     def lines_of_text(self) -> Iterator[str]:
@@ -115,6 +129,8 @@ class Plan:
             f"  device RAM  {weights} of weights in {self.outline.dtype}, {carried} of carried keys and values, "
             f"{steps} of steps in flight, on each of {self.step.mesh.size}"
         )
+        if self.roof is not None:
+            yield from self._machine(self.roof)
         yield from self._costs()
 
     def _lengths(self) -> Iterator[str]:
@@ -135,15 +151,32 @@ class Plan:
             if whole == 1:
                 return
 
+    def _machine(self, roof: Roof) -> Iterator[str]:
+        """Whether it fits that machine, and what its devices could do."""
+        machine, needed = roof.machine, device_memory(self.step).total
+        have = f"{_bytes(machine.chip.memory)} of each of the {machine.devices} devices of {machine.name}"
+        if roof.spare >= 0:
+            yield f"  fits        {_bytes(needed)} with temporaries, of {have}: {_bytes(roof.spare)} to spare"
+        else:
+            advice = " or ".join(what_would_fit(self.outline, machine)) or "a machine with more memory"
+            yield f"  no room     {_bytes(needed)} with temporaries, of {have}; would fit: {advice}"
+        yield from self.compiled
+        at_most = roof.tokens_per_second(1)
+        yield f"  roof        {at_most:,.0f} tokens/s, set by the {roof.bound}; nothing was measured there"
+
     def _costs(self) -> Iterator[str]:
         assumed = self.assumptions
         if self.hours is not None:
-            yield f"  time        {_time(self.hours)} at {assumed.tokens_per_second:,.0f} tokens/s"
+            yield f"  time        {_time(self.hours)} at {self.tokens_per_second:,.0f} tokens/s{self._share()}"
             if assumed.price_per_hour is not None:
                 yield f"  machine     {_amount(self.hours * assumed.price_per_hour)}"
         if assumed.price_per_gb_month is not None:
             monthly = self.compressed_bytes / 1e9 * assumed.price_per_gb_month
             yield f"  storage     {_amount(monthly)} a month"
+
+    def _share(self) -> str:
+        assumed = self.assumptions
+        return "" if assumed.tokens_per_second else f", {assumed.roof_share:.0%} of the roof"
 
 
 def _bytes(count: float) -> str:
@@ -165,12 +198,19 @@ def _amount(money: float) -> str:
 
 def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
     """Tokenises the stream, or a seeded sample of its lines; loads no weights. Raises what a run would raise."""
-    found = find_devices()
-    mesh = planned_mesh(assumptions.devices or len(found), settings.model_parallel)
+    machine, settings = _machine(settings, assumptions)
+    if machine is None:
+        found = find_devices()
+        mesh = planned_mesh(assumptions.devices or len(found), settings.model_parallel)
+    else:
+        mesh = machine_mesh(machine, settings.model_parallel)
+    platform = found[0].platform if machine is None else machine.platform
     planned = outline(settings, weights=False)
     chosen = _choose(planned.lines, assumptions.plan_samples)
     counts = _count(planned, chosen)
     scale = planned.lines / max(len(chosen), 1)
+    lengths, step = np.sort(np.array(counts.lengths, np.int64)), planned.program(mesh, platform)
+    kept = counts.kept_tokens / max(counts.prompt_tokens, 1)
     return Plan(
         planned,
         assumptions,
@@ -181,8 +221,40 @@ def make_plan(settings: Settings, assumptions: Assumptions) -> Plan:
         truncated=round(counts.truncated * scale),
         prompt_tokens=round(counts.prompt_tokens * scale),
         kept_tokens=round(counts.kept_tokens * scale),
-        lengths=np.sort(np.array(counts.lengths, np.int64)),
-        step=planned.program(mesh, found[0].platform),
+        lengths=lengths,
+        step=step,
+        roof=None if machine is None else Roof(step, machine, _context(lengths, step.shape.positions), kept),
+        compiled=_compiled(planned, machine) if machine is not None and assumptions.compile else (),
+    )
+
+
+def _machine(settings: Settings, assumptions: Assumptions) -> tuple[Accelerator | None, Settings]:
+    """The accelerator planned for, and the settings as they are meant there."""
+    if assumptions.accelerator is None:
+        if assumptions.compile:
+            raise UsageError("--compile needs --accelerator")
+        return None, settings
+    if assumptions.devices is not None:
+        raise UsageError("--accelerator says how many devices there are: leave --devices out")
+    return accelerator(assumptions.accelerator), as_on_an_accelerator(settings)
+
+
+def _context(lengths: np.ndarray, positions: int) -> float:
+    """Keys that a query sees on average: those of its own sample up to itself."""
+    cut = np.minimum(lengths, positions).astype(float)
+    return float((cut * (cut + 1) / 2).sum() / cut.sum()) if cut.sum() else positions / 2
+
+
+def _compiled(planned: Outline, machine: Accelerator) -> tuple[str, ...]:
+    """What the machine's own compiler says of the step."""
+    step = planned.program(absent_mesh(machine, planned.settings.model_parallel), machine.platform)
+    try:
+        found = compile_now(step.lower_step())
+    except JaxRuntimeError as error:
+        return (f"  compiler    refuses: {(str(error).splitlines() or [''])[0]}",)
+    return (
+        f"  compiler    {found.seconds:.0f} s: {_bytes(found.arguments)} of arguments, {_bytes(found.outputs)} of a "
+        f"step's activations, {_bytes(found.temporaries)} of temporaries, {_bytes(found.code)} of program",
     )
 
 

@@ -9,8 +9,8 @@ from qwen_jax.data.steps import StepShape
 from qwen_jax.model.capture import block_sums
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
-from tests.hf_reference import PUBLISHED
 from tests.model.conftest import program_of, run
+from tests.published import PUBLISHED
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {
@@ -152,3 +152,13 @@ def test_blocks_sum_up_the_rows_that_count_and_no_other():
         np.testing.assert_array_equal(max_abs[:, block], np.abs(rows).max(axis=1))
     assert max_abs[1, 1, 5] == 4000
     assert not np.any(max_abs[:, 3])
+
+
+def test_a_compilation_is_announced_and_said_again_while_it_lasts(small, caplog, monkeypatch):
+    monkeypatch.setattr("qwen_jax.model.capture._SAID_EVERY_S", 0.005)
+    with caplog.at_level("INFO", "qwen_jax.model.capture"):
+        run(small.ours(), small.tokens(1, 70), [0])
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0] == "compiling the step of 50 tokens: 4 layers, blocked attention"
+    assert any(line.startswith("still compiling, for ") for line in said)
+    assert said[-1].startswith("compiled in ") and sum(line.startswith("compiled") for line in said) == 1

@@ -114,6 +114,51 @@ def test_the_lengths_and_what_others_would_keep(finished):
     assert text.count("of the prompts whole") == 1 + sum(longest > limit for limit in USUAL_LENGTHS[:-1])
 
 
+def test_a_named_accelerator_is_planned_for(finished):
+    """Its devices, its memory, bfloat16 and its form of attention; time follows from a share of the roof."""
+    plan = plan_of(finished, accelerator="v4-8", price_per_hour=2.0)
+    assert plan.step.mesh.size == 4 and plan.step.dtype == "bfloat16" and plan.step.form.name == "ragged"
+    assert plan_of(finished, accelerator="h100").step.form.name == "blocked"
+    roof = plan.roof.tokens_per_second(1)
+    assert plan.hours == pytest.approx(plan.prompt_tokens / (0.4 * roof) / 3600)
+    text = "\n".join(plan.lines_of_text())
+    assert "of 34.36 GB of each of the 4 devices of v4-8" in text and " to spare" in text
+    assert f"set by the {plan.roof.bound}" in text and "40% of the roof" in text
+    given = plan_of(finished, accelerator="v4-8", tokens_per_second=10.0)
+    assert given.hours == given.prompt_tokens / 36000
+
+
+def test_what_leaves_the_device_may_set_the_roof(finished):
+    """A small model gives more bytes than the host link takes; of few tokens kept, few leave."""
+    every = plan_of(finished, accelerator="v4-8").roof
+    assert every.bound == "host link"
+    wanted = 4 * 16e9 / plan_of(finished, accelerator="v4-8").bytes_per_token
+    assert every.tokens_per_second(1) == pytest.approx(wanted)
+    last = plan_of(finished, "--keep_tokens", "last", accelerator="v4-8").roof
+    assert last.leaving < every.leaving / 100 and last.bound != "host link"
+
+
+@pytest.mark.parametrize("batch_size, advice", [("40000", "--batch_size "), ("4", None)])
+def test_what_does_not_fit_is_said_with_what_would(finished, batch_size, advice):
+    text = "\n".join(plan_of(finished, "--batch_size", batch_size, accelerator="v5litepod-4").lines_of_text())
+    assert ("  no room  " in text) == bool(advice)
+    if advice:
+        assert advice in text and "--max_seq_length" in text
+
+
+@pytest.mark.parametrize(
+    "assumptions, words",
+    [
+        ({"accelerator": "v9-8"}, "no accelerator 'v9-8' is known here; known are v4-8"),
+        ({"accelerator": "v4-8", "devices": 4}, "leave --devices out"),
+        ({"compile": True}, "--compile needs --accelerator"),
+    ],
+)
+def test_assumptions_that_contradict_each_other(finished, assumptions, words):
+    with pytest.raises(UsageError, match=words):
+        plan_of(finished, **assumptions)
+
+
 @pytest.mark.parametrize(
     "flags, devices, error, words",
     [

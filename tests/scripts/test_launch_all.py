@@ -1,5 +1,6 @@
 """launch_all_workers.sh: what gcloud is given, and what the remote shell makes of it."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.published import config_fields
 from tests.scripts.conftest import RECORD, ROOT, Call, Fakes, setting_variables, write_script
 
 SCRIPT = ROOT / "launch_all_workers.sh"
@@ -74,6 +76,15 @@ def test_defaults(gcloud):
     assert sorted(name for name, _, _ in calls) == sorted(f"tpu-worker-{i}" for i in range(32))
     assert {zone for _, zone, _ in calls} == {"us-central2-b"}
     assert all(command.startswith("cd qwen && ") for _, _, command in calls)
+
+
+def test_a_model_that_cannot_fit_is_said_before_machines_are_paid_for(gcloud, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_fields("72B")))
+    variables = {"NUM_WORKERS": "1", "MODEL_PATH": str(tmp_path), "VENV_DIR": with_packages(tmp_path / "env")}
+    done = launch(gcloud, "--dry_run", **variables)
+    assert done.returncode == 0 and f"warning: {tmp_path} on v4-8: needs about " in done.stderr
+    (tmp_path / "config.json").write_text(json.dumps(config_fields("0.5B")))
+    assert "warning" not in launch(gcloud, "--dry_run", **variables).stderr
 
 
 def test_values_of_any_kind_reach_gcloud(gcloud):

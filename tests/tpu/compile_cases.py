@@ -1,0 +1,62 @@
+"""Compiles the product's programs for machines that are not there. Runs where libtpu is; see test_compiled.py.
+
+python -m tests.tpu.compile_cases FOLDER < cases.json: a JSON list of cases: arguments of `program_of` and the
+mesh, with a name.
+Writes FOLDER/NAME.json with the compiler's figures and FOLDER/NAME.txt, the compiled program as text.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh
+
+from qwen_jax.data.steps import StepShape, step_tokens
+from qwen_jax.model.attention import make_form, resolve_attention
+from qwen_jax.model.capture import Program
+from qwen_jax.model.chips import ACCELERATORS
+from qwen_jax.model.compiled import absent_mesh, compile_now
+from qwen_jax.model.config import parse_config
+from tests.published import config_fields
+
+
+def program_of(
+    mesh: Mesh | AbstractMesh,
+    size: str,
+    positions: int = 2048,
+    layers: int | None = None,
+    dtype: str = "bfloat16",
+    taps: tuple[str, ...] = ("residual",),
+    answers: bool = False,
+    batch_size: int = 4,
+) -> Program:
+    """The step of a published size on the TPUs of that mesh, as run/job.py makes it. layers: the first ones only."""
+    config = parse_config(config_fields(size))
+    tokens, layers = step_tokens(batch_size, positions, False), layers or config.num_layers
+    form = make_form(resolve_attention("auto", dtype, "tpu"), "tpu", tokens, positions)
+    shape = StepShape.of(tokens, positions, mesh.shape["data"], form.page)
+    every = tuple(range(layers))
+    return Program(config, layers, every, tuple(taps), dtype, dtype, mesh, shape, form, answers)
+
+
+def compile_case(folder: Path, case: dict[str, Any]) -> None:
+    """kept: tokens of a step that are kept. what: `step` or `sum_up`."""
+    name, kept, what = case.pop("name"), case.pop("kept", None), case.pop("what", "step")
+    mesh = absent_mesh(ACCELERATORS[case.pop("machine")], case.pop("model_parallel", 1))
+    program = program_of(mesh, **case)
+    found = asdict(compile_now((program.lower_sum_up if what == "sum_up" else program.lower_step)(kept)))
+    (folder / f"{name}.txt").write_text(found.pop("text"))
+    found |= {"weights": program.weight_bytes, "carried": program.carried_bytes}
+    (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for case in json.load(sys.stdin):  # one after the other: libtpu crashes where two threads compile at once
+        compile_case(folder, case)
+
+
+if __name__ == "__main__":
+    main()

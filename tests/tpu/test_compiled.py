@@ -1,0 +1,214 @@
+"""The product's own programs, compiled for TPU by its compiler without a TPU. Compiled is not run."""
+
+import json
+import math
+import os
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from qwen_jax.cli import FlagParser
+from qwen_jax.model.chips import ACCELERATORS
+from qwen_jax.model.config import parse_config
+from qwen_jax.run.flags import add_worker_flags, to_settings
+from qwen_jax.run.roof import (
+    captured_bytes,
+    complaint,
+    device_memory,
+    machine_mesh,
+    outline_of_config,
+    temporary_bytes,
+)
+from tests.published import PUBLISHED, config_fields
+from tests.scripts.conftest import ROOT
+from tests.tpu.compile_cases import program_of
+
+# Two layers where the depth does not matter: the program is a scan, so it is as long.
+CASES = {
+    "v4": {"size": "0.5B", "machine": "v4-8"},
+    "options": {
+        "size": "0.5B",
+        "machine": "v6e-4",
+        "layers": 2,
+        "taps": ["residual", "attn", "mlp", "embedding"],
+        "answers": True,
+        "kept": 512,
+    },
+    # Of few tokens, since that compiles in a third of the time.
+    "float32": {"size": "0.5B", "machine": "v6e-4", "layers": 2, "dtype": "float32", "batch_size": 1},
+    "split": {"size": "7B", "machine": "v5litepod-4", "model_parallel": 4},
+    "sums": {"size": "0.5B", "machine": "v6e-4", "what": "sum_up"},
+}
+STEPS = [name for name in CASES if name != "sums"]
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
+)
+HOST = re.compile(r" (infeed|outfeed|send|recv)\(|S\(5\)")  # 5 is the host's memory
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    case: dict
+    figures: dict
+    text: str
+
+    def collectives(self) -> list[tuple[str, str]]:
+        """(computation, kind) of each."""
+        found, where = [], ""
+        for line in self.text.splitlines():
+            if opened := COMPUTATION.match(line):
+                where = opened[1]
+            found += [(where, kind) for kind in COLLECTIVE.findall(line)]
+        return found
+
+    def loop_bodies(self) -> set[str]:
+        return set(re.findall(r"body=%?([\w.-]+)", self.text))
+
+
+def compile_all(folder: Path, cases: dict[str, dict]) -> None:
+    """In one process of the environment that has libtpu, which lets one in at a time."""
+    python = os.environ.get("TPU_PYTHON")
+    if python is None:
+        pytest.skip("TPU_PYTHON names no Python that has libtpu; tests/run makes one")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    if subprocess.run([python, "-c", "import libtpu"], env=environment, capture_output=True).returncode:
+        pytest.skip("libtpu cannot be imported there: it is published for Linux on x86_64 only")
+    given = json.dumps([{"name": name, **case} for name, case in cases.items()])
+    command = [python, "-m", "tests.tpu.compile_cases", str(folder)]
+    done = subprocess.run(command, input=given, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def read(folder: Path, name: str, case: dict) -> Compiled:
+    figures = json.loads((folder / f"{name}.json").read_text())
+    return Compiled(case, figures, (folder / f"{name}.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, Compiled]:
+    folder = tmp_path_factory.mktemp("compiled")
+    compile_all(folder, CASES)
+    return {name: read(folder, name, case) for name, case in CASES.items()}
+
+
+def check_program(found: Compiled) -> None:
+    """What holds of every step on every machine."""
+    check_collectives(found)
+    assert not HOST.search(found.text), "moves something between host and device"
+    tokens, positions = found.case.get("batch_size", 4) * 2048, found.case.get("positions", 2048)
+    sizes = PUBLISHED[found.case["size"]]
+    if tokens not in sizes:  # else [tokens, hidden] looks the same; the other sizes have the same code
+        assert largest_square(found.text, {tokens, tokens + positions}) < 2
+    check_arguments(found)
+
+
+def check_collectives(found: Compiled) -> None:
+    """None between rows of devices, two a block between those that share the weights: no weight is gathered."""
+    collectives, bodies = found.collectives(), found.loop_bodies()
+    if found.case.get("model_parallel", 1) == 1:
+        assert collectives == []
+        return
+    assert [kind for _, kind in collectives] == ["all-reduce"] * 2
+    ((body, _), (again, _)) = collectives
+    assert body == again and body in bodies
+
+
+def largest_square(text: str, lengths: set[int]) -> int:
+    """How many axes of an array are as long as a step or its keys, at most."""
+    shapes = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    return max(sum(int(size) in lengths for size in shape.split(",")) for shape in shapes)
+
+
+def check_arguments(found: Compiled) -> None:
+    """Weights and carried keys are arguments in device memory, and the keys' place is that of the new ones."""
+    layout = re.search(r"entry_computation_layout=\{\((.*?)\)->", found.text)[1]
+    arguments = [
+        math.prod(map(int, shape.split(","))) * int(bits) // 8
+        for bits, shape in re.findall(r"[a-z]+(\d+)\[([\d,]+)\]", re.sub(r"/\*.*?\*/", "", layout))
+    ]
+    assert sum(arguments) >= found.figures["weights"]
+    aliases = re.search(r"input_output_alias=\{(.*?) \}, entry", found.text)[1]
+    kept = sum(arguments[int(place)] for place in re.findall(r"\((\d+), \{\}", aliases))
+    rows = 256 * PUBLISHED[found.case["size"]][0]  # carried by the other program, for the statistics
+    depth = found.case.get("layers") or PUBLISHED[found.case["size"]][2]
+    taps = found.case.get("taps", ["residual"])
+    counts = sum(1 if tap == "embedding" else depth for tap in taps)
+    bytes_each = 4 if found.case.get("dtype") == "float32" else 2
+    assert kept == found.figures["carried"] - counts * rows * bytes_each
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_compiles_without_what_it_does_not_need(compiled, name):
+    check_program(compiled[name])
+
+
+def test_statistics_need_no_collective_and_the_memory_that_the_plan_counts(compiled):
+    found = compiled["sums"]
+    assert found.collectives() == []
+    mesh = machine_mesh(ACCELERATORS["v6e-4"], 1)
+    counted = device_memory(program_of(mesh, "0.5B")).temporaries
+    assert found.figures["temporaries"] == pytest.approx(counted, rel=0.1)
+
+
+def test_with_answers_and_kept_tokens_less_leaves_the_device(compiled):
+    """512 rows of three taps of two layers and of the embedding, and a log-probability for each token."""
+    wanted = (3 * 2 + 1) * 512 * 896 * 2 + 8192 * 4
+    assert compiled["options"].figures["outputs"] == pytest.approx(wanted, rel=0.01)
+
+
+def check_formula(found: Compiled) -> None:
+    """One step's memory by the plan's formula and by the compiler. What the statistics carry is not the step's."""
+    case = {name: value for name, value in found.case.items() if name not in ("machine", "model_parallel")}
+    mesh = machine_mesh(ACCELERATORS[found.case["machine"]], found.case.get("model_parallel", 1))
+    program = program_of(mesh, **case)
+    ours, figures = device_memory(program), found.figures
+    carried_rows = captured_bytes(program) // program.shape.tokens * program.shape.block_tokens
+    formula = ours.weights + ours.carried - carried_rows + captured_bytes(program) + temporary_bytes(program)
+    assert formula == pytest.approx(
+        sum(figures[name] for name in ("arguments", "outputs", "temporaries")), rel=0.1
+    )
+
+
+@pytest.mark.parametrize("name", ["v4", "split"])
+def test_the_plans_formula_agrees_with_the_compiler(compiled, name):
+    check_formula(compiled[name])
+
+
+def smallest_split(size: str, machine: str, positions: int) -> int | None:
+    """The smallest --model_parallel that fits by the plan's formula."""
+    parser = FlagParser()
+    add_worker_flags(parser)
+    settings = to_settings(vars(parser.parse_args(["--worker_id", "0"])))
+    for parts in (1, 2, 4, 8):
+        changed = replace(settings, max_seq_length=positions, model_parallel=parts)
+        outline = outline_of_config(changed, parse_config(config_fields(size)))
+        if complaint(outline, ACCELERATORS[machine]) is None:
+            return parts
+    return None
+
+
+TPUS = [each.name for each in ACCELERATORS.values() if each.topology]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", TPUS)
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_every_size_on_every_machine(size, machine, tmp_path):
+    """At the smallest --model_parallel that fits; where none does, the compiler is not asked."""
+    lengths = {positions: smallest_split(size, machine, positions) for positions in (2048, 8192, 32768)}
+    cases = {
+        str(positions): {"size": size, "machine": machine, "model_parallel": parts, "positions": positions}
+        for positions, parts in lengths.items()
+        if parts is not None
+    }
+    if not cases:
+        pytest.skip(f"{size} does not fit {machine}")
+    compile_all(tmp_path, cases)
+    for name, case in cases.items():
+        found = read(tmp_path, name, case)
+        check_program(found)
+        check_formula(found)
