@@ -18,8 +18,10 @@ def test_twenty_kills(inputs, tmp_path):
 
 
 @pytest.mark.slow
-def test_five_hundred_kills(inputs, tmp_path):
-    assert_unharmed(Torture(inputs, tmp_path, seed=2).run(500), 500)
+def test_five_hundred_kills_and_five_hundred_stops(inputs, tmp_path):
+    result = Torture(inputs, tmp_path, seed=2).run(500, stops=500)
+    assert_unharmed(result, 500)
+    assert result.stops >= 500 and result.overtaken > 100, "most rivals came too late to prove anything"
 
 
 @pytest.mark.parametrize("value", ["nowhere", "opened:0", "opened:x", ":1"])

@@ -26,6 +26,13 @@ def terminate(process: Start) -> str:
     return errors
 
 
+def first_uploads(cloud, before: int) -> list[str]:
+    """The first two files after so many uploads, each once: the markers come between, and what a dead writer had
+    stored and no marker covers is stored again."""
+    names = [name for name in cloud.uploads()[before:] if not name.endswith(".json")]
+    return list(dict.fromkeys(names))[:2]
+
+
 def test_a_bucket_that_is_gone_for_long_ends_with_75_and_the_shard_kept(cloud, undisturbed):
     cloud.server.faults = [Fault("status", "POST", "/upload/", nth=SECOND_SHARD, times=10**9)]
     done = cloud.having(GCS_RETRY_BUDGET_S="1").run(expect=75)
@@ -38,7 +45,7 @@ def test_a_bucket_that_is_gone_for_long_ends_with_75_and_the_shard_kept(cloud, u
     cloud.server.faults.clear()
     before = len(cloud.uploads())
     cloud.run()
-    assert cloud.uploads()[before : before + 2] == SECOND
+    assert first_uploads(cloud, before) == SECOND
     assert cloud.stored() == undisturbed
 
 
@@ -51,7 +58,7 @@ def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
     assert "the next start resumes from the last checkpoint" in errors
     before = len(cloud.uploads())
     cloud.run()
-    assert cloud.uploads()[before : before + 2] == SECOND
+    assert first_uploads(cloud, before) == SECOND
     assert cloud.stored() == undisturbed
 
 

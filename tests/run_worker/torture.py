@@ -1,11 +1,14 @@
 """Kills a worker over and over, and compares the bucket it leaves with that of an undisturbed run.
 
-    python -m tests.run_worker.torture --kills 500 --seed 1
+    python -m tests.run_worker.torture --kills 500 --stops 500 --seed 1
 
 A life is one stream from its first start to exit code 0, with SIGKILLs between: at a named failpoint, after
-a random time, or at a random request to the bucket. In some rounds the local disk is lost. To save the
-imports, most starts are forks of a process that has imported everything and run `main` of the script; every
-tenth is the real command line. A seed fixes the plan; what a kill by time hits depends on the machine.
+a random time, or at a random request to the bucket. In some rounds the local disk is lost. In others the worker is
+stopped (SIGSTOP) at a random request, a rival on another disk runs to its end or is killed, and the worker goes on
+(SIGCONT). With --stops, half of the lives have shards above 8 MiB, which go up in chunks, in half of the lives rivals
+compute other bits, and requests fail in every way all the time. To save the imports, most starts are forks of a
+process that has imported everything and run `main` of the script; every tenth is the real command line. A seed fixes
+the plan; what a kill by time hits depends on the machine.
 """
 
 import argparse
@@ -16,20 +19,37 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.failpoints import NAMES, VARIABLE
-from tests.fake_gcs import FakeGcs, crc32c
+from qwen_jax.storage.gcs import CHUNK_BYTES
+from tests.fake_gcs import FakeGcs, Fault, crc32c
 from tests.run_worker.conftest import CloudWorkspace, make_inputs, tree
 from tests.run_worker.starts import Start
 
 CHECKPOINT = "checkpoint_worker_5.json"
 EXEC_EVERY = 10
 ONE_START_S = 300.0
+BIG_LINES = 8
+BIG_FLAGS = ("--activation_type", "residual", "attn", "mlp", "--shard_size_gb", "0.011")
+"""The stream repeated so often, and all of it stored, makes shards above 8 MiB."""
+FAULTS = [
+    ("status", {"status": 503}),
+    ("status", {"status": 429}),
+    ("reset", {"keep": 1000}),
+    ("lose_reply", {}),
+    ("cut", {}),
+    ("short", {"method": "PUT", "keep": 1000}),
+    ("expire", {"method": "PUT"}),
+    ("corrupt", {"method": "POST", "path": "uploadType=multipart"}),
+]
+FAULTS_A_LIFE = 12
 UNITS = [
     ["opened"],
     ["shard_described", "adopting", "adopted"],
@@ -44,6 +64,8 @@ class Result:
 
     seed: int
     kills: int = 0
+    stops: int = 0
+    overtaken: int = 0
     starts: int = 0
     lives: int = 0
     lost: int = 0
@@ -58,7 +80,8 @@ class Result:
     def __str__(self) -> str:
         identical = "no: " + "; ".join(self.different) if self.different else "yes"
         return (
-            f"kills {self.kills}, lost {self.lost}, duplicated {self.duplicated}, byte-identical {identical}, "
+            f"kills {self.kills}, stops {self.stops} ({self.overtaken} overtaken), lost {self.lost}, "
+            f"duplicated {self.duplicated}, byte-identical {identical}, "
             f"seed {self.seed} ({self.lives} lives, {self.starts} starts, {self.wiped} disks lost, checkpoint "
             f"ahead of data {self.ahead}, torn files {self.torn}, {self.seconds:.0f} s)\n"
             f"killed at: {', '.join(f'{name} {count}' for name, count in sorted(self.hits.items()))}"
@@ -72,10 +95,24 @@ class Kill:
     failpoint: str = ""
     seconds: float = 0.0
     request: int = 0
+    stop: bool = False
 
     @property
     def name(self) -> str:
+        if self.stop:
+            return "stop"
         return self.failpoint.partition(":")[0] or ("time" if self.seconds else "request")
+
+
+@dataclass(frozen=True)
+class Life:
+    """How the lives of one kind are: their inputs and flags, and what an undisturbed one leaves."""
+
+    stream: Path
+    flags: tuple[str, ...]
+    wanted: dict[str, bytes]
+    usual_s: float
+    usual_requests: int
 
 
 class Torture:
@@ -91,50 +128,84 @@ class Torture:
         self._units.sort(key=lambda unit: unit != ["opened"])
         self._log = folder / "log.txt"
 
-    def run(self, kills: int) -> Result:
-        """At least `kills` kills, each failpoint among them, every life to its end."""
+    def run(self, kills: int, stops: int = 0) -> Result:
+        """At least `kills` kills, each failpoint among them, and `stops` stops, every life to its end."""
         started = time.monotonic()
-        self._undisturbed()
-        while self.result.kills < kills or self._units:
+        self._kills, self._stops = kills, stops
+        kinds = [self._undisturbed(self._inputs[1], ())]
+        if stops:
+            kinds.append(self._undisturbed(self._big_stream(), BIG_FLAGS))
+            assert max(map(len, kinds[1].wanted.values())) > CHUNK_BYTES, "no shard goes up in chunks"
+        while self._is_left or self._units:
             self.result.lives += 1
+            self._life = kinds[self.result.lives % len(kinds) if not self._units else 0]
+            self._other_bits = bool(stops) and not self._units and self._rng.random() < 0.5
             with FakeGcs() as server:
-                worker = CloudWorkspace(
-                    *self._inputs, self._folder / f"life_{self.result.lives}", server=server
-                )
-                self._live(worker, kills)
-            shutil.rmtree(worker.root)
+                self._plan_faults(server)
+                self._live(self._worker(server, f"life_{self.result.lives}"))
+            shutil.rmtree(self._folder / f"life_{self.result.lives}")
         self.result.seconds = time.monotonic() - started
         return self.result
 
-    def _undisturbed(self) -> None:
+    @property
+    def _is_left(self) -> bool:
+        return self.result.kills < self._kills or self.result.stops < self._stops
+
+    def _worker(self, server: FakeGcs, name: str) -> CloudWorkspace:
+        model, _, cache = self._inputs
+        return CloudWorkspace(model, self._life.stream, cache, self._folder / name, server=server)
+
+    def _big_stream(self) -> Path:
+        path = self._folder / "big_005.jsonl"
+        path.write_bytes(self._inputs[1].read_bytes() * BIG_LINES)
+        return path
+
+    def _plan_faults(self, server: FakeGcs) -> None:
+        """Where stops are asked for, requests of every kind fail too."""
+        for _ in range(FAULTS_A_LIFE if self._stops and not self._units else 0):
+            kind, details = self._rng.choice(FAULTS)
+            nth = self._rng.randint(1, 3 * self._life.usual_requests)
+            server.faults.append(Fault(kind, nth=nth, times=self._rng.choice((1, 1, 2)), **details))
+
+    def _undisturbed(self, stream: Path, flags: tuple[str, ...]) -> Life:
         """Measures a start, and keeps what every life must end with."""
+        self._life = Life(stream, flags, {}, 0.0, 0)
         with FakeGcs() as server:
-            worker = CloudWorkspace(*self._inputs, self._folder / "undisturbed", server=server)
+            worker = self._worker(server, "undisturbed")
             self._start(worker, Kill(), ())  # fills the compilation cache
-            self._wanted = worker.stored()
+            wanted = worker.stored()
             started, requests = time.monotonic(), len(server.requests)
             shutil.rmtree(worker.root)
             server.objects("bucket").clear()
             assert self._start(worker, Kill(), ()) == 0, self._log.read_text()
-            self._usual_s = time.monotonic() - started
-            self._usual_requests = len(server.requests) - requests
-            assert worker.stored() == self._wanted, "two undisturbed runs differ"
+            assert worker.stored() == wanted, "two undisturbed runs differ"
+            shutil.rmtree(worker.root)
+            return replace(
+                self._life,
+                wanted=wanted,
+                usual_s=time.monotonic() - started,
+                usual_requests=len(server.requests) - requests,
+            )
 
-    def _live(self, worker: CloudWorkspace, kills: int) -> None:
+    def _live(self, worker: CloudWorkspace) -> None:
         """One stream from its first start to exit code 0."""
         flags = () if self._units or self._rng.random() < 0.7 else ("--delete_local_after_upload",)
         unit: list[str] = []
         while True:
             if not unit and self._units:
                 unit = list(self._units[0])
-            kill = self._next_kill(unit) if unit or self.result.kills < kills else Kill()
+            kill = self._next_kill(unit) if unit or self._is_left else Kill()
             code = self._start(worker, kill, flags)
             if code == 0:
                 break
+            if code in (75, 76) and self._stops:
+                continue  # a rival was there, or one request failed too often
             assert code == -9, f"exit {code} after {kill}, seed {self.result.seed}:\n{self._last_words()}"
             self._note_kill(kill, unit)
             self.result.ahead += checkpoint_is_ahead(worker.stored())
-            self.result.torn += sum(path.read_bytes() != self._wanted[path.name] for path in worker.shards())
+            if not self._other_bits:
+                wanted = self._life.wanted
+                self.result.torn += sum(path.read_bytes() != wanted[path.name] for path in worker.shards())
             if len(unit) in (0, 3):
                 self._lose_disk(worker)
         self._compare(worker, bool(flags))
@@ -142,12 +213,14 @@ class Torture:
     def _next_kill(self, unit: list[str]) -> Kill:
         if unit:
             return Kill(failpoint=f"{unit[0]}:{self._rng.choice((1, 1, 2)) if len(unit) == 1 else 1}")
+        if self.result.stops < self._stops and (self.result.kills >= self._kills or self._rng.random() < 0.5):
+            return Kill(request=self._rng.randint(1, self._life.usual_requests), stop=True)
         kind = self._rng.choice(("failpoint", "seconds", "request"))
         if kind == "failpoint":
             return Kill(failpoint=f"{self._rng.choice(list(NAMES))}:{self._rng.randint(1, 4)}")
         if kind == "seconds":
-            return Kill(seconds=self._rng.uniform(0.02, 1.1 * self._usual_s))
-        return Kill(request=self._rng.randint(1, self._usual_requests))
+            return Kill(seconds=self._rng.uniform(0.02, 1.1 * self._life.usual_s))
+        return Kill(request=self._rng.randint(1, self._life.usual_requests))
 
     def _note_kill(self, kill: Kill, unit: list[str]) -> None:
         self.result.kills += 1
@@ -164,15 +237,34 @@ class Torture:
             worker = worker.having(**{VARIABLE: kill.failpoint})
         began, arrived = time.monotonic(), len(worker.server.requests)
         forked = self.result.starts % EXEC_EVERY != 0
-        process = Start(worker.command(*flags), worker.environment(), self._log, forked=forked)
+        command = worker.command(*self._life.flags, *flags)
+        process = Start(command, worker.environment(), self._log, forked=forked)
         while process.poll() is None:
             waited = time.monotonic() - began
             late = kill.seconds and waited >= kill.seconds
             if late or (kill.request and len(worker.server.requests) - arrived >= kill.request):
+                if kill.stop:
+                    return self._overtake(worker, process)
                 process.kill()
             assert waited < ONE_START_S, f"the worker hangs: {self._last_words()}"
             time.sleep(0.002)
         return process.poll()
+
+    def _overtake(self, worker: CloudWorkspace, process: Start) -> int:
+        """Stops a worker, lets a rival run to its end or to a random request, and lets the worker go on."""
+        process.send_signal(signal.SIGSTOP)
+        self.result.stops += 1
+        rival = worker.elsewhere(f"rival_{self.result.stops}")
+        request = self._rng.choice((0, self._rng.randint(1, self._life.usual_requests)))
+        flags = ("--batch_size", "1") if self._other_bits else ()
+        code = self._start(rival, Kill(request=request), flags)
+        self.result.kills += code == -signal.SIGKILL
+        assert code in (0, 75, 76, -signal.SIGKILL), f"the rival ends with {code}: {self._last_words()}"
+        process.send_signal(signal.SIGCONT)
+        code = process.wait(ONE_START_S)
+        assert code in (0, 75, 76), f"exit {code} after a stop, seed {self.result.seed}: {self._last_words()}"
+        self.result.overtaken += code == WriterConflictError.exit_code
+        return code
 
     def _lose_disk(self, worker: CloudWorkspace) -> None:
         """In a third of the rounds: another machine, or one without one of the folders."""
@@ -185,17 +277,24 @@ class Torture:
     def _compare(self, worker: CloudWorkspace, only_in_bucket: bool) -> None:
         """Counts samples, and compares bucket and local mirror byte for byte; keeps what differs."""
         stored, result = worker.stored(), self.result
-        expected, found = count_samples(self._wanted), count_samples(stored)
+        wanted = self._life.wanted
+        expected, found = count_samples(wanted), count_samples(stored)
         result.lost += sum((expected - found).values())
         result.duplicated += sum((found - expected).values())
-        problems = differences(self._wanted, stored)
+        if self._other_bits:
+            # A shard may be the worker's or a rival's, but each as metadata.json describes it.
+            result.ahead += checkpoint_is_ahead(stored)
+            completed = json.loads(stored["metadata.json"])["status"] == "completed"
+            result.different += [] if completed else [f"life {result.lives}: it is not completed"]
+            return
+        problems = differences(wanted, stored)
         mirror = tree(worker.output) | {CHECKPOINT: worker.checkpoint.read_bytes()}
         if only_in_bucket:
             mirror = {name: data for name, data in mirror.items() if not name.startswith("shard_")}
         problems += differences({name: stored.get(name) for name in mirror}, mirror)
         result.different += [f"life {result.lives}: {problem}" for problem in problems]
         if problems:
-            keep_both(self._folder / f"different_{result.lives}", self._wanted, stored)
+            keep_both(self._folder / f"different_{result.lives}", wanted, stored)
 
     def _last_words(self) -> str:
         return self._log.read_text()[-3000:]
@@ -244,12 +343,14 @@ def keep_both(folder: Path, wanted: dict[str, bytes], found: dict[str, bytes]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("PROGRESS_INTERVAL_S", "0")
     folder = Path(tempfile.mkdtemp(prefix="torture_"))
     (folder / "inputs").mkdir()
-    result = Torture(make_inputs(folder / "inputs"), folder, args.seed).run(args.kills)
+    result = Torture(make_inputs(folder / "inputs"), folder, args.seed).run(args.kills, args.stops)
     print(result)
     sound = not (result.lost or result.duplicated or result.ahead or result.torn or result.different)
     if sound:
