@@ -19,7 +19,7 @@ from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
 from qwen_jax.run.plan_flags import Assumptions
 from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
-from qwen_jax.run.roof import Roof, as_on_an_accelerator, device_memory, machine_mesh, what_would_fit
+from qwen_jax.run.roof import Roof, as_on_an_accelerator, complaint, device_memory, machine_mesh
 from qwen_jax.run.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
@@ -154,12 +154,11 @@ class Plan:
     def _machine(self, roof: Roof) -> Iterator[str]:
         """Whether it fits that machine, and what its devices could do."""
         machine, needed = roof.machine, device_memory(self.step).total
-        have = f"{_bytes(machine.chip.memory)} of each of the {machine.devices} devices of {machine.name}"
-        if roof.spare >= 0:
+        if (said := complaint(self.outline, machine)) is None:
+            have = f"{_bytes(machine.chip.memory)} of each of the {machine.devices} devices of {machine.name}"
             yield f"  fits        {_bytes(needed)} with temporaries, of {have}: {_bytes(roof.spare)} to spare"
         else:
-            advice = " or ".join(what_would_fit(self.outline, machine)) or "a machine with more memory"
-            yield f"  no room     {_bytes(needed)} with temporaries, of {have}; would fit: {advice}"
+            yield f"  no room     {said}"
         yield from self.compiled
         at_most = roof.tokens_per_second(1)
         yield f"  roof        {at_most:,.0f} tokens/s, set by the {roof.bound}; nothing was measured there"

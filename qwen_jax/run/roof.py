@@ -164,24 +164,29 @@ def outline_of_config(settings: Settings, config: Qwen2Config) -> Outline:
 
 def complaint(outline: Outline, machine: Accelerator) -> str | None:
     """Why the step cannot fit that machine, and what would; None where it does."""
-    parts = outline.settings.model_parallel
     try:
-        check_split(outline.config, parts)
-        program = outline.program(machine_mesh(machine, parts), machine.platform)
+        program = _program(outline, machine)
     except ConfigError as error:
         return str(error)
     if Roof(program, machine, context=1).spare >= 0:
         return None
     needed, have = device_memory(program).total / 1e9, machine.chip.memory / 1e9
-    advice = " or ".join(what_would_fit(outline, machine)) or "a machine with more memory"
+    advice = " or ".join(what_would_fit(outline, machine)) or "fewer layers, or a machine with more memory"
     return f"needs about {needed:.1f} GB of the {have:.1f} GB of each device of {machine.name}; would fit: {advice}"
+
+
+def _program(outline: Outline, machine: Accelerator) -> Program:
+    """Raises ConfigError where the machine's devices cannot share the model so."""
+    parts = outline.settings.model_parallel
+    check_split(outline.config, parts)
+    return outline.program(machine_mesh(machine, parts), machine.platform)
 
 
 def what_would_fit(outline: Outline, machine: Accelerator) -> Iterator[str]:
     """The nearest value of each setting that alone makes the step fit; where none does, the nearest two that do."""
     now = outline.settings
     nearest = {
-        "batch_size": range(now.batch_size - 1, 0, -1),
+        "batch_size": [now.batch_size >> n for n in range(1, now.batch_size.bit_length())],
         "model_parallel": range(now.model_parallel + 1, machine.devices + 1),
         "max_seq_length": [now.max_seq_length >> n for n in range(1, 6)],
     }
@@ -202,10 +207,7 @@ def _first_that_fits(outline: Outline, machine: Accelerator, changes: list[dict[
 
 
 def _fits(outline: Outline, machine: Accelerator) -> bool:
-    parts = outline.settings.model_parallel
     try:
-        check_split(outline.config, parts)
-        program = outline.program(machine_mesh(machine, parts), machine.platform)
+        return Roof(_program(outline, machine), machine, context=1).spare >= 0
     except ConfigError:
         return False
-    return Roof(program, machine, context=1).spare >= 0
