@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen_jax.errors import BadDataError, StorageError, UsageError
+from qwen_jax.files import plain_path
 from qwen_jax.shards.ledger import METADATA_NAME, DamagedError, Ledger, parse_metadata, shard_number
 
 UNKNOWN_KIND = "activation"
@@ -292,8 +293,6 @@ def read_any(path: str | Path) -> bytes:
 
 def plain(path: str | Path) -> str:
     """A local path, where it is given as file:///path."""
-    from qwen_jax.storage.opening import plain_path
-
     return plain_path(str(path))
 
 

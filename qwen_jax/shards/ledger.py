@@ -98,7 +98,7 @@ class Ledger:
 
     def length_note(self, max_seq_length: int) -> str:
         """How many samples did not fit, and what would; empty where all did."""
-        too_long = [note for note in self.skipped if note["full_length"] > max_seq_length]
+        too_long = [note for note in self.skipped if note.get("full_length", 0) > max_seq_length]
         counted = {
             "lost examples": self.shortened,
             "were cut": self.truncated,
@@ -106,7 +106,7 @@ class Ledger:
         }
         if not any(counted.values()):
             return ""
-        longest = max(note["full_length"] for notes in counted.values() for note in notes)
+        longest = max(note.get("full_length", 0) for notes in counted.values() for note in notes)
         counts = ", ".join(f"{len(notes)} {what}" for what, notes in counted.items() if notes)
         return f"of the prompts so far {counts}; --max_seq_length {longest} would keep them whole"
 
@@ -317,7 +317,6 @@ def _notes(fields: Mapping[str, Any], key: str) -> tuple[dict, ...]:
         if not all(isinstance(value, str | int) for value in note.values()):
             raise DamagedError(f"{key} holds a note whose values are not plain")
         _count(note, "sample_idx")
-        _count(note, "full_length")
         if key == "skipped" and not isinstance(note.get("bad_record"), bool):
             raise DamagedError("a skipped sample does not say whether it was a bad record")
     return tuple(notes)

@@ -3,9 +3,9 @@
 import re
 import threading
 from pathlib import Path
-from urllib.parse import unquote
 
 from qwen_jax.errors import UsageError
+from qwen_jax.files import plain_path
 from qwen_jax.storage.folder import FolderStore
 from qwen_jax.storage.store import Store
 
@@ -42,11 +42,6 @@ def open_store(
         bucket, _, prefix = url.removeprefix("gs://").partition("/")
         return GcsStore(bucket, prefix.strip("/"), stop=stop, budget_s=budget_s, timeout_s=timeout_s)
     return FolderStore(Path(plain_path(url)), stop=stop)
-
-
-def plain_path(path: str) -> str:
-    """The path that `file:///folder` means; anything else is taken as it is. `#` and `?` are part of names."""
-    return unquote(path.removeprefix("file://")) if path.startswith("file:///") else path
 
 
 def check_place(url: str) -> None:

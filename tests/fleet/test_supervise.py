@@ -472,7 +472,7 @@ def test_a_record_of_somebody_else_cannot_write_on_the_terminal(cloud):
 
     cloud.vms(w3="READY")
     outcome, said = run_supervisor(cloud, [failed])
-    assert outcome.given_up == {3: "it failed with exit 65: bad worker 4: completed [2J"}
+    assert outcome.given_up == {3: "it failed with exit 65: bad worker 4: completed\\x1b[2J"}
     assert all(line.isprintable() for line in said)
 
 
