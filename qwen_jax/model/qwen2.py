@@ -13,6 +13,7 @@ them, and adds up what the parts give (`parts`, sharding.py).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,15 +179,9 @@ class Qwen2(nnx.Module):
             layer_params, slot, index = layer
             own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
             x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, cos_TH, sin_TH, attend, own, parts)
-            captured = {
-                tap: jax.lax.dynamic_update_index_in_dim(array_CRD, kept(seen[tap]), slot, 0)
-                for tap, array_CRD in captured.items()
-            }
+            captured = _with(captured, {tap: kept(seen[tap]) for tap in captured}, slot)
             # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
-            carried = jax.tree.map(
-                lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), carried, own
-            )
-            return (x_TD, captured, carried), None
+            return (x_TD, captured, _with(carried, own, index)), None
 
         inputs = (params, jnp.asarray(slots_L), jnp.arange(num_blocks))
         (last_TD, captured, carried), _ = jax.lax.scan(step, (x_TD, captured, carried), inputs)
@@ -219,6 +214,13 @@ class Qwen2(nnx.Module):
 
 
 _LOGIT_ROWS = 64
+
+
+def _with(stacked: Any, entries: Any, index: jax.Array) -> Any:
+    """The stacked arrays with `entries` at `index`."""
+    return jax.tree.map(
+        lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), stacked, entries
+    )
 
 
 def rope_tables(config: Qwen2Config, positions: int) -> tuple[np.ndarray, np.ndarray]:

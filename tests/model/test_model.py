@@ -10,7 +10,7 @@ from qwen_jax.model.capture import block_sums
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
 from tests.model.conftest import program_of, run
-from tests.published import PUBLISHED
+from tests.published import config_fields
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {
@@ -25,20 +25,7 @@ KNOWN_COUNTS = {
 
 
 def published_config(size: str):
-    hidden, mlp, layers, heads, kv_heads, vocab, tied = PUBLISHED[size]
-    return parse_config(
-        {
-            "model_type": "qwen2",
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": vocab,
-            "tie_word_embeddings": tied,
-            "rope_theta": 1e6,
-        }
-    )
+    return parse_config(config_fields(size))
 
 
 @pytest.mark.parametrize("size", KNOWN_COUNTS)
