@@ -64,8 +64,7 @@ def figures(outline: Outline, size: str, machine: Accelerator, ask: bool) -> lis
             compiled = compile_now(step.lower_step())
         except JaxRuntimeError as error:
             return [size, machine.name, f"{length:,}", f"does not compile: {str(error).splitlines()[0]}"]
-        # The statistics of a step are a program of their own, which may take more (run/roof.py).
-        seconds, temporaries = f"{compiled.seconds:.0f}", max(compiled.temporaries, memory.temporaries)
+        seconds, temporaries = f"{compiled.seconds:.0f}", compiled.temporaries
     memories = (memory.weights, memory.carried, memory.steps, temporaries, machine.chip.memory)
     return [
         *(size, machine.name, f"{length:,}", str(parts), seconds),

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen_jax.model.attention import Carried, Form
 from qwen_jax.model.config import Qwen2Config
-from qwen_jax.model.qwen2 import Qwen2, rope_tables
+from qwen_jax.model.qwen2 import Qwen2, Shared, rope_tables
 from qwen_jax.model.sharding import Parts
 from qwen_jax.model.weights import abstract_parameters
 
@@ -190,21 +190,18 @@ class Program:
     ) -> tuple[dict[str, jax.Array], jax.Array | None, Carried]:
         """What a device does with its row."""
         carried, (tokens_T, positions_T, kept_R, answers) = jax.tree.map(lambda x: x[0], (carried, inputs))
-        cos_TH, sin_TH = (table_PH[positions_T] for table_PH in tables)
+        rope_TH = (table_PH[positions_T] for table_PH in tables)
         # On TPU and GPU float32 products run in fewer bits unless told otherwise.
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
             model: Qwen2 = nnx.merge(graph, params)
             captured, last_TD, carried = model(
                 tokens_T,
-                cos_TH,
-                sin_TH,
-                self.form(positions_T),
+                Shared(*rope_TH, self.form(positions_T), self.parts),
                 carried,
                 self.layers,
                 self.taps,
                 ACTIVATION_DTYPES[self.stored_dtype],
                 kept_R,
-                self.parts,
             )
             log_probs_T = model.log_probs(last_TD, *answers) if answers is not None else None
         return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
@@ -241,11 +238,24 @@ class Program:
         sums, rows = {}, {}
         for tap, stored_CRD in stored.items():
             norms_CR = jnp.linalg.norm(stored_CRD.astype(jnp.float32), axis=-1)
-            # A block may end behind the last row: a slice that does not fit would begin earlier.
-            all_CSD = jnp.concatenate([old[tap], stored_CRD, jnp.zeros_like(old[tap])], axis=1)
-            sums[tap] = (norms_CR, *block_sums(all_CSD, size + starts_E, counts_E, size))
-            rows[tap] = jax.lax.dynamic_slice_in_dim(all_CSD, count, size, 1)
+            of_tap = partial(rows_from, old[tap], stored_CRD)
+            sums[tap] = (norms_CR, *block_sums(of_tap, starts_E, counts_E, size))
+            rows[tap] = of_tap(count - size)
         return jax.tree.map(lambda x: x[None], (sums, rows))
+
+
+def rows_from(before_CSD: jax.Array, stored_CRD: jax.Array, start: jax.Array) -> jax.Array:
+    """[C, S, D]: S rows of the stored ones from `start` on, those before them where it is negative, zeros behind them.
+
+    Joins no more than three blocks, since the stored rows are most of what a device holds beside the weights.
+    """
+    size = before_CSD.shape[1]
+    short = max(0, size - stored_CRD.shape[1])
+    stored_CRD = jnp.pad(stored_CRD, ((0, 0), (0, short), (0, 0)))
+    inside = jnp.clip(start, 0, stored_CRD.shape[1] - size)
+    piece_CSD = jax.lax.dynamic_slice_in_dim(stored_CRD, inside, size, 1)
+    around = jnp.concatenate([before_CSD, piece_CSD, jnp.zeros_like(before_CSD)], axis=1)
+    return jax.lax.dynamic_slice_in_dim(around, size + start - inside, size, 1)
 
 
 def _bytes_each(tree: Any) -> int:
@@ -257,10 +267,10 @@ def _specs(tree: Any) -> Any:
 
 
 def block_sums(
-    stored_CSD: jax.Array, starts_E: jax.Array, counts_E: jax.Array, size: int
+    rows_at: Callable[[jax.Array], jax.Array], starts_E: jax.Array, counts_E: jax.Array, size: int
 ) -> tuple[jax.Array, ...]:
     """Mean, sum of squared distances from it and largest absolute value of each channel, [C, E, D] each, over the
-    first `counts_E` of the `size` rows from `starts_E` on, all of which are there.
+    first `counts_E` of the `size` rows that `rows_at` gives for each of `starts_E`.
 
     On the device, because on the host a pass over the values costs as much as compressing them. Each block in the
     same way wherever it stands, so that its bits are its own. Two passes, the second one correcting the first's mean
@@ -269,8 +279,7 @@ def block_sums(
 
     def one(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         start, count = block
-        padded_CSD = jax.lax.dynamic_slice_in_dim(stored_CSD, start, size, 1)
-        x_CSD = padded_CSD.astype(jnp.float32)
+        x_CSD = rows_at(start).astype(jnp.float32)
         counts_here_S1 = (jnp.arange(size) < count)[:, None]
         n = jnp.maximum(count, 1)
 

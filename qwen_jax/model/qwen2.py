@@ -13,7 +13,7 @@ them, and adds up what the parts give (`parts`, sharding.py).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,19 @@ from qwen_jax.model.sharding import WHOLE, Parts
 
 TAPS = ("residual", "attn", "mlp")
 """What can be captured of a layer; `embedding`, what enters block 0, comes besides."""
+
+
+class Shared(NamedTuple):
+    """What all layers of a step share.
+
+    cos_TH, sin_TH: of each token's position in its sample (rope_tables). attend: how attention is computed, for these
+    positions (attention.py).
+    """
+
+    cos_TH: jax.Array
+    sin_TH: jax.Array
+    attend: Attend
+    parts: Parts = WHOLE
 
 
 def _param(config: Qwen2Config, letters: str, dtype: jnp.dtype) -> nnx.Param:
@@ -59,15 +72,9 @@ class Attention(nnx.Module):
         self.v_bias_KH = _param(config, "KH", dtype)
         self.o_DNH = _param(config, "DNH", dtype)
 
-    def __call__(
-        self,
-        x_TD: jax.Array,
-        cos_TH: jax.Array,
-        sin_TH: jax.Array,
-        attend: Attend,
-        carried: Carried,
-        parts: Parts = WHOLE,
-    ) -> tuple[jax.Array, Carried]:
+    def __call__(self, x_TD: jax.Array, shared: Shared, carried: Carried) -> tuple[jax.Array, Carried]:
+        cos_TH, sin_TH, attend, parts = shared
+
         def project(weight_KHD: nnx.Param, bias_KH: nnx.Param) -> jax.Array:
             weight_KHD, bias_KH = (parts.own_kv_heads(x[...], self.kv_heads) for x in (weight_KHD, bias_KH))
             return jnp.einsum("TD,KHD->TKH", x_TD, weight_KHD) + bias_KH
@@ -104,17 +111,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype)
 
     def __call__(
-        self,
-        x_TD: jax.Array,
-        cos_TH: jax.Array,
-        sin_TH: jax.Array,
-        attend: Attend,
-        carried: Carried,
-        parts: Parts = WHOLE,
+        self, x_TD: jax.Array, shared: Shared, carried: Carried
     ) -> tuple[jax.Array, dict[str, jax.Array], Carried]:
-        attn_TD, carried = self.attn(self.attn_norm(x_TD), cos_TH, sin_TH, attend, carried, parts)
+        attn_TD, carried = self.attn(self.attn_norm(x_TD), shared, carried)
         x_TD = x_TD + attn_TD
-        mlp_TD = self.mlp(self.mlp_norm(x_TD), parts)
+        mlp_TD = self.mlp(self.mlp_norm(x_TD), shared.parts)
         x_TD = x_TD + mlp_TD
         return x_TD, {"residual": x_TD, "attn": attn_TD, "mlp": mlp_TD}, carried
 
@@ -137,20 +138,16 @@ class Qwen2(nnx.Module):
     def __call__(
         self,
         tokens_T: jax.Array,
-        cos_TH: jax.Array,
-        sin_TH: jax.Array,
-        attend: Attend,
+        shared: Shared,
         carried: Carried,
         layers: Sequence[int],
         taps: Sequence[str] = ("residual",),
         dtype: jnp.dtype | None = None,
         kept_R: jax.Array | None = None,
-        parts: Parts = WHOLE,
     ) -> tuple[dict[str, jax.Array], jax.Array, Carried]:
         """Runs all blocks over one step of a row.
 
-        tokens_T: int32. cos_TH, sin_TH: of each token's position in its sample (rope_tables).
-        attend: how attention is computed, for these positions (attention.py).
+        tokens_T: int32.
         carried: what attention carries from the step before, with a leading layer axis.
         layers: ascending 0-based block indices below the number of blocks.
         taps: of `residual` (stream after block i, before the final norm), `attn` and `mlp` (what the
@@ -161,7 +158,9 @@ class Qwen2(nnx.Module):
         """
         x_TD = self.embed_VD[...][tokens_T]
         graph, params = nnx.split(self.blocks)
-        cos_TH, sin_TH = cos_TH.astype(x_TD.dtype), sin_TH.astype(x_TD.dtype)
+        shared = shared._replace(
+            cos_TH=shared.cos_TH.astype(x_TD.dtype), sin_TH=shared.sin_TH.astype(x_TD.dtype)
+        )
 
         def kept(x_TD: jax.Array) -> jax.Array:
             return (x_TD if kept_R is None else x_TD[kept_R]).astype(dtype or x_TD.dtype)
@@ -178,7 +177,7 @@ class Qwen2(nnx.Module):
             x_TD, captured, carried = state
             layer_params, slot, index = layer
             own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
-            x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, cos_TH, sin_TH, attend, own, parts)
+            x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, shared, own)
             captured = _with(captured, {tap: kept(seen[tap]) for tap in captured}, slot)
             # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
             return (x_TD, captured, _with(carried, own, index)), None

@@ -29,8 +29,8 @@ _RESERVED = 0.05
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on each device. steps: captured activations of the steps in flight. temporaries: while a step runs, or its
-    statistics are taken, whichever takes more."""
+    """Bytes on each device. steps: captured activations of the steps in flight. temporaries: while a step runs; its
+    statistics take less."""
 
     weights: int
     carried: int
@@ -117,7 +117,7 @@ def device_memory(program: Program) -> DeviceMemory:
         program.weight_bytes,
         program.carried_bytes,
         (1 + STEPS_IN_FLIGHT) * captured_bytes(program),
-        max(temporary_bytes(program), _statistics_bytes(program)),
+        _temporary_bytes(program),
     )
 
 
@@ -128,13 +128,7 @@ def captured_bytes(program: Program) -> int:
     return values * program.shape.tokens
 
 
-def _statistics_bytes(program: Program) -> int:
-    """While a step's statistics are taken: its activations once more, between the rows before and behind them."""
-    shape = program.shape
-    return captured_bytes(program) * (shape.tokens + 2 * shape.block_tokens) // shape.tokens
-
-
-def temporary_bytes(program: Program) -> int:
+def _temporary_bytes(program: Program) -> int:
     """While a layer is computed: both inputs of the mlp's product, and the layer's keys and values, old and new."""
     shape, config, each = program.shape, program.config, program.parts.count
     mlp = 2 * shape.tokens * config.intermediate_size // each

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 
 import kubernetes_validate
 import pytest
@@ -16,6 +15,7 @@ import yaml
 from qwen_jax.fleet.workers import PASSED_ON, PLACES, SECRETS
 from tests.scripts.conftest import ROOT, Fakes, write_script
 from tests.scripts.test_launch_all import every_setting, launch
+from tests.waiting import until
 
 SETTINGS = {name: value for name, value in every_setting().items() if name not in (*PLACES, *SECRETS)}
 # What kubectl is given is gone when it returns.
@@ -157,9 +157,7 @@ def test_sigterm_ends_the_local_workers_gently(fakes):
     script = 'cd "$(dirname "$0")"; trap "touch ended$WORKER_ID; exit 143" TERM; touch up$WORKER_ID; sleep 60 & wait $!'
     running = local(fakes, "--num_workers", "2", "--parallel", "2", "--supervise", script=script)
     checkout = fakes.folder.parent / "checkout"
-    deadline = time.monotonic() + 30
-    while len(list(checkout.glob("up*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(list(checkout.glob("up*"))) == 2)
     os.kill(running.pid, signal.SIGTERM)
     _, err = running.communicate(timeout=30)
     assert running.returncode == 143 and "run this again to go on" in err

@@ -13,6 +13,7 @@ from qwen_jax.run.progress_record import ProgressWriter, record_interval
 from tests.fake_gcs import FakeGcs, Fault
 from tests.fleet.fleets import NOW, record
 from tests.run_worker.conftest import cloud, inputs, server, tree, workspace  # noqa: F401  (fixtures)
+from tests.waiting import until
 
 
 def written(folder) -> ProgressRecord:
@@ -21,12 +22,8 @@ def written(folder) -> ProgressRecord:
 
 def wait_for(folder: Path, is_there: Callable[[ProgressRecord], bool]) -> ProgressRecord:
     """The first record in `folder` of which that holds."""
-    deadline = time.monotonic() + 20
-    while True:
-        if (folder / "progress_worker_3.json").exists() and is_there(written(folder)):
-            return written(folder)
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    until((folder / "progress_worker_3.json").exists)
+    return until(lambda: found if is_there(found := written(folder)) else None)
 
 
 def snapshot() -> ProgressRecord:

@@ -14,7 +14,7 @@ from qwen_jax.data.steps import StepShape
 from qwen_jax.model.attention import Blocked
 from qwen_jax.model.capture import Capture
 from qwen_jax.model.config import read_config
-from qwen_jax.model.qwen2 import TAPS, rope_tables
+from qwen_jax.model.qwen2 import TAPS, Shared, rope_tables
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from tests.hf_reference import load_reference, reference_taps
@@ -87,16 +87,15 @@ def test_each_module_alone(reference):
     tokens = reference.tokens(1, 33)
     caught = _module_inputs_and_outputs(reference.hf, tokens)
     graph, params = nnx.split(reference.ours().blocks)
-    cos_TH, sin_TH = rope_tables(reference.config, 33)
     form = Blocked()
     shapes = form.carried_shapes(8, reference.config.num_kv_heads, reference.config.head_dim)
     carried = tuple(jnp.zeros(shape) for shape in shapes)
-    attend = form(jnp.arange(33))
+    shared = Shared(*rope_tables(reference.config, 33), form(jnp.arange(33)))
     for layer in range(reference.config.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
         modules = {
             "input_layernorm": block.attn_norm,
-            "self_attn": lambda x, attn=block.attn: attn(x, cos_TH, sin_TH, attend, carried)[0],
+            "self_attn": lambda x, attn=block.attn: attn(x, shared, carried)[0],
             "post_attention_layernorm": block.mlp_norm,
             "mlp": block.mlp,
         }

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from dataclasses import replace
 
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 only with it)
@@ -14,15 +13,17 @@ from safetensors.numpy import load_file, save_file
 from qwen_jax.shards import load_shard
 from tests.run_worker.conftest import TASKS, tree
 from tests.run_worker.starts import Start
+from tests.waiting import until
 
 
 def wait_until(condition, process: Start, seconds: float = 120) -> None:
     """Waits for a condition while the process lives; never for an amount of time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
+
+    def is_true() -> bool:
         assert process.poll() is None, f"the worker ended before the condition came true: {process.output()}"
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.01)
+        return condition()
+
+    until(is_true, seconds)
 
 
 def committed_shards(workspace) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.published import config_fields
 from tests.scripts.conftest import RECORD, ROOT, Call, Fakes, setting_variables, write_script
+from tests.waiting import until
 
 SCRIPT = ROOT / "launch_all_workers.sh"
 HARD = "a b\t'c'\"d\" $HOME $(touch owned) `touch owned`;touch owned&|<>*?[x]!{}\\ ~ # =\u00e9"
@@ -133,11 +134,8 @@ def remote(tmp_path, fakes, gcloud):
 
 def wait_for_calls(fakes: Fakes, program: str, count: int) -> list[Call]:
     """Remote workers run in the background; waits until all of them have been called."""
-    deadline = time.monotonic() + 20
-    while len(calls := fakes.calls(program)) < count:
-        assert time.monotonic() < deadline, f"{len(calls)} of {count} calls of {program}"
-        time.sleep(0.02)
-    return calls
+    until(lambda: len(fakes.calls(program)) >= count)
+    return fakes.calls(program)
 
 
 def test_the_remote_command_starts_the_worker_with_every_setting(remote, tmp_path):

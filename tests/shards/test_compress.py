@@ -6,12 +6,12 @@ import io
 import random
 import sys
 import threading
-import time
 
 import pytest
 
 from qwen_jax.shards import compress
 from qwen_jax.shards.compress import ParallelGzipWriter
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +141,10 @@ def test_blocks_in_flight_are_bounded(monkeypatch):
 
     thread = threading.Thread(target=feed)
     thread.start()
-    while len(taken) < 16:
-        time.sleep(0.001)
+    waiting = 2 + compress._BLOCKS_WAITING
+    until(lambda: len(taken) == waiting)
     thread.join(0.1)
-    assert len(taken) == 16
+    assert len(taken) == waiting
     gate.set()
     thread.join()
     out.close()

@@ -20,6 +20,7 @@ from qwen_jax.storage.gcs import GcsStore
 from tests import fake_gcs
 from tests.fake_gcs import FakeGcs, Fault
 from tests.storage.contract import BIG, StoreContract
+from tests.waiting import until
 
 SMALL = b"a small object"
 CHUNK = 256 << 10
@@ -523,10 +524,11 @@ class TestGcsStoreAgainstGooglesTestbench(StoreContract):
 
 
 def wait_for(url: str) -> None:
-    for _ in range(200):
+    def answers() -> bool:
         try:
             requests.get(url, timeout=1)
-            return
         except requests.ConnectionError:
-            time.sleep(0.05)
-    raise AssertionError(f"{url} did not come up")
+            return False
+        return True
+
+    until(answers)

@@ -20,7 +20,6 @@ from qwen_jax.run.roof import (
     device_memory,
     machine_mesh,
     outline_of_config,
-    temporary_bytes,
 )
 from tests.published import PUBLISHED, config_fields
 from tests.scripts.conftest import ROOT
@@ -145,12 +144,11 @@ def test_a_step_compiles_without_what_it_does_not_need(compiled, name):
     check_program(compiled[name])
 
 
-def test_statistics_need_no_collective_and_the_memory_that_the_plan_counts(compiled):
+def test_statistics_need_no_collective_and_no_copy_of_the_activations(compiled):
     found = compiled["sums"]
     assert found.collectives() == []
-    mesh = machine_mesh(ACCELERATORS["v6e-4"], 1)
-    counted = device_memory(program_of(mesh, "0.5B")).temporaries
-    assert found.figures["temporaries"] == pytest.approx(counted, rel=0.1)
+    captured = captured_bytes(program_of(machine_mesh(ACCELERATORS["v6e-4"], 1), "0.5B"))
+    assert found.figures["temporaries"] < captured / 100
 
 
 def test_with_answers_and_kept_tokens_less_leaves_the_device(compiled):
@@ -166,7 +164,7 @@ def check_formula(found: Compiled) -> None:
     program = program_of(mesh, **case)
     ours, figures = device_memory(program), found.figures
     carried_rows = captured_bytes(program) // program.shape.tokens * program.shape.block_tokens
-    formula = ours.weights + ours.carried - carried_rows + captured_bytes(program) + temporary_bytes(program)
+    formula = ours.weights + ours.carried - carried_rows + captured_bytes(program) + ours.temporaries
     assert formula == pytest.approx(
         sum(figures[name] for name in ("arguments", "outputs", "temporaries")), rel=0.1
     )

@@ -1,0 +1,16 @@
+"""Waiting for what another thread or process does."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], seconds: float = 30) -> T:
+    """What the condition gives as soon as it is true; AssertionError where it is not in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not true after {seconds} s: {found!r}"
+        time.sleep(0.005)
+    return found
