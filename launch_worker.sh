@@ -6,16 +6,11 @@
 #   ./launch_worker.sh --demo         a bundled tiny model and stream, a local folder as the bucket
 #   ./launch_worker.sh --setup        sets up the environment and ends: for images
 #
-# Settings come from environment variables: ./launch_worker.sh --help lists them.
+# Settings come from environment variables; ./launch_worker.sh --help lists them once the environment is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV_DIR=${VENV_DIR:-.venv}
-# What a variable of the caller's must not change in the demo.
-SETTINGS=(MODEL_REVISION GCS_PREFIX DELETE_LOCAL_AFTER_UPLOAD LAYERS_TO_EXTRACT ACTIVATION_TYPE INCLUDE_EMBEDDING
-    INCLUDE_ANSWER KEEP_TOKENS SKIP_FIRST SKIP_SPECIAL_TOKENS DTYPE
-    ACTIVATION_DTYPE ATTENTION BATCH_SIZE MODEL_PARALLEL PROMPT_FORMAT CHAT_TEMPLATE OVERLONG MAX_SAMPLES
-    MAX_BAD_RECORDS)
 
 fail() { # exit code, message
     echo "launch_worker.sh: error: $2" >&2
@@ -79,13 +74,16 @@ set_up_environment() {
     echo "$wanted" >"$VENV_DIR/.installed"
 }
 
-run_demo() {
-    local out=demo_output
-    unset "${SETTINGS[@]}"
-    export MODEL_PATH=examples/demo/model DATASET_DIR=examples/demo/streams MAX_SEQ_LENGTH=1024
-    export OUTPUT_DIR=$out/activations CHECKPOINT_DIR=$out/checkpoints SHARD_SIZE_GB=0.008
-    export UPLOAD_TO_GCS=true GCS_BUCKET="file://$PWD/$out/bucket"
-    "$VENV_DIR/bin/python" extract_activations.py --worker_id 0
+run_demo() { # in an environment of its own, so that no variable of the caller's changes what it shows
+    local out=demo_output name kept=()
+    for name in PATH HOME TMPDIR JAX_PLATFORMS XLA_FLAGS COMPILATION_CACHE_DIR; do
+        [ -z "${!name:-}" ] || kept+=("$name=${!name}")
+    done
+    env -i "${kept[@]}" \
+        MODEL_PATH=examples/demo/model DATASET_DIR=examples/demo/streams MAX_SEQ_LENGTH=1024 \
+        OUTPUT_DIR=$out/activations CHECKPOINT_DIR=$out/checkpoints SHARD_SIZE_GB=0.008 \
+        UPLOAD_TO_GCS=true GCS_BUCKET="file://$PWD/$out/bucket" \
+        "$VENV_DIR/bin/python" extract_activations.py --worker_id 0
     "$VENV_DIR/bin/python" examples/demo/show.py "$out"
 }
 
@@ -95,6 +93,11 @@ elif [[ "${1:-}" =~ ^[0-9]+$ ]]; then
     set -- --worker_id "$@"
 elif [ $# -gt 0 ] && [[ "$1" != -* ]]; then
     fail 2 "the worker id must be a whole number, got '$1'"
+fi
+if [[ " $* " =~ " "(-h|--help)" " ]] && [ ! -x "$VENV_DIR/bin/python" ]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    echo "All flags and variables: docs/guide.md#extract_activationspy"
+    exit
 fi
 set_up_environment
 exec 9>&- # the worker must not hold the lock

@@ -18,7 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from qwen_jax.data.prompts import TokenizedSample
     from qwen_jax.data.steps import StepShape
-    from qwen_jax.model.capture import Capture, Program
+    from qwen_jax.model.capture import Capture
+    from qwen_jax.model.program import Program
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -133,8 +134,8 @@ def make_program(
 
     from qwen_jax.data.steps import StepShape, step_tokens
     from qwen_jax.model.attention import make_form, resolve_attention
-    from qwen_jax.model.capture import Program
     from qwen_jax.model.config import read_config
+    from qwen_jax.model.program import Program
     from qwen_jax.model.sharding import make_mesh
 
     config, mesh, platform = read_config(model), make_mesh(), jax.default_backend()
@@ -147,12 +148,12 @@ def make_program(
 
 def load_capture(program: "Program", model: Path) -> "Capture":
     """The program with the weights of that folder."""
-    from qwen_jax.model.capture import COMPUTE_DTYPES, Capture
+    from qwen_jax.model.capture import Capture, Compilation
     from qwen_jax.model.weights import load_model, open_checkpoint
 
-    dtype = COMPUTE_DTYPES[program.dtype]
+    dtype = np.dtype(program.dtype)
     loaded = load_model(open_checkpoint(model), program.config, program.num_layers, dtype, program.mesh)
-    return Capture(program, loaded)
+    return Capture(Compilation(program), loaded)
 
 
 def plain_sample(number: int, token_ids: np.ndarray) -> "TokenizedSample":

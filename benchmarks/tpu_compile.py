@@ -18,9 +18,9 @@ from qwen_jax.cli import FlagParser
 from qwen_jax.model.chips import ACCELERATORS, Accelerator
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import parse_config
-from qwen_jax.run.flags import add_worker_flags, to_settings
 from qwen_jax.run.job import Outline
 from qwen_jax.run.roof import Roof, complaint, device_memory, machine_mesh, outline_of_config
+from qwen_jax.settings import add_settings, take_settings
 from tests.published import PUBLISHED, config_fields
 
 MACHINES = [each.name for each in ACCELERATORS.values() if each.topology]
@@ -34,8 +34,8 @@ COLUMNS = (
 def outlines(size: str, machine: Accelerator, length: int) -> Iterator[Outline]:
     """With each --model_parallel, the smallest first."""
     parser = FlagParser()
-    add_worker_flags(parser)
-    settings = to_settings(vars(parser.parse_args(["--worker_id", "0"])))
+    add_settings(parser)
+    settings = take_settings(vars(parser.parse_args(["--worker_id", "0"])))
     for parts in (parts for parts in range(1, machine.devices + 1) if machine.devices % parts == 0):
         changed = replace(settings, max_seq_length=length, model_parallel=parts)
         yield outline_of_config(changed, parse_config(config_fields(size)))

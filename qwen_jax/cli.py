@@ -4,10 +4,11 @@ import argparse
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from qwen_jax.errors import ConfigError, TerminatedError, ToolkitError, UsageError, shown
+from qwen_jax.errors import CancelledError, ConfigError, TerminatedError, ToolkitError, UsageError, shown
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -165,5 +166,16 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
         )
         code = ConfigError.exit_code
     except KeyboardInterrupt:
-        code = 130
+        print(f"{name}: Ctrl-C: stopped", file=sys.stderr, flush=True)
+        code = CancelledError.exit_code
+    _end(code or 0)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process; at once where a daemon thread still runs, since Python's own end aborts a process of which one
+    is in foreign code ("exception not rethrown")."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.daemon for thread in threading.enumerate()):
+        os._exit(code)
     sys.exit(code)

@@ -75,3 +75,9 @@ class TerminatedError(ToolkitError):
     """SIGTERM arrived; everything durable is consistent and a later start resumes."""
 
     exit_code = 143
+
+
+class CancelledError(TerminatedError):
+    """Ctrl-C; as SIGTERM otherwise."""
+
+    exit_code = 130

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.cli import FlagParser, ShownFormatter, positive_float, positive_int, say
 from qwen_jax.errors import StorageError, UsageError, shown
-from qwen_jax.run.settings import WORKER_ID_VARIABLES, bucket_url, resolve_worker_id, worker_folder
+from qwen_jax.settings import WORKER_ID_VARIABLES, bucket_url, resolve_worker_id, worker_folder
 from qwen_jax.storage import open_store
 
 

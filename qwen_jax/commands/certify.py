@@ -7,7 +7,6 @@ metadata.json under `fidelity`, with the tolerance of the dtype. Exit code 1 if 
 
 import logging
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from qwen_jax.cli import FlagParser, non_negative_int, positive_int, say
@@ -37,7 +36,7 @@ def _certify(run: Run, args: Namespace) -> bool:
     from qwen_jax.run.recorded import reference_job
 
     stored = list(drawn_samples(run, args.samples, args.seed))
-    job = reference_job(run.metadata, args.model_path, args.dataset_path, Path(run.where))
+    job = reference_job(run.metadata, args.model_path, args.dataset_path)
     record = certify(job, stored)
     _show(run, record)
     obstacle = why_not_recorded(run)

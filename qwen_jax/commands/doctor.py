@@ -16,9 +16,14 @@ from typing import Any, NoReturn
 
 from qwen_jax.cli import FlagParser, parse_bool
 from qwen_jax.errors import UsageError
-from qwen_jax.run.flags import add_worker_flags, to_settings
-from qwen_jax.run.plan_flags import add_plan_flags, take_assumptions
-from qwen_jax.run.settings import Settings, bucket_url, resolve_worker_id, worker_folder
+from qwen_jax.settings import (
+    Settings,
+    add_settings,
+    bucket_url,
+    resolve_worker_id,
+    take_settings,
+    worker_folder,
+)
 
 ENV_FOR_ALL = True
 _RETRY_S = "20"
@@ -52,10 +57,9 @@ class Parser(FlagParser):
 
 def add_flags(parser: FlagParser) -> None:
     parser.switch("quick", "only what needs neither jax nor the network, and say only what is wrong", env="")
-    add_worker_flags(parser)
+    add_settings(parser)
     parser.switch("dry_run", "the worker's; changes nothing here", env="")
     parser.switch("verbose", "the worker's; changes nothing here", env="")
-    add_plan_flags(parser)
 
 
 def run(args: Namespace) -> int:
@@ -85,8 +89,7 @@ def run(args: Namespace) -> int:
 def _settings(values: dict[str, Any]) -> Settings:
     """The worker's, with what it would refuse at its start refused here; raises UsageError."""
     values.pop("verbose")
-    take_assumptions(values)
-    settings = to_settings(values)
+    settings = take_settings(values)
     from qwen_jax.run.progress_record import record_interval
 
     record_interval(os.environ)

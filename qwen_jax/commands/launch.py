@@ -25,7 +25,6 @@ from argparse import ArgumentTypeError, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError
@@ -42,9 +41,7 @@ from qwen_jax.fleet.workers import (
     secrets_of,
     without_secrets,
 )
-
-if TYPE_CHECKING:
-    from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings, add_settings, take_settings
 
 _TOOLS = {
     "gcloud": ("gcloud", "install the Google Cloud CLI"),
@@ -142,26 +139,22 @@ def run(args: Namespace) -> int:
     )
 
 
-def _check_settings(*, upload: bool) -> "Settings | None":
+def _check_settings(*, upload: bool) -> Settings | None:
     """Reads the worker's variables as each worker would, before any machine is paid for; exits with 2. None where
     packages are missing."""
+    for name in SECONDS:
+        _check_seconds(name, os.environ.get(name) or "0")
+    parser = FlagParser(prog="launch_all_workers.sh", env_for_all=True)
     try:
-        from qwen_jax.run.flags import add_worker_flags, to_settings
+        add_settings(parser)
+        parser.switch("verbose", "")
+        return take_settings(vars(parser.parse_args([])) | {"worker_id": "0", "upload_to_gcs": upload})
     except ModuleNotFoundError as error:
         print(f"settings are left to the workers to check: no {error.name} here", file=sys.stderr)
         return None
-    parser = FlagParser(prog="launch_all_workers.sh", env_for_all=True)
-    add_worker_flags(parser)
-    parser.switch("verbose", "")
-    values = vars(parser.parse_args([]))
-    del values["verbose"]
-    settings = to_settings(values | {"worker_id": "0", "upload_to_gcs": upload})
-    for name in SECONDS:
-        _check_seconds(name, os.environ.get(name) or "0")
-    return settings
 
 
-def _warn_of_memory(settings: "Settings", accelerator_type: str) -> None:
+def _warn_of_memory(settings: Settings, accelerator_type: str) -> None:
     """Says so where the model cannot fit such machines, if its config is at hand."""
     from qwen_jax.model.chips import ACCELERATORS
     from qwen_jax.model.config import read_config
@@ -181,7 +174,7 @@ def _warn_of_memory(settings: "Settings", accelerator_type: str) -> None:
         print(f"warning: {settings.model_path} on {machine.name}: {said}", file=sys.stderr)
 
 
-def _config_folder(settings: "Settings") -> Path | None:
+def _config_folder(settings: Settings) -> Path | None:
     """Where the model's config.json lies: in its folder, or in the hub's cache here; nothing is fetched."""
     folder = Path(settings.model_path).expanduser()
     if (folder / "config.json").is_file():

@@ -8,23 +8,49 @@ Takes the worker's flags and variables. Tokenises the stream, all of it or --pla
 
 from argparse import Namespace
 
-from qwen_jax.cli import FlagParser
-from qwen_jax.run.flags import add_worker_flags, to_settings
-from qwen_jax.run.plan_flags import add_plan_flags, take_assumptions
+from qwen_jax.cli import FlagParser, positive_float, positive_int
+from qwen_jax.settings import add_settings, take_settings
 
 ENV_FOR_ALL = True
 
 
 def add_flags(parser: FlagParser) -> None:
-    add_worker_flags(parser)
-    add_plan_flags(parser)
+    add_settings(parser)
+    _add_assumptions(parser)
 
 
 def run(args: Namespace) -> int:
     values = vars(args)
-    assumptions = take_assumptions(values)
-    settings = to_settings(values)
-    from qwen_jax.run.plan import make_plan
+    settings = take_settings(values)
+    from qwen_jax.run.plan import Assumptions, make_plan
 
-    print("\n".join(make_plan(settings, assumptions).lines_of_text()))
+    print("\n".join(make_plan(settings, Assumptions(**values)).lines_of_text()))
     return 0
+
+
+def _add_assumptions(parser: FlagParser) -> None:
+    """Without variables: they describe a question, not a worker."""
+    flag = parser.flag
+    flag("plan_samples", "tokenise so many lines, drawn at random", type=positive_int, env="")
+    flag(
+        "accelerator",
+        "the machine planned for, as v4-8, v5litepod-4, v6e-8, tpu7x-8, h100; without it this one",
+        env="",
+    )
+    flag(
+        "devices",
+        "accelerator chips of the machine planned for; without it this machine's",
+        type=positive_int,
+        env="",
+    )
+    flag("tokens_per_second", "prompt tokens that the machine computes", type=positive_float, env="")
+    flag(
+        "roof_share",
+        "share of what the accelerator could do at most, for tokens/s where none are given",
+        default=0.4,
+        type=positive_float,
+        env="",
+    )
+    parser.switch("compile", "ask the accelerator's compiler too; needs jax[tpu], no TPU", env="")
+    flag("price_per_hour", "of the machine", type=positive_float, env="")
+    flag("price_per_gb_month", "of storage, for 10**9 bytes", type=positive_float, env="")

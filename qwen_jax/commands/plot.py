@@ -20,7 +20,7 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    output = local_output(args.output, "--output")
+    output = local_output(args.output, "--output", (".png", ".pdf", ".svg"))
     plot_runs([run for path in args.paths for run in open_runs(path)], output, args.kind)
     say(f"wrote {output}")
     return 0

@@ -23,7 +23,7 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    output = local_output(args.output, "--output") if args.output else None
+    output = local_output(args.output, "--output", (".safetensors",)) if args.output else None
     groups = groups_alike([run for path in args.paths for run in open_runs(path)])
     if output is not None and len(groups) > 1:
         raise UsageError(

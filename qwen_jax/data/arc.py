@@ -100,7 +100,12 @@ def parse_record(record: Any) -> Task | Text:
     for key in ("text", "prompt"):
         if key in record:
             return Text(task_id, text=_parse_text(record[key], key))
-    raise BadRecord(f"neither an ARC task (train, test) nor text, prompt or messages; its keys: {keys}")
+    advice = (
+        "; rows of a dataset become a stream with create_dataset_streams.py" if "examples" in record else ""
+    )
+    raise BadRecord(
+        f"neither an ARC task (train, test) nor text, prompt or messages; its keys: {keys}{advice}"
+    )
 
 
 def _shown(key: str) -> str:

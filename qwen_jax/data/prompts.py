@@ -286,7 +286,9 @@ class PromptEncoder:
         from jinja2 import TemplateError
 
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            # A dialogue that ends with the assistant's words asks for no more of them.
+            asks = messages[-1]["role"] != "assistant"
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
         except TemplateError as error:
             raise BadRecord(f"the chat template refuses the messages: {error}") from error
 

@@ -5,22 +5,19 @@ from argparse import ArgumentTypeError
 from collections.abc import Collection, Mapping
 
 from qwen_jax.errors import UsageError
+from qwen_jax.settings import variables
 
-PLACES = ("DATASET_DIR", "OUTPUT_DIR", "CHECKPOINT_DIR", "COMPILATION_CACHE_DIR")
+SECRETS = ("HF_TOKEN",)
+"""What nobody may read who reads a log."""
+SECONDS = ("GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S")
+"""What no flag of the worker's checks."""
+PLACES = tuple(variables(local=True))
 """Folders of this machine: for workers whose file system looks like it, not for containers."""
 PASSED_ON = (
-    *("GCS_BUCKET", "GCS_PREFIX", "MODEL_PATH", "MODEL_REVISION", *PLACES, "BATCH_SIZE", "SHARD_SIZE_GB"),
-    *("MAX_SEQ_LENGTH", "MAX_SAMPLES", "MAX_BAD_RECORDS", "LAYERS_TO_EXTRACT", "ACTIVATION_TYPE"),
-    *("INCLUDE_EMBEDDING", "INCLUDE_ANSWER", "KEEP_TOKENS", "SKIP_FIRST", "SKIP_SPECIAL_TOKENS", "DTYPE"),
-    *("ACTIVATION_DTYPE", "ATTENTION", "MODEL_PARALLEL", "PROMPT_FORMAT", "CHAT_TEMPLATE"),
-    *("OVERLONG", "DELETE_LOCAL_AFTER_UPLOAD", "GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S", "VERBOSE"),
-    *("JAX_PACKAGE", "HF_TOKEN"),
+    *(name for name in variables(local=False) if name != "UPLOAD_TO_GCS"),
+    *(*PLACES, *SECONDS, "VERBOSE", "JAX_PACKAGE", *SECRETS),
 )
 """Every variable of the worker's and of launch_worker.sh's, but for its id and UPLOAD_TO_GCS."""
-SECRETS = ("HF_TOKEN",)
-"""Of these: what nobody may read who reads a log."""
-SECONDS = ("GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S")
-"""Of these: what no flag of the worker's checks."""
 _MOST = 100_000
 
 

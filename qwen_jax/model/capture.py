@@ -1,40 +1,25 @@
-"""The jitted step: the next tokens of every row in, the asked-for layers' activations out, on their way to the host."""
+"""A program with its weights on the devices: it compiles, starts steps, and brings what they give to the host."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.model.attention import Carried, Form
-from qwen_jax.model.config import Qwen2Config
-from qwen_jax.model.qwen2 import Qwen2, Shared, rope_tables
-from qwen_jax.model.sharding import Parts
-from qwen_jax.model.weights import abstract_parameters
+from qwen_jax.model.program import Program
+from qwen_jax.model.qwen2 import Qwen2
 
 log = logging.getLogger(__name__)
-
-COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-ACTIVATION_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-
-
-def resolve_dtype(name: str) -> str:
-    """`auto` is bfloat16 on an accelerator and float32 on a CPU; other names stand for themselves."""
-    if name != "auto":
-        return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def use_compilation_cache(folder: str | Path) -> None:
@@ -42,16 +27,6 @@ def use_compilation_cache(folder: str | Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-class StepShape(Protocol):
-    """What a program needs of data.steps.StepShape."""
-
-    tokens: int
-    positions: int
-    rows: int
-    block_tokens: int
-    blocks: int
 
 
 class StepInput(Protocol):
@@ -91,260 +66,39 @@ class RowResult(NamedTuple):
     log_probs_T: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Program:
-    """A run's step without its weights: all that decides what is compiled.
+class Compilation:
+    """A program's step for each number of kept tokens (None: all), compiled on a thread of its own: at its first use,
+    or begun before that, while the weights are loaded."""
 
-    num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Qwen2; stored_dtype: of
-    the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head.
-    """
+    def __init__(self, program: Program):
+        self.program = program
+        self._steps: dict[int | None, Future[jax.stages.Compiled]] = {}
 
-    config: Qwen2Config
-    num_layers: int
-    layers: tuple[int, ...]
-    taps: tuple[str, ...]
-    dtype: str
-    stored_dtype: str
-    mesh: Mesh
-    shape: StepShape
-    form: Form
-    with_answers: bool = False
+    def begin(self, kept: int | None = None) -> None:
+        if kept not in self._steps:
+            found = self._steps[kept] = Future()
+            # Daemon: a compilation cannot be stopped, and must not keep a worker that was told to end.
+            Thread(target=self._compile, args=(kept, found), name="compilation", daemon=True).start()
 
-    @property
-    def parts(self) -> Parts:
-        return Parts("model", self.mesh.shape["model"])
+    def step(self, kept: int | None) -> jax.stages.Compiled:
+        """Waits for it; raises what the compiler raised."""
+        self.begin(kept)
+        return self._steps[kept].result()
 
-    @cached_property
-    def model(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """The graph, and the parameters as shapes with their shardings."""
-        dtype = COMPUTE_DTYPES[self.dtype]
-        return abstract_parameters(self.config, self.num_layers, dtype, self.mesh, self.with_answers)
-
-    def carried(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What attention carries from step to step, for every row and layer."""
-        kv_heads = self.parts.count * self.parts.kv_heads_each(self.config.num_kv_heads)
-        found = []
-        shapes = self.form.carried_shapes(self.shape.positions, kv_heads, self.config.head_dim)
-        for shape, head_axis in zip(shapes, self.form.head_axes, strict=True):
-            axes = ["model" if axis == head_axis else None for axis in range(len(shape))]
-            found.append(self._array((self.num_layers, *shape), self.dtype, None, *axes))
-        return tuple(found)
-
-    def carried_rows(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The last kept tokens of every row, which the next step's blocks may begin with."""
-        counts = {tap: 1 if tap == "embedding" else len(self.layers) for tap in self.taps}
-        size = (self.shape.block_tokens, self.config.hidden_size)
-        return {tap: self._array((count, *size), self.stored_dtype) for tap, count in counts.items()}
-
-    def _array(self, shape: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
-        """One for each row."""
-        sharding = NamedSharding(self.mesh, P("data", *axes))
-        return jax.ShapeDtypeStruct((self.shape.rows, *shape), jnp.dtype(dtype), sharding=sharding)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the parameters on each device."""
-        return _bytes_each(self.model[1])
-
-    @property
-    def carried_bytes(self) -> int:
-        """Of what goes on from step to step, on each device."""
-        return _bytes_each((self.carried(), self.carried_rows()))
-
-    def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        return rope_tables(self.config, self.shape.positions)
-
-    @cached_property
-    def step(self) -> Callable:
-        """(params, rope tables, carried, tokens_XT, positions_XT, kept_XR, answers) -> ({tap: [X, C, R, D]}, [X, T]
-        log-probabilities or None, carried). Each device works on its own row; carried is donated."""
-        graph, params = self.model
-        by_row, carried = P("data"), tuple(array.sharding.spec for array in self.carried())
-        mapped = jax.shard_map(
-            partial(self._own_row, graph),
-            mesh=self.mesh,
-            in_specs=(_specs(params), P(), carried, by_row, by_row, by_row, by_row),
-            out_specs=(by_row, by_row, carried),
-            check_vma=False,  # what a loop carries begins alike everywhere and ends by device
-        )
-        return jax.jit(mapped, donate_argnums=2)
-
-    def lower_step(self, kept: int | None = None) -> jax.stages.Lowered:
-        """The step for the devices of the mesh, which need not be there. kept: tokens kept of a row, None for all."""
-        tokens = self._array((self.shape.tokens,), "int32")
-        kept_XR = None if kept is None else self._array((kept,), "int32")
-        answers = (tokens, tokens, self._array((), "int32")) if self.with_answers else None
-        everywhere = NamedSharding(self.mesh, P())
-        tables = [
-            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=everywhere) for table in self.tables()
-        ]
-        return self.step.lower(self.model[1], tuple(tables), self.carried(), tokens, tokens, kept_XR, answers)
-
-    def _own_row(
-        self,
-        graph: nnx.GraphDef,
-        params: nnx.State,
-        tables: tuple[jax.Array, jax.Array],
-        carried: Carried,
-        *inputs: Any,
-    ) -> tuple[dict[str, jax.Array], jax.Array | None, Carried]:
-        """What a device does with its row."""
-        carried, (tokens_T, positions_T, kept_R, answers) = jax.tree.map(lambda x: x[0], (carried, inputs))
-        rope_TH = (table_PH[positions_T] for table_PH in tables)
-        # On TPU and GPU float32 products run in fewer bits unless told otherwise.
-        with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
-            model: Qwen2 = nnx.merge(graph, params)
-            captured, last_TD, carried = model(
-                tokens_T,
-                Shared(*rope_TH, self.form(positions_T), self.parts),
-                carried,
-                self.layers,
-                self.taps,
-                ACTIVATION_DTYPES[self.stored_dtype],
-                kept_R,
-            )
-            log_probs_T = model.log_probs(last_TD, *answers) if answers is not None else None
-        return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
-
-    @cached_property
-    def sum_up(self) -> Callable:
-        """(carried rows, {tap: [X, C, R, D]}, kept counts [X], block starts and counts [X, E]) -> ({tap: (norms_XCR,
-        mean_XCED, squares_XCED, max_abs_XCED)}, rows to carry).
-
-        A program of its own, since it runs more than once where a step holds very many short samples.
-        """
-        mapped = jax.shard_map(
-            self._sum_own_row,
-            mesh=self.mesh,
-            in_specs=(P("data"),) * 5,
-            out_specs=P("data"),
-            check_vma=False,
-        )
-        return jax.jit(mapped)
-
-    def lower_sum_up(self, kept: int | None = None) -> jax.stages.Lowered:
-        """As lower_step, for `sum_up`."""
-        rows = self.shape.tokens if kept is None else kept
-        counts = self._array((self.shape.blocks,), "int32")
-        stored = {
-            tap: self._array((old.shape[1], rows, old.shape[3]), self.stored_dtype)
-            for tap, old in self.carried_rows().items()
-        }
-        return self.sum_up.lower(self.carried_rows(), stored, self._array((), "int32"), counts, counts)
-
-    def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
-        old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
-        size = self.shape.block_tokens
-        sums, rows = {}, {}
-        for tap, stored_CRD in stored.items():
-            norms_CR = jnp.linalg.norm(stored_CRD.astype(jnp.float32), axis=-1)
-            of_tap = partial(rows_from, old[tap], stored_CRD)
-            sums[tap] = (norms_CR, *block_sums(of_tap, starts_E, counts_E, size))
-            rows[tap] = of_tap(count - size)
-        return jax.tree.map(lambda x: x[None], (sums, rows))
-
-
-def rows_from(before_CSD: jax.Array, stored_CRD: jax.Array, start: jax.Array) -> jax.Array:
-    """[C, S, D]: S rows of the stored ones from `start` on, those before them where it is negative, zeros behind them.
-
-    Joins no more than three blocks, since the stored rows are most of what a device holds beside the weights.
-    """
-    size = before_CSD.shape[1]
-    short = max(0, size - stored_CRD.shape[1])
-    stored_CRD = jnp.pad(stored_CRD, ((0, 0), (0, short), (0, 0)))
-    inside = jnp.clip(start, 0, stored_CRD.shape[1] - size)
-    piece_CSD = jax.lax.dynamic_slice_in_dim(stored_CRD, inside, size, 1)
-    around = jnp.concatenate([before_CSD, piece_CSD, jnp.zeros_like(before_CSD)], axis=1)
-    return jax.lax.dynamic_slice_in_dim(around, size + start - inside, size, 1)
-
-
-def _bytes_each(tree: Any) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _specs(tree: Any) -> Any:
-    return jax.tree.map(lambda array: array.sharding.spec, tree)
-
-
-def block_sums(
-    rows_at: Callable[[jax.Array], jax.Array], starts_E: jax.Array, counts_E: jax.Array, size: int
-) -> tuple[jax.Array, ...]:
-    """Mean, sum of squared distances from it and largest absolute value of each channel, [C, E, D] each, over the
-    first `counts_E` of the `size` rows that `rows_at` gives for each of `starts_E`.
-
-    On the device, because on the host a pass over the values costs as much as compressing them. Each block in the
-    same way wherever it stands, so that its bits are its own. Two passes, the second one correcting the first's mean
-    (Chan, Golub and LeVeque 1983): float32 sums of large, nearly constant channels lose digits in one.
-    """
-
-    def one(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        start, count = block
-        x_CSD = rows_at(start).astype(jnp.float32)
-        counts_here_S1 = (jnp.arange(size) < count)[:, None]
-        n = jnp.maximum(count, 1)
-
-        def total(values_CSD: jax.Array) -> jax.Array:
-            return jnp.where(counts_here_S1, values_CSD, 0).sum(axis=1)
-
-        rough_CD = total(x_CSD) / n
-        apart_CSD = x_CSD - rough_CD[:, None]
-        shift_CD = total(apart_CSD) / n
-        squares_CD = total(jnp.square(apart_CSD)) - n * jnp.square(shift_CD)
-        max_abs_CD = jnp.where(counts_here_S1, jnp.abs(x_CSD), 0).max(axis=1)
-        return rough_CD + shift_CD, jnp.maximum(squares_CD, 0), max_abs_CD
-
-    return tuple(sums_ECD.swapaxes(0, 1) for sums_ECD in jax.lax.map(one, (starts_E, counts_E)))
-
-
-class Capture:
-    """A program with its weights on the devices, and what goes on from step to step."""
-
-    def __init__(self, program: Program, model: Qwen2):
-        """model: as weights.load_model gives it for the program's mesh."""
-        self._program = program
-        self._params = nnx.split(model)[1]
-        everywhere = NamedSharding(program.mesh, P())
-        self._tables = jax.device_put(program.tables(), everywhere)
-        self._carried = _zeros(program.carried())
-        self._rows = _zeros(program.carried_rows())
-        self._compiled: set[int] = set()
-
-    def __call__(self, step: StepInput) -> "Captured":
-        """Starts one step and returns before it is done; the copy to the host is under way.
-
-        Parameters never leave the devices.
-        """
-        program = self._program
-        answers = step.answers() if program.with_answers else None
-        inputs = (step.tokens_XT, step.positions_XT, step.kept_XR, answers, step.kept_counts)
-        *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
-        with self._announced(step):
-            stored, log_probs, self._carried = program.step(
-                self._params, self._tables, self._carried, *inputs
-            )
-            sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
-        self._rows = sums[-1][1]
-        captured = Captured(stored, [found for found, _ in sums], log_probs, program.taps)
-        captured.start_copying()
-        return captured
-
-    def _sum_up(self, stored: dict[str, jax.Array], counts: jax.Array, *blocks: np.ndarray) -> Any:
-        by_row = NamedSharding(self._program.mesh, P("data"))
-        return self._program.sum_up(self._rows, stored, counts, *jax.device_put(blocks, by_row))
+    def _compile(self, kept: int | None, found: Future[jax.stages.Compiled]) -> None:
+        try:
+            with self._announced(kept):
+                found.set_result(self.program.lower_step(kept).compile())
+        except BaseException as error:  # noqa: BLE001  (it is raised where the step is wanted)
+            found.set_exception(error)
 
     @contextmanager
-    def _announced(self, step: StepInput) -> Iterator[None]:
-        """Says that a program is new, and for how long it has been compiled, so that nobody takes that for a hang."""
-        kept, program = step.kept_XR, self._program
-        size = program.shape.tokens if kept is None else kept.shape[1]
-        if size in self._compiled:
-            yield
-            return
-        self._compiled.add(size)
-        notes = "" if kept is None else f", {size} of them kept"
+    def _announced(self, kept: int | None) -> Iterator[None]:
+        """Says what is compiled, and for how long it has been, so that nobody takes that for a hang."""
+        program = self.program
+        notes = "" if kept is None else f", {kept} of them kept"
         what = f"the step of {program.shape.tokens} tokens{notes}"
-        layers, form = program.num_layers, program.form.name
-        log.info("compiling %s: %d layers, %s attention", what, layers, form)
+        log.info("compiling %s: %d layers, %s attention", what, program.num_layers, program.form.name)
         started = time.monotonic()
         with _repeated(lambda: log.info("still compiling, for %.0f s", time.monotonic() - started)):
             yield
@@ -370,6 +124,41 @@ def _repeated(say: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+class Capture:
+    """A program with its weights on the devices, and what goes on from step to step."""
+
+    def __init__(self, compilation: Compilation, model: Qwen2):
+        """model: as weights.load_model gives it for the program's mesh."""
+        self._compilation = compilation
+        self._program = program = compilation.program
+        self._params = nnx.split(model)[1]
+        everywhere = NamedSharding(program.mesh, P())
+        self._tables = jax.device_put(program.tables(), everywhere)
+        self._carried = _zeros(program.carried())
+        self._rows = _zeros(program.carried_rows())
+
+    def __call__(self, step: StepInput) -> "Captured":
+        """Starts one step and returns before it is done; the copy to the host is under way.
+
+        Parameters never leave the devices.
+        """
+        program, kept = self._program, step.kept_XR
+        answers = step.answers() if program.with_answers else None
+        inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts)
+        *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
+        compiled = self._compilation.step(None if kept is None else kept.shape[1])
+        stored, log_probs, self._carried = compiled(self._params, self._tables, self._carried, *inputs)
+        sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
+        self._rows = sums[-1][1]
+        captured = Captured(stored, [found for found, _ in sums], log_probs, program.taps)
+        captured.start_copying()
+        return captured
+
+    def _sum_up(self, stored: dict[str, jax.Array], counts: jax.Array, *blocks: np.ndarray) -> Any:
+        by_row = NamedSharding(self._program.mesh, P("data"))
+        return self._program.sum_up(self._rows, stored, counts, *jax.device_put(blocks, by_row))
 
 
 def _zeros(shapes: Any) -> Any:

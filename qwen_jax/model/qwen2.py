@@ -20,12 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qwen_jax.kinds import EMBEDDING
 from qwen_jax.model.attention import Attend, Carried
 from qwen_jax.model.config import Qwen2Config
 from qwen_jax.model.sharding import WHOLE, Parts
-
-TAPS = ("residual", "attn", "mlp")
-"""What can be captured of a layer; `embedding`, what enters block 0, comes besides."""
 
 
 class Shared(NamedTuple):
@@ -171,7 +169,7 @@ class Qwen2(nnx.Module):
         slots_L = np.searchsorted(layers, np.arange(num_blocks)).astype(np.int32)
         kept_RD = jax.eval_shape(kept, x_TD)
         empty_CRD = jnp.zeros((slots_L[-1] + 1, *kept_RD.shape), kept_RD.dtype)
-        captured = {tap: empty_CRD for tap in taps if tap != "embedding"}
+        captured = {tap: empty_CRD for tap in taps if tap != EMBEDDING}
 
         def step(state, layer):
             x_TD, captured, carried = state
@@ -185,8 +183,8 @@ class Qwen2(nnx.Module):
         inputs = (params, jnp.asarray(slots_L), jnp.arange(num_blocks))
         (last_TD, captured, carried), _ = jax.lax.scan(step, (x_TD, captured, carried), inputs)
         captured = {tap: array_CRD[: len(layers)] for tap, array_CRD in captured.items()}
-        if "embedding" in taps:
-            captured["embedding"] = kept(x_TD)[None]
+        if EMBEDDING in taps:
+            captured[EMBEDDING] = kept(x_TD)[None]
         return captured, last_TD, carried
 
     def log_probs(self, x_TD: jax.Array, rows_T: jax.Array, next_T: jax.Array, count: jax.Array) -> jax.Array:

@@ -9,21 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_jax.errors import BadDataError, UsageError
+from qwen_jax.kinds import ALL_KINDS
 from qwen_jax.reading.card import write_card
 from qwen_jax.reading.manifest import Manifest
-from qwen_jax.reading.runs import UNKNOWN_KIND, Run, local_output, open_runs, runs_with_layer, stored_layers
+from qwen_jax.reading.runs import Run, local_output, open_runs, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
 from qwen_jax.shards import EMBEDDING
 from qwen_jax.storage.local import atomic_write, json_bytes
 
-HOOKS = {
-    "residual": "blocks.{}.hook_resid_post",
-    "attn": "blocks.{}.hook_attn_out",
-    "mlp": "blocks.{}.hook_mlp_out",
-    "embedding": "hook_embed",
-    UNKNOWN_KIND: "blocks.{}.activation",
-}
-"""TransformerLens' names of what we store; the last one stands for what no metadata.json names."""
+_UNKNOWN_HOOK = "blocks.{}.activation"
+"""What stands for what no metadata.json names."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,8 @@ def _write_parts(
 
 def hook_name(layer: Layer, kind: str) -> str:
     """TransformerLens' name of what is stored of a layer."""
-    return HOOKS[EMBEDDING if layer == EMBEDDING else kind].format(layer)
+    known = ALL_KINDS.get(EMBEDDING if layer == EMBEDDING else kind)
+    return (known.hook if known else _UNKNOWN_HOOK).format(layer)
 
 
 def _meaning(run: Run, layer: Layer, kind: str) -> str:

@@ -265,14 +265,22 @@ def is_bucket_url(path: str | Path) -> bool:
     return str(path).startswith("gs://")
 
 
-def local_output(path: str | Path, flag: str) -> Path:
-    """A path to write to; raises UsageError for a bucket's address, in which nothing here can be written."""
+def local_output(path: str | Path, flag: str, endings: Sequence[str] = ()) -> Path:
+    """A folder to write to, or a file with one of the `endings`, .png and the like; raises UsageError for a bucket's
+    address, in which nothing here can be written, and for what is something else already."""
     if is_bucket_url(path):
         raise UsageError(
             f"{flag} {path}: this is written on the local disk; give a local path, then copy it with "
             "`gcloud storage cp`"
         )
-    return Path(plain(path))
+    output = Path(plain(path))
+    if endings and (output.is_dir() or output.suffix not in endings):
+        raise UsageError(f"{flag} {path}: give a file that ends in {', '.join(endings)}")
+    if endings and not output.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no folder {output.parent}; make it, or give another")
+    if not endings and output.exists() and not output.is_dir():
+        raise UsageError(f"{flag} {path} is a file; give a folder")
+    return output
 
 
 def read_any(path: str | Path) -> bytes:

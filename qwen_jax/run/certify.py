@@ -13,7 +13,8 @@ from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError
-from qwen_jax.model.capture import ACTIVATION_DTYPES, Capture
+from qwen_jax.kinds import EMBEDDING
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
@@ -49,7 +50,7 @@ class Closeness:
 
 def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
     """The relative error that a layer may have."""
-    return TOLERANCES[compute_dtype] + float(jnp.finfo(ACTIVATION_DTYPES[activation_dtype]).eps)
+    return TOLERANCES[compute_dtype] + float(jnp.finfo(jnp.dtype(activation_dtype)).eps)
 
 
 @device_errors()
@@ -83,7 +84,7 @@ def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample]:
     wanted, prompts = set(indices), {}
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
-    for sample_idx, record in read_stream(job.settings.dataset_path):
+    for sample_idx, record in read_stream(job.settings.stream_path):
         if sample_idx in wanted:
             prompts[sample_idx] = make_prompt(sample_idx, record)
         if len(prompts) == len(wanted):
@@ -97,7 +98,7 @@ def _own_reference(job: Job) -> Reference:
         job.step, dtype="float32", stored_dtype="float32", num_layers=job.layers[-1] + 1, with_answers=False
     )
     model = load_model(job.checkpoint, job.config, program.num_layers, jnp.float32, program.mesh)
-    capture = Capture(program, model)
+    capture = Capture(Compilation(program), model)
 
     def run(prompt: TokenizedSample) -> dict[str, np.ndarray]:
         whole = replace(prompt, positions=None, with_answer=False)
@@ -117,13 +118,13 @@ def _compare(
         if not np.array_equal(prompt.kept(prompt.token_ids), sample["token_ids"]):
             raise BadDataError(
                 f"sample {sample['sample_idx']}: its tokens are not those of its line in "
-                f"{job.settings.dataset_path}; verify the shards, and give the stream that they were made from"
+                f"{job.settings.stream_path}; verify the shards, and give the stream that they were made from"
             )
         log.info("sample %d: %d tokens", prompt.sample_idx, len(prompt.token_ids))
         reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
-            place = 0 if kind == "embedding" else _place(job, layer, len(expected))
+            place = 0 if kind == EMBEDDING else _place(job, layer, len(expected))
             rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
             sums[kind, layer].add(sample["kinds"][kind][layer], rows)
     return {entry: total.closeness() for entry, total in sums.items()}
@@ -138,9 +139,9 @@ def _by_kind(closeness: dict[tuple[str, int | str], Closeness]) -> dict[str, dic
 
 
 def _entries(job: Job) -> Iterator[tuple[str, int | str]]:
-    yield from ((kind, layer) for kind in job.settings.activation_types for layer in job.layers)
+    yield from ((kind, layer) for kind in job.settings.activation_type for layer in job.layers)
     if job.settings.include_embedding:
-        yield "embedding", "embedding"
+        yield EMBEDDING, EMBEDDING
 
 
 def _place(job: Job, layer: int, available: int) -> int:

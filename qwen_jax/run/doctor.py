@@ -20,8 +20,7 @@ from qwen_jax.data.streams import read_stream, stream_summary
 from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError
 from qwen_jax.model.source import fetch_model
 from qwen_jax.run.fingerprint import check_fingerprint
-from qwen_jax.run.plan_flags import Assumptions
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import BYTES, Settings, recorded
 from qwen_jax.shards.ledger import METADATA_NAME, CheckpointRecord, DamagedError, parse_checkpoint
 from qwen_jax.storage.local import storage_errors
 from qwen_jax.storage.opening import open_store
@@ -101,7 +100,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _stream_begins(settings: Settings) -> str:
-    limit, path = settings.max_bad_records, settings.dataset_path
+    limit, path = settings.max_bad_records, settings.stream_path
     lines = [
         record for _, record in islice(read_stream(path), min(limit + 1, settings.max_samples or limit + 1))
     ]
@@ -116,8 +115,8 @@ def _stream_begins(settings: Settings) -> str:
 
 
 def _folders(settings: Settings) -> str:
-    folders = {settings.output_dir, settings.compilation_cache_dir}
-    if settings.checkpointing:
+    folders = {settings.worker_dir, settings.compilation_cache_dir}
+    if not settings.no_checkpointing:
         folders.add(settings.checkpoint_dir)
     for folder in sorted(folders):
         with storage_errors("write in", folder):
@@ -155,18 +154,22 @@ def _read_json(path: Path) -> None:
         raise ConfigError(f"{path} is damaged ({error}); fetch the model again") from error
 
 
+_KNOWN_LATER = ("layers", "compute_dtype", "activation_dtype")
+"""What model and device have a say in."""
+
+
 def _checkpoint_fits(settings: Settings) -> str:
     """The local checkpoint is this worker's, of a run with these settings, as far as they say without jax."""
-    path = settings.checkpoint_dir / settings.checkpoint_name
-    with storage_errors("read", path):
-        data = path.read_bytes() if settings.checkpointing and path.is_file() else None
-    if data is None or settings.force_restart:
+    path = settings.checkpoint_path
+    if path is None or settings.force_restart or not path.is_file():
         return "none to go on from here"
+    with storage_errors("read", path):
+        data = path.read_bytes()
     record = _parsed(data, settings)
-    plain = {name for name in record.fingerprint if hasattr(settings, name)} - {"activation_dtype"}
+    plain = {key: value for key, value in recorded(settings, BYTES).items() if key not in _KNOWN_LATER}
     check_fingerprint(
-        {"worker_id": record.worker_id} | {name: record.fingerprint[name] for name in sorted(plain)},
-        {"worker_id": settings.worker_id} | {name: getattr(settings, name) for name in sorted(plain)},
+        {"worker_id": record.worker_id} | {key: record.fingerprint.get(key) for key in plain},
+        {"worker_id": settings.worker_id} | plain,
         f"the checkpoint {path}",
     )
     return f"goes on after {record.total_shards} shards"
@@ -177,7 +180,7 @@ def _parsed(data: bytes, settings: Settings) -> CheckpointRecord:
     try:
         return parse_checkpoint(data)
     except DamagedError as error:
-        if settings.bucket_url is None and not (settings.output_dir / METADATA_NAME).is_file():
+        if settings.bucket_url is None and not (settings.worker_dir / METADATA_NAME).is_file():
             raise ConfigError(
                 f"the checkpoint is damaged ({error}), and there is no {METADATA_NAME} to rebuild it from; "
                 "restore one of them, or pass --force_restart to overwrite it all"
@@ -214,7 +217,7 @@ def _devices(settings: Settings) -> str:
 
 
 def _stream(settings: Settings) -> str:
-    return f"{settings.dataset_path}: {stream_summary(settings.dataset_path).lines:,} lines"
+    return f"{settings.stream_path}: {stream_summary(settings.stream_path).lines:,} lines"
 
 
 def _model(settings: Settings) -> str:
@@ -229,22 +232,22 @@ def _model(settings: Settings) -> str:
 
 
 def _disk(settings: Settings) -> str:
-    from qwen_jax.run.plan import make_plan
+    from qwen_jax.run.plan import Assumptions, make_plan
 
     plan = make_plan(settings, Assumptions(plan_samples=_PLANNED_LINES))
     needed, what = plan.compressed_bytes, "what is left of the run"
     if settings.bucket_url and settings.delete_local_after_upload:
         needed, what = _SHARDS_IN_FLIGHT * settings.shard_bytes, "the shards on their way to the bucket"
     else:
-        needed = max(needed - sum(path.stat().st_size for path in settings.output_dir.glob("shard_*")), 0)
+        needed = max(needed - sum(path.stat().st_size for path in settings.worker_dir.glob("shard_*")), 0)
     there = next(
-        folder for folder in (settings.output_dir, *settings.output_dir.absolute().parents) if folder.exists()
+        folder for folder in (settings.worker_dir, *settings.worker_dir.absolute().parents) if folder.exists()
     )
     free = shutil.disk_usage(there).free
     text = f"{free / 1e9:,.1f} GB free, {what} needs about {needed / 1e9:,.1f} GB"
     if free < needed:
         raise StorageError(
-            f"{text} in {settings.output_dir}; free some space, or upload with --delete_local_after_upload"
+            f"{text} in {settings.worker_dir}; free some space, or upload with --delete_local_after_upload"
         )
     return text
 

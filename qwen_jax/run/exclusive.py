@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qwen_jax.errors import WriterConflictError
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings
 from qwen_jax.storage.local import no_link, storage_errors
 
 
 @contextmanager
 def exclusive(settings: Settings) -> Iterator[None]:
     """Holds the worker's folders for this process; raises WriterConflictError if another has them."""
-    folders = [settings.output_dir, *([settings.checkpoint_dir] if settings.checkpointing else [])]
+    folders = [settings.worker_dir, *([] if settings.no_checkpointing else [settings.checkpoint_dir])]
     with exclusive_folders(folders, settings.worker_id):
         yield
 

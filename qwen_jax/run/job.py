@@ -1,31 +1,26 @@
 """What the settings come to: model, layers, stream and the identity of the run that they define."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.kinds import ALL_KINDS, KINDS
 from qwen_jax.model.attention import make_form, resolve_attention
-from qwen_jax.model.capture import ACTIVATION_DTYPES, Program, resolve_dtype
 from qwen_jax.model.config import Qwen2Config, read_config
+from qwen_jax.model.program import Program, resolve_dtype
 from qwen_jax.model.sharding import check_split, make_mesh
 from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import BYTES, HOW, Settings, recorded
 from qwen_jax.shards.ledger import RunIdentity
 
-LAYER_MEANINGS = {
-    "residual": "residual stream after block i (0-based), before the final norm; Hugging Face "
-    "hidden_states[i + 1] for every block but the last, whose entry there is already normed",
-    "attn": "output of block i's attention (0-based), before it is added to the residual stream",
-    "mlp": "output of block i's MLP (0-based), before it is added to the residual stream",
-    "embedding": "embedding output: the residual stream before block 0; Hugging Face hidden_states[0]",
-}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,8 +45,8 @@ class Outline:
     @property
     def bytes_per_token(self) -> int:
         """Raw bytes of activations that a kept token gives."""
-        arrays = len(self.layers) * len(self.settings.activation_types) + self.settings.include_embedding
-        return arrays * self.config.hidden_size * ACTIVATION_DTYPES[self.activation_dtype].dtype.itemsize
+        arrays = len(self.layers) * len(self.settings.activation_type) + self.settings.include_embedding
+        return arrays * self.config.hidden_size * jnp.dtype(self.activation_dtype).itemsize
 
     @property
     def lines(self) -> int:
@@ -91,13 +86,24 @@ class Job(Outline):
     checkpoint: Checkpoint
     step: Program
 
+    @property
+    def resolved(self) -> Settings:
+        """The settings with what `auto` and `all` mean here."""
+        return replace(
+            self.settings,
+            layers_to_extract=self.layers,
+            dtype=self.dtype,
+            activation_dtype=self.activation_dtype,
+            attention=self.step.form.name,
+        )
+
 
 def outline(settings: Settings, weights: bool = True) -> Outline:
     """Reads the stream's digest and the model's config, and checks the settings against them.
 
     weights: whether a model of the hub is fetched with them.
     """
-    stream = stream_summary(settings.dataset_path)
+    stream = stream_summary(settings.stream_path)
     source = fetch_model(settings.model_path, settings.revision, weights)
     config = read_config(source.folder)
     if settings.max_seq_length > config.max_positions:
@@ -152,51 +158,32 @@ def identify(job: Job) -> RunIdentity:
             "num_layers": job.config.num_layers,
         },
         "dataset": {
-            "path": str(settings.dataset_path),
+            "path": str(settings.stream_path),
             "sha256": job.stream.sha256,
             "lines": job.stream.lines,
         },
-        "activation_type": settings.activation_types[0],
-        "activation_types": list(settings.activation_types),
+        "activation_type": settings.activation_type[0],
+        "activation_types": list(settings.activation_type),
         "layers": list(job.layers),
-        "layer_meaning": LAYER_MEANINGS[settings.activation_types[0]],
-        "layer_meanings": {tap: LAYER_MEANINGS[tap] for tap in settings.taps},
+        "layer_meaning": KINDS[settings.activation_type[0]].meaning,
+        "layer_meanings": {tap: ALL_KINDS[tap].meaning for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
         "devices": job.step.mesh.size,
-        "settings": {
-            "batch_size": settings.batch_size,
-            "tokens_per_step": job.step.shape.tokens,
-            "model_parallel": settings.model_parallel,
-            "attention": job.step.form.name,
-        },
+        "settings": recorded(job.resolved, HOW) | {"tokens_per_step": job.step.shape.tokens},
     }
     return RunIdentity(
-        settings.worker_id, str(settings.dataset_path), settings.model_path, fingerprint, header
+        settings.worker_id, str(settings.stream_path), settings.model_path, fingerprint, header
     )
 
 
 def make_fingerprint(job: Job) -> Fingerprint:
     """Everything that the bytes of the shards depend on, but for how it is computed (the settings of the header)."""
-    settings, folder = job.settings, job.source.folder
+    folder = job.source.folder
     weights = files_digest(folder, ("config.json",)) + job.checkpoint.digest()
     return {
         "stream_sha256": job.stream.sha256,
         "weights_digest": hashlib.sha256(weights.encode()).hexdigest(),
         "tokenizer_digest": files_digest(folder, _TOKENIZER_FILES),
-        "layers": list(job.layers),
-        "activation_type": " ".join(settings.activation_types),
-        "include_embedding": settings.include_embedding,
-        "include_answer": settings.include_answer,
-        "keep_tokens": settings.keep_tokens,
-        "skip_first": settings.skip_first,
-        "skip_special_tokens": settings.skip_special_tokens,
-        "compute_dtype": job.dtype,
-        "activation_dtype": job.activation_dtype,
-        "max_seq_length": settings.max_seq_length,
-        "prompt_format": settings.prompt_format,
-        "chat_template": settings.chat_template,
-        "overlong": settings.overlong,
-        "shard_size_gb": settings.shard_size_gb,
-        "max_samples": settings.max_samples,
+        **recorded(job.resolved, BYTES),
     }

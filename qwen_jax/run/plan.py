@@ -10,17 +10,16 @@ from jax.errors import JaxRuntimeError
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import UsageError
-from qwen_jax.model.capture import Program
 from qwen_jax.model.chips import Accelerator, accelerator
 from qwen_jax.model.compiled import absent_mesh, compile_now
+from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import planned_mesh
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
-from qwen_jax.run.plan_flags import Assumptions
 from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
 from qwen_jax.run.roof import Roof, as_on_an_accelerator, complaint, device_memory, machine_mesh
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
 """Compressed bytes of a raw byte, measured on the demo model's residual stream (docs/reading.md)."""
@@ -28,6 +27,22 @@ USUAL_LENGTHS = (2048, 8192, 16384, 32768)
 """Values of --max_seq_length that a plan compares."""
 _PERCENTILES = (5, 50, 95)
 _SEED = 0
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """plan_samples: lines to tokenise, None for all. accelerator: the machine planned for, by a name of model/chips.py,
+    None for this machine or one with so many `devices`. compile: asks that machine's compiler. roof_share: of what its
+    devices could do, where tokens_per_second is not given. Prices in any currency; a GB is 10**9 bytes."""
+
+    plan_samples: int | None = None
+    accelerator: str | None = None
+    devices: int | None = None
+    compile: bool = False
+    roof_share: float = 0.4
+    tokens_per_second: float | None = None
+    price_per_hour: float | None = None
+    price_per_gb_month: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class Plan:
     def lines_of_text(self) -> Iterator[str]:
         about = "" if self.exact else f" (from {self.tokenized_lines:,} lines drawn at random)"
         settings, lines = self.settings, max(self.lines, 1)
-        yield f"plan for {settings.dataset_path} with {settings.model_path}{about}"
+        yield f"plan for {settings.stream_path} with {settings.model_path}{about}"
         yield f"  samples     {self.samples:,} of {self.lines:,} lines, {self.skipped:,} skipped"
         overlong = self.shortened + self.truncated
         yield f"  over-long   {overlong / lines:.1%}: {self.shortened:,} lose examples, {self.truncated:,} are cut"
@@ -293,7 +308,7 @@ def _count(planned: Outline, chosen: Collection[int]) -> _Counts:
     settings, counts = planned.settings, _Counts()
     make_prompt = PromptMaker(settings, load_tokenizer(str(planned.source.folder)), planned.stream.sha256)
     bad = BadRecordLimit(settings)
-    records = islice(read_stream(settings.dataset_path), planned.lines)
+    records = islice(read_stream(settings.stream_path), planned.lines)
     for result in make_prompt.many(record for record in records if record[0] in chosen):
         counts.add(result)
         if isinstance(result, SkippedSample):

@@ -15,7 +15,7 @@ from typing import Any, Self
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError, WriterConflictError
 from qwen_jax.fleet.records import ENDED, FAILED, RUNNING, STARTING, TERMINATED, ProgressRecord, progress_name
 from qwen_jax.run.exclusive import exclusive_folders
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings
 from qwen_jax.storage.local import atomic_write
 from qwen_jax.storage.opening import open_store
 from qwen_jax.storage.store import Store
@@ -40,8 +40,8 @@ class RecordPlaces:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        folder = settings.checkpoint_dir if settings.checkpointing else None
-        return cls(settings.worker_id, settings.output_dir, folder, settings.bucket_url)
+        folder = None if settings.no_checkpointing else settings.checkpoint_dir
+        return cls(settings.worker_id, settings.worker_dir, folder, settings.bucket_url)
 
 
 def record_interval(environment: Mapping[str, str]) -> float:

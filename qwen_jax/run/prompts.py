@@ -11,7 +11,7 @@ from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.data.selection import TokenSelection
 from qwen_jax.data.streams import StreamSummary, read_stream
 from qwen_jax.errors import BadDataError
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class BadRecordLimit:
 
 def _where(settings: Settings, sample: SkippedSample) -> str:
     """The stream's file and line, as people count."""
-    return f"{settings.dataset_path}, line {sample.sample_idx + 1}"
+    return f"{settings.stream_path}, line {sample.sample_idx + 1}"
 
 
 class SampleReader:
@@ -100,7 +100,7 @@ class SampleReader:
 
     def _records(self) -> Iterator[tuple[int, Task | Text | BadRecord]]:
         """Those from `first` on, up to --max_samples; reads no line more."""
-        records = read_stream(self._settings.dataset_path, self._first, self._stream)
+        records = read_stream(self._settings.stream_path, self._first, self._stream)
         most = self._settings.max_samples
         return records if most is None else islice(records, max(most - self._first, 0))
 

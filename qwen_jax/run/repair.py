@@ -9,11 +9,12 @@ from typing import Any
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.run.devices import device_errors
+from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.recorded import recorded_job
-from qwen_jax.run.worker import exclusive, load_capture
+from qwen_jax.run.worker import load_capture
 from qwen_jax.shards import write_shard
 from qwen_jax.storage.local import AtomicFile
 
@@ -41,8 +42,8 @@ def repair(
     unknown = [name for name in shards if name not in entries]
     if unknown:
         raise UsageError(f"{folder}/metadata.json lists no {', '.join(unknown)}; nothing to repair there")
-    job = recorded_job(metadata, model_path, dataset_path, folder)
-    with exclusive(job.settings), device_errors():
+    job = recorded_job(metadata, model_path, dataset_path)
+    with exclusive_folders([folder], job.settings.worker_id), device_errors():
         maker = _Extraction(job)
         failed = [name for name in shards if not maker.replace(folder / name, entries[name])]
     if failed:

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from qwen_jax.data.streams import StreamSummary
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.capture import COMPUTE_DTYPES, Program
 from qwen_jax.model.chips import Accelerator
 from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import check_split, planned_mesh
 from qwen_jax.model.source import ModelSource
 from qwen_jax.run.job import Outline, choose_layers
 from qwen_jax.run.pipeline import STEPS_IN_FLIGHT
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings
 
 _RESERVED = 0.05
 """Share of a device's memory that is left for the runtime and for what lies badly."""
@@ -56,7 +57,7 @@ class Roof:
 
     @property
     def _bytes(self) -> int:
-        return COMPUTE_DTYPES[self.program.dtype].dtype.itemsize
+        return jnp.dtype(self.program.dtype).itemsize
 
     @property
     def flops(self) -> float:
@@ -135,7 +136,7 @@ def _temporary_bytes(program: Program) -> int:
     kv_heads = program.parts.kv_heads_each(config.num_kv_heads)
     seen = shape.positions + shape.tokens
     keys = sum(map(math.prod, program.form.carried_shapes(seen, kv_heads, config.head_dim)))
-    return COMPUTE_DTYPES[program.dtype].dtype.itemsize * (mlp + keys)
+    return jnp.dtype(program.dtype).itemsize * (mlp + keys)
 
 
 def machine_mesh(machine: Accelerator, model_parallel: int) -> AbstractMesh:

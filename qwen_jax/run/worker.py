@@ -2,14 +2,17 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from threading import Event
 
-from qwen_jax.data.prompts import load_tokenizer
+import jax.numpy as jnp
+
+from qwen_jax.data.prompts import SkippedSample, load_tokenizer
 from qwen_jax.data.steps import lay_into_steps
-from qwen_jax.errors import TerminatedError
-from qwen_jax.model.capture import COMPUTE_DTYPES, Capture, use_compilation_cache
+from qwen_jax.errors import BadDataError, TerminatedError
+from qwen_jax.model.capture import Capture, Compilation, use_compilation_cache
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter, Committer
@@ -25,7 +28,7 @@ from qwen_jax.run.progress import Progress
 from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import take_up
-from qwen_jax.run.settings import Settings
+from qwen_jax.settings import Settings
 from qwen_jax.shards.ledger import COMPLETED, Ledger
 from qwen_jax.storage.opening import open_store
 
@@ -40,6 +43,8 @@ def extract(settings: Settings, stop: Event) -> Ledger:
     """
     arm(os.environ)
     watch_for_notice()
+    if settings.gcs_bucket and not settings.upload_to_gcs:
+        log.warning("nothing is uploaded to %s: that takes --upload_to_gcs too", settings.gcs_bucket)
     reuse_freed_memory()
     # The lock comes first: a second start must touch neither the device nor the record of the one that runs.
     with record_writer(settings) as records, exclusive(settings), device_errors():
@@ -71,11 +76,8 @@ def open_committer(job: Job, stop: Event) -> Committer:
 
 def open_places(settings: Settings, stop: Event) -> Places:
     """Makes the local folders and opens the bucket."""
-    checkpoint_path = None
-    if settings.checkpointing:
-        checkpoint_path = settings.checkpoint_dir / settings.checkpoint_name
     store = open_store(settings.bucket_url, stop=stop) if settings.bucket_url else None
-    places = Places(settings.output_dir, checkpoint_path, settings.checkpoint_name, store)
+    places = Places(settings.worker_dir, settings.checkpoint_path, settings.checkpoint_name, store)
     places.remove_leftovers()
     return places
 
@@ -100,18 +102,25 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
             progress.shard()
         background.wait()
         progress.finish()
-        committer.complete(job.lines, reader.take_skipped())
-    if not committer.ledger.samples_written:
-        log.warning(
-            "no sample was stored: metadata.json lists each of the %d lines with its reason", job.lines
-        )
+        skipped = reader.take_skipped()
+        if skipped and not committer.ledger.samples_written:
+            raise _nothing_to_store(job, skipped)
+        committer.complete(job.lines, skipped)
+
+
+def _nothing_to_store(job: Job, skipped: list[SkippedSample]) -> BadDataError:
+    reasons = Counter(sample.reason for sample in skipped).most_common(1)
+    return BadDataError(
+        f"{job.settings.stream_path}: nothing was stored, since none of its {job.lines:,} lines can be used; "
+        f"of {reasons[0][1]:,} the reason is: {reasons[0][0]}; nothing is marked as done"
+    )
 
 
 def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event) -> Iterator[CapturedSample]:
     """Passes samples on; shows progress; ends the run once `stop` is set."""
     for sample in samples:
         if stop.is_set():
-            raise TerminatedError("SIGTERM: stopped; the next start resumes from the last checkpoint")
+            raise TerminatedError("stopped; the next start resumes from the last checkpoint")
         progress.sample(sample.sample_idx, len(sample.tokenized.token_ids), sample.nbytes)
         yield sample
 
@@ -119,16 +128,24 @@ def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event)
 def load_capture(job: Job) -> Capture:
     """Loads the weights up to the deepest layer, each device its part, and returns the capture step.
 
+    Where all tokens are kept there is one program, which is compiled meanwhile.
     Log-probabilities of answers need all layers and the LM head.
     """
     settings = job.settings
     use_compilation_cache(settings.compilation_cache_dir)
+    compilation = Compilation(job.step)
+    if settings.keeps_all_tokens:
+        compilation.begin()
     log.info("loading %d of %d layers in %s", job.layers_run, job.config.num_layers, job.dtype)
-    dtype = COMPUTE_DTYPES[job.dtype]
     model = load_model(
-        job.checkpoint, job.config, job.layers_run, dtype, job.step.mesh, settings.include_answer
+        job.checkpoint,
+        job.config,
+        job.layers_run,
+        jnp.dtype(job.dtype),
+        job.step.mesh,
+        settings.include_answer,
     )
-    return Capture(job.step, model)
+    return Capture(compilation, model)
 
 
 def _report_memory(job: Job) -> None:
@@ -155,7 +172,7 @@ def _report_start(job: Job, places: Places, ledger: Ledger, is_new: bool) -> Non
     if ledger.status == COMPLETED:
         log.info("worker %d has completed its stream already; nothing to do", worker)
     elif is_new:
-        log.info("worker %d: %d samples from %s to %s", worker, job.lines, job.settings.dataset_path, places)
+        log.info("worker %d: %d samples from %s to %s", worker, job.lines, job.settings.stream_path, places)
     else:
         log.info(
             "worker %d resumes at sample %d of %d (%d shards are done)",

@@ -12,20 +12,19 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.kinds import EMBEDDING, KINDS, STORED_DTYPES
 from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
 from qwen_jax.shards.unpickle import ArrayShell, Unpickler
 
 RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "token_ids")
 """What every record holds, in this order."""
 ROW_KEYS = ("token_positions", "token_roles", "token_cells")
-KIND_KEYS = ("residual", "attn", "mlp")
+KIND_KEYS = tuple(KINDS)
 ANSWER_KEYS = ("answer_logprobs", "answer_token_ids", "answer_positions")
 OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS)
 """What a record may hold besides: ROW_KEYS, int32 arrays over its rows; ANSWER_KEYS, one entry for each token of the
 answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 places in the prompt;
 KIND_KEYS, activations of further kinds."""
-EMBEDDING = "embedding"
-"""The key of the embedding's records beside the layers."""
 
 
 def record_keys(kinds: Sequence[str]) -> dict[str, str]:
@@ -140,8 +139,7 @@ _DTYPES: dict[np.dtype, tuple[str | _Name, tuple]] = {
     np.dtype(ml_dtypes.bfloat16): (_Name("ml_dtypes", "bfloat16"), (3, "<", None, None, None, 2, 2, 64)),
 }
 """The arguments and the state with which numpy and ml_dtypes pickle each dtype that a shard may hold."""
-ACTIVATION_DTYPES = tuple(dtype for dtype in _DTYPES if dtype.kind != "i")
-"""dtypes of activations: float32, float16, bfloat16."""
+ACTIVATION_DTYPES = tuple(map(np.dtype, STORED_DTYPES))
 
 # Memo numbers: the record keys come first, then these, then what _Memo numbers.
 _SLOT_RECONSTRUCT = len(RECORD_KEYS)

@@ -106,6 +106,13 @@ def test_messages_use_the_template(tokenizer):
     assert text.endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_a_dialogue_that_ends_with_the_assistant_gets_no_second_header(tokenizer):
+    dialogue = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    sample = PromptEncoder(tokenizer).encode(0, Text("", messages=dialogue))
+    text = tokenizer.decode(sample.token_ids)
+    assert text.endswith("<|im_start|>assistant\ngood day<|im_end|>\n") and text.count("assistant\n") == 1
+
+
 def test_no_chat_template_is_said_so(tmp_path, demo_tokenizer):
     demo_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)

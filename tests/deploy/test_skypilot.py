@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import StorageError
-from qwen_jax.run.settings import WORKER_ID_VARIABLES
+from qwen_jax.settings import WORKER_ID_VARIABLES
 from tests.scripts.conftest import ROOT, launch_worker_variables, setting_variables
 
 TASK = ROOT / "deploy" / "skypilot" / "worker.yaml"

@@ -12,8 +12,9 @@ import pytest
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.steps import StepShape, lay_into_steps
 from qwen_jax.model.attention import Blocked
-from qwen_jax.model.capture import Capture, Program
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import Qwen2Config, read_config
+from qwen_jax.model.program import Program
 from qwen_jax.model.qwen2 import Qwen2
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
@@ -76,7 +77,7 @@ def run(
 ) -> np.ndarray:
     """[C, B, T, D]: one tap of the layers, of prompts of one length, in steps that cut through them."""
     shape = StepShape(settings.pop("step_tokens", 50), tokens.shape[1])
-    capture = Capture(program_of(model, layers, [tap], shape, **settings), model)
+    capture = Capture(Compilation(program_of(model, layers, [tap], shape, **settings)), model)
     found = capture_samples(capture, shape, samples_of(tokens))
     return np.stack([joined(sample, tap) for sample in found], axis=1)
 

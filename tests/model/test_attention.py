@@ -112,7 +112,7 @@ LONG = """
 import resource, sys
 import jax.numpy as jnp, numpy as np
 from qwen_jax.data.steps import StepShape
-from qwen_jax.model.capture import Capture
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import read_config
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
@@ -122,7 +122,7 @@ config = read_config(sys.argv[1])
 model = load_model(open_checkpoint(sys.argv[1]), config, 1, jnp.float32, make_mesh())
 tokens = np.random.default_rng(3).integers(0, config.vocab_size, 32768, np.int32)
 shape = StepShape(1024, 32768)
-capture = Capture(program_of(model, (0,), ["residual"], shape), model)
+capture = Capture(Compilation(program_of(model, (0,), ["residual"], shape)), model)
 (short,) = capture_samples(capture, shape, samples_of([tokens[:1000]]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 (long,) = capture_samples(capture, shape, samples_of([tokens]))

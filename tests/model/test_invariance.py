@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from qwen_jax.data.steps import BLOCK_TOKENS, StepShape
-from qwen_jax.model.capture import Capture
+from qwen_jax.kinds import ALL_KINDS
+from qwen_jax.model.capture import Capture, Compilation
 from tests.model.conftest import capture_samples, joined, program_of, samples_of
 
 LENGTHS = (40, 1, 300, 77, 130, 64, 5, 299, 33)
-TAPS = ("residual", "attn", "mlp", "embedding")
+TAPS = tuple(ALL_KINDS)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -22,7 +23,7 @@ def setting(request, small):
     """A capture of every tap, its shape and some prompts; each test takes the capture as another one left it."""
     model = small.ours(jnp.dtype(request.param))
     shape = StepShape(96, max(LENGTHS))
-    capture = Capture(program_of(model, range(small.config.num_layers), TAPS, shape), model)
+    capture = Capture(Compilation(program_of(model, range(small.config.num_layers), TAPS, shape)), model)
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, small.config.vocab_size, length).astype(np.int32) for length in LENGTHS]
     return capture, shape, prompts
@@ -73,7 +74,7 @@ PROGRAM = """
 import sys
 import jax.numpy as jnp, numpy as np
 from qwen_jax.data.steps import StepShape
-from qwen_jax.model.capture import Capture
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import read_config
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
@@ -84,7 +85,7 @@ model = load_model(open_checkpoint(sys.argv[1]), config, config.num_layers, jnp.
 shape = StepShape(96, 300, mesh.shape["data"])
 rng = np.random.default_rng(5)
 prompts = [rng.integers(0, 199, length).astype(np.int32) for length in (40, 1, 300, 77, 130, 64, 5, 299, 33) * 2]
-capture = Capture(program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh), model)
+capture = Capture(Compilation(program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)), model)
 found = [joined(sample) for sample in capture_samples(capture, shape, samples_of(prompts))]
 np.save(sys.argv[3], np.concatenate(found, axis=1).view(np.uint8))
 """

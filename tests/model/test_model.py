@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from qwen_jax.data.steps import StepShape
-from qwen_jax.model.capture import block_sums, rows_from
+from qwen_jax.model.capture import Compilation
 from qwen_jax.model.config import parse_config
+from qwen_jax.model.program import Program, block_sums, rows_from
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
 from tests.model.conftest import program_of, run
 from tests.published import config_fields
@@ -143,3 +144,21 @@ def test_a_compilation_is_announced_and_said_again_while_it_lasts(small, caplog,
     assert said[0] == "compiling the step of 50 tokens: 4 layers, blocked attention"
     assert any(line.startswith("still compiling, for ") for line in said)
     assert said[-1].startswith("compiled in ") and sum(line.startswith("compiled") for line in said) == 1
+
+
+def test_a_program_begun_early_is_compiled_once_and_its_failure_is_raised_where_it_is_wanted(
+    small, caplog, monkeypatch
+):
+    compilation = Compilation(program_of(small.ours(), [0], ["residual"], StepShape(50, 70)))
+    with caplog.at_level("INFO", "qwen_jax.model.capture"):
+        compilation.begin()
+        assert compilation.step(None) is compilation.step(None)
+    assert sum("compiling" in record.getMessage() for record in caplog.records) == 1
+
+    def refuses(*_):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(Program, "lower_step", refuses)
+    compilation.begin(kept=10)
+    with pytest.raises(MemoryError, match="too large"):
+        compilation.step(10)

@@ -11,10 +11,11 @@ import torch
 from flax import nnx
 
 from qwen_jax.data.steps import StepShape
+from qwen_jax.kinds import KINDS
 from qwen_jax.model.attention import Blocked
-from qwen_jax.model.capture import Capture
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import read_config
-from qwen_jax.model.qwen2 import TAPS, Shared, rope_tables
+from qwen_jax.model.qwen2 import Shared, rope_tables
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from tests.hf_reference import load_reference, reference_taps
@@ -40,7 +41,7 @@ def worst_error(ours, theirs) -> float:
 def test_every_layer_of_every_tap(reference, rows, length):
     tokens = reference.tokens(rows, length)
     theirs = reference_taps(reference.hf, tokens)
-    for tap in TAPS:
+    for tap in KINDS:
         ours = run(reference.ours(), tokens, range(reference.config.num_layers), tap)
         for layer in range(reference.config.num_layers):
             assert worst_error(ours[layer], theirs[tap][layer]) < STACK_TOLERANCE, (tap, layer)
@@ -58,10 +59,12 @@ def test_samples_of_unequal_lengths_in_one_row(reference):
     shape = StepShape(31, 90)
     prompts = [reference.tokens(1, n)[0] for n in (24, 5, 90, 1, 31, 62)]
     layers = range(reference.config.num_layers)
-    capture = Capture(program_of(reference.ours(), layers, TAPS, shape), reference.ours())
+    capture = Capture(
+        Compilation(program_of(reference.ours(), layers, tuple(KINDS), shape)), reference.ours()
+    )
     for sample in capture_samples(capture, shape, samples_of(prompts)):
         theirs = reference_taps(reference.hf, sample.tokenized.token_ids[None])
-        for tap in TAPS:
+        for tap in KINDS:
             assert worst_error(joined(sample, tap), theirs[tap][:, 0]) < STACK_TOLERANCE, (
                 tap,
                 sample.sample_idx,
@@ -168,7 +171,7 @@ def test_golden_file_without_torch():
     expected = np.load(GOLDEN / "taps.npz")
     config = read_config(GOLDEN)
     model = load_model(open_checkpoint(GOLDEN), config, config.num_layers, jnp.float32, make_mesh())
-    for tap in TAPS:
+    for tap in KINDS:
         ours = run(model, expected["tokens"], range(config.num_layers), tap)
         assert worst_error(ours, expected[tap]) < STACK_TOLERANCE, tap
 

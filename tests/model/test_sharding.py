@@ -17,7 +17,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from dataclasses import replace
 from qwen_jax.data.steps import StepShape
-from qwen_jax.model.capture import Capture
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import read_config
 from qwen_jax.model.sharding import check_split, make_mesh, planned_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
@@ -31,7 +31,7 @@ model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float
 tokens = np.random.default_rng(7).integers(0, config.vocab_size, (16, 24), np.int32)
 shape = StepShape(40, 24, mesh.shape["data"])
 program = program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)
-found = capture_samples(Capture(program, model), shape, samples_of(tokens))
+found = capture_samples(Capture(Compilation(program), model), shape, samples_of(tokens))
 np.save(sys.argv[3], np.stack([joined(sample) for sample in found], axis=1))
 per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
 planned = replace(program, mesh=planned_mesh(len(jax.devices()), model_parallel)).weight_bytes

@@ -24,7 +24,7 @@ DEMO = ROOT / "examples" / "demo"
 STREAMS = DEMO / "streams" / "streams.json"
 
 
-def extract(root: Path, *flags: str) -> Path:
+def extract(root: Path, *flags: str, expect: int = 0) -> Path:
     """Runs a worker on the demo's stream; returns its folder."""
     command = [sys.executable, "extract_activations.py", "--worker_id", "0", "--output_dir", str(root)]
     command += [
@@ -36,7 +36,7 @@ def extract(root: Path, *flags: str) -> Path:
     command += ["--checkpoint_dir", str(root / "worker_0"), "--max_seq_length", "1024", *flags]
     log = root / "log"
     root.mkdir(exist_ok=True)
-    assert Start(command, os.environ | {"JAX_PLATFORMS": "cpu"}, log).wait() == 0, log.read_text()
+    assert Start(command, os.environ | {"JAX_PLATFORMS": "cpu"}, log).wait() == expect, log.read_text()
     return root / "worker_0"
 
 

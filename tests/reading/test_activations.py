@@ -254,8 +254,8 @@ def test_reading_needs_neither_jax_nor_torch_nor_google(clean):
 
 
 def test_stats_of_shards_and_of_the_run_agree(clean, copy, capsys, tmp_path):
-    assert main(["stats", str(clean), "--output", str(tmp_path / "merged")]) == 0
-    assert (tmp_path / "merged").read_bytes() == (clean / "stats.safetensors").read_bytes()
+    assert main(["stats", str(clean), "--output", str(tmp_path / "merged.safetensors")]) == 0
+    assert (tmp_path / "merged.safetensors").read_bytes() == (clean / "stats.safetensors").read_bytes()
     from_files = capsys.readouterr().out
     for path in copy.folder.glob("stats*"):
         path.unlink()

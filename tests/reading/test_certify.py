@@ -101,9 +101,7 @@ def test_a_run_of_a_tpu_or_gpu_is_certified_on_any_machine(copy, attention):
     assert main(["certify", str(copy.folder), "--samples", "1"]) == 0
     assert fidelity(copy.folder)["tolerance"] == pytest.approx(5e-2, rel=1e-3)
     with pytest.raises(ConfigError, match="model_parallel"):  # to repair it takes a machine like the run's
-        recorded.recorded_job(
-            json.loads((copy.folder / "metadata.json").read_text()), None, None, copy.folder
-        )
+        recorded.recorded_job(json.loads((copy.folder / "metadata.json").read_text()), None, None)
 
 
 def test_weights_are_shared_over_devices_where_this_machine_has_as_many(copy, monkeypatch):
@@ -112,7 +110,7 @@ def test_weights_are_shared_over_devices_where_this_machine_has_as_many(copy, mo
     asked = []
     monkeypatch.setattr(recorded, "find_devices", lambda: [None] * 4)
     monkeypatch.setattr(recorded, "_job", lambda metadata, settings: asked.append(settings))
-    recorded.reference_job(metadata, None, None, copy.folder)
+    recorded.reference_job(metadata, None, None)
     assert asked[0].model_parallel == 2
 
 

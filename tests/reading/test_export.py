@@ -208,7 +208,7 @@ def test_a_task_keeps_its_cells_beside_a_text_that_has_none(tmp_path):
 def test_nothing_stored_and_entries_that_no_shard_fills(clean, tmp_path):
     stream = tmp_path / "stream.jsonl"
     stream.write_text("no json\n")
-    empty = extract(tmp_path / "run", "--dataset_path", str(stream))
+    empty = extract(tmp_path / "run", "--dataset_path", str(stream), expect=65)
     with pytest.raises(BadDataError, match="holds no shards yet"):
         export(empty, "npy", tmp_path / "out")
     with pytest.raises(BadDataError, match="give a smaller one"):
@@ -256,6 +256,23 @@ def test_plot_draws_a_picture(clean, tmp_path, capsys):
         f"<!-- {words} -->" in text
         for words in ("Norm of a row, residual", "Euclidean norm", "kept tokens", "% of lines")
     )
+
+
+@pytest.mark.parametrize(
+    "command, output, said",
+    [
+        ("plot", "x.foo", "give a file that ends in .png, .pdf, .svg"),
+        ("plot", "", "give a file that ends in"),
+        ("plot", "nowhere/x.png", "there is no folder"),
+        ("stats", "nowhere/x.safetensors", "there is no folder"),
+        ("export", "file", "is a file; give a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_by_name(clean, tmp_path, command, output, said):
+    (tmp_path / "file").touch()
+    more = ["--to", "npy"] if command == "export" else []
+    with pytest.raises(UsageError, match=said):
+        main([command, str(clean), "--output", str(tmp_path / output), *more])
 
 
 def test_plot_without_matplotlib_says_what_to_install(clean, tmp_path, monkeypatch):

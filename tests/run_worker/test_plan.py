@@ -11,17 +11,16 @@ from safetensors import safe_open
 from qwen_jax.cli import FlagParser
 from qwen_jax.data.steps import BLOCK_TOKENS
 from qwen_jax.errors import BadDataError, ConfigError, UsageError
-from qwen_jax.run.flags import add_worker_flags, to_settings
-from qwen_jax.run.plan import USUAL_LENGTHS, make_plan
-from qwen_jax.run.plan_flags import Assumptions
+from qwen_jax.run.plan import USUAL_LENGTHS, Assumptions, make_plan
+from qwen_jax.settings import add_settings, take_settings
 from tests.run_worker.conftest import arc_lines
 
 
 def plan_of(workspace, *flags, **assumptions):
     parser = FlagParser(env_for_all=True)
-    add_worker_flags(parser)
+    add_settings(parser)
     args = parser.parse_args([*workspace.command(*flags)[2:]])
-    return make_plan(to_settings(vars(args)), Assumptions(**assumptions))
+    return make_plan(take_settings(vars(args)), Assumptions(**assumptions))
 
 
 def test_a_full_plan_is_exact(finished):
@@ -67,7 +66,7 @@ def test_time_and_cost(finished):
 
 
 def test_a_dry_run_writes_nothing(workspace):
-    done = workspace.run("--dry_run", "--plan_samples", "5")
+    done = workspace.run("--dry_run")
     assert "plan for" in done.stdout and not workspace.output.exists()
 
 

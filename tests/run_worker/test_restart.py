@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import ml_dtypes  # noqa: F401  (safetensors reads bfloat16 only with it)
@@ -56,6 +57,35 @@ def test_sigterm_exits_143_and_resumes(workspace, finished):
     assert tree(workspace.output) == tree(finished.output)
 
 
+def test_ctrl_c_exits_130_and_resumes(workspace, finished):
+    process = replace(workspace, forked=False).start()
+    wait_until(lambda: committed_shards(workspace) > 0, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert "extract_activations.py: Ctrl-C: stopped; the next start resumes" in process.output()
+    workspace.run()
+    assert tree(workspace.output) == tree(finished.output)
+
+
+@pytest.mark.slow
+def test_forty_ctrl_cs_at_random_times(workspace, finished):
+    """Python's own end must not meet a thread in foreign code: that aborts the process."""
+    rng, codes = np.random.default_rng(0), []
+    while len(codes) < 40:
+        process = replace(workspace, forked=False).start()
+        time.sleep(rng.uniform(0.2, 8))
+        process.send_signal(signal.SIGINT)
+        codes.append(process.wait())
+        assert codes[-1] in (130, 0), process.output()
+        if codes[-1] == 0:
+            assert tree(workspace.output) == tree(finished.output)
+            shutil.rmtree(workspace.output)
+            workspace.checkpoint.unlink()
+    assert codes.count(130) > 20
+    workspace.run()
+    assert tree(workspace.output) == tree(finished.output)
+
+
 def test_a_finished_worker_changes_nothing(workspace):
     def times() -> dict[str, int]:
         files = [*workspace.output.iterdir(), *workspace.checkpoint.parent.iterdir()]
@@ -78,6 +108,11 @@ def test_a_local_bucket_holds_what_the_folder_holds(workspace, finished):
     assert stored.pop("checkpoint_worker_5.json") == finished.checkpoint.read_bytes()
     assert stored == tree(finished.output)
     assert not workspace.shards()
+
+
+def test_a_bucket_without_upload_is_warned_of(workspace):
+    done = workspace.having(GCS_BUCKET="my-bucket").run("--max_samples", "1")
+    assert "nothing is uploaded to my-bucket: that takes --upload_to_gcs too" in done.stderr
 
 
 def test_no_checkpointing(workspace, finished):
@@ -173,9 +208,11 @@ def merged_records(workspace) -> list[dict]:
     return [record for path in workspace.shards() for record in load_shard(path)[2]]
 
 
-def test_a_stream_without_a_usable_sample_is_said(workspace, tmp_path):
+def test_a_stream_without_a_usable_sample_is_refused_with_what_it_looks_like(workspace, tmp_path):
     stream = tmp_path / "bad.jsonl"
-    stream.write_text("nonsense\n" * 2)
-    done = workspace.run(stream=stream)
-    assert "no sample was stored" in done.stderr
-    assert workspace.metadata()["totals"]["skipped"] == 2
+    stream.write_text('{"examples": [], "source": ""}\n' * 2)
+    done = workspace.run(stream=stream, expect=65)
+    assert f"{stream}: nothing was stored, since none of its 2 lines can be used" in done.stderr
+    assert "rows of a dataset become a stream with create_dataset_streams.py" in done.stderr
+    assert not workspace.shards()
+    workspace.run(stream=stream, expect=65)

@@ -1,10 +1,14 @@
 """A bucket that fails or stalls, and SIGTERM at bad moments: the right exit code, and nothing lost."""
 
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
 
+import pytest
+
+from qwen_jax.run.shutdown import GRACE_S
 from qwen_jax.storage.checksum import file_crc32c
 from tests.fake_gcs import Fault
 from tests.run_worker.starts import Start
@@ -83,17 +87,35 @@ def test_sigterm_during_compilation(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
-def test_sigterm_while_foreign_code_runs_for_long(tmp_path):
-    """As a long compilation does: foreign code that returns after a minute and knows no signals."""
-    program = (
-        "import ctypes, sys\n"
-        "from qwen_jax.cli import run_script\n"
-        "from qwen_jax.run.shutdown import run_until_sigterm\n"
-        "def work(stop):\n"
-        "    print('busy', file=sys.stderr, flush=True)\n"
-        "    ctypes.CDLL(None).poll(None, 0, 60_000)\n"
-        "run_script(lambda _: run_until_sigterm(work))\n"
-    )
-    process = Start([sys.executable, "-c", program], dict(os.environ), tmp_path / "log", forked=False)
+FOREIGN = (
+    "import ctypes, sys\n"
+    "from qwen_jax.cli import run_script\n"
+    "from qwen_jax.run.shutdown import run_until_stopped\n"
+    "def work(stop):\n"
+    "    print('busy', file=sys.stderr, flush=True)\n"
+    "    stop.wait()\n"
+    "    print('stopping', file=sys.stderr, flush=True)\n"
+    "    ctypes.CDLL(None).poll(None, 0, 60_000)\n"
+    "run_script(lambda _: run_until_stopped(work))\n"
+)
+"""As a long compilation does: foreign code that returns after a minute and knows no signals."""
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    process = Start([sys.executable, "-c", FOREIGN], dict(os.environ), tmp_path / "log", forked=False)
     wait_until(lambda: "busy" in process.output(), process)
-    assert "cut off" in terminate(process)
+    return process
+
+
+def test_sigterm_while_foreign_code_runs_for_long(foreign):
+    assert "cut off after 8 s" in terminate(foreign)
+
+
+def test_a_second_ctrl_c_ends_at_once(foreign):
+    foreign.send_signal(signal.SIGINT)
+    wait_until(lambda: "stopping" in foreign.output(), foreign)
+    started = time.monotonic()
+    foreign.send_signal(signal.SIGINT)
+    assert foreign.wait(60) == 130 and time.monotonic() - started < GRACE_S
+    assert "Ctrl-C: cut off at once" in foreign.output()

@@ -2,19 +2,19 @@
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from qwen_jax.cli import FlagParser
-from qwen_jax.run.flags import add_worker_flags
-from qwen_jax.run.settings import WORKER_ID_VARIABLES
+from qwen_jax.settings import WORKER_ID_VARIABLES, add_settings
 
 ROOT = Path(__file__).parents[2]
 # Each call gets a folder of its own with the arguments and the environment, separated by zero bytes.
 RECORD = """
-call="$CALLS/$(date +%s%N).$$-$(basename "$0")"
+call={calls}/"$(date +%s%N).$$-$(basename "$0")"
 mkdir "$call"
 for argument in "$@"; do printf '%s\\0' "$argument"; done >"$call/arguments"
 [ -t 0 ] || cat >"$call/input"
@@ -42,7 +42,13 @@ class Fakes:
 
     def add(self, name: str, body: str, *, record: bool = True) -> Path:
         """Puts a bash script `name` in front of PATH; with `record` it writes down each call first."""
-        return write_script(self.folder / name, (RECORD if record else "") + body)
+        path = self.folder / name
+        return self.recorded(path, body) if record else write_script(path, body)
+
+    def recorded(self, path: Path, body: str = "") -> Path:
+        """A bash script anywhere that writes down each call first."""
+        recording = RECORD.replace("{calls}", shlex.quote(str(self.calls_folder)))
+        return write_script(path, recording + body)
 
     def calls(self, program: str = "") -> list[Call]:
         """The recorded calls in order, of one program or of all."""
@@ -72,7 +78,7 @@ class Fakes:
 def setting_variables() -> list[str]:
     """Every environment variable that a flag of the worker reads."""
     parser = FlagParser(env_for_all=True)
-    add_worker_flags(parser)
+    add_settings(parser)
     parser.switch("verbose", "")
     return [variable for _, variable in parser._env_flags]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.published import config_fields
-from tests.scripts.conftest import RECORD, ROOT, Call, Fakes, setting_variables, write_script
+from tests.scripts.conftest import ROOT, Call, Fakes, setting_variables, write_script
 from tests.waiting import until
 
 SCRIPT = ROOT / "launch_all_workers.sh"
@@ -115,7 +115,7 @@ def remote(tmp_path, fakes, gcloud):
     home = tmp_path / "home"
 
     def run(remote_dir: str = "qwen", **settings: str) -> list[Call]:
-        write_script(home / remote_dir / "launch_worker.sh", RECORD + 'echo "from the worker"')
+        fakes.recorded(home / remote_dir / "launch_worker.sh", 'echo "from the worker"')
         launch(gcloud, REMOTE_DIR=remote_dir, NUM_WORKERS="10", **settings)
         for call in gcloud.calls("gcloud"):
             done = subprocess.run(
@@ -166,7 +166,7 @@ esac
 def test_a_bare_vm_fetches_the_checkout_and_its_own_stream(fakes, gcloud, tmp_path):
     """Also after a first download that was cut off."""
     bucket, checkout, home = tmp_path / "bucket", tmp_path / "checkout", tmp_path / "home"
-    write_script(checkout / "launch_worker.sh", RECORD)
+    fakes.recorded(checkout / "launch_worker.sh")
     for folder in (bucket, bucket / "streams", home):
         folder.mkdir()
     subprocess.run(["tar", "-czf", bucket / "code 1.tar.gz", "-C", checkout, "."], check=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax.run.settings import WORKER_ID_VARIABLES
-from tests.scripts.conftest import RECORD, ROOT, Fakes, setting_variables, write_script
+from qwen_jax.settings import WORKER_ID_VARIABLES
+from tests.scripts.conftest import ROOT, Fakes, setting_variables
 
 # Sourced by bash before the script: decides whether the machine has a TPU's device files.
 NO_TPU = "compgen() { return 1; }"
@@ -74,7 +74,7 @@ def machine(tmp_path, fakes) -> Machine:
         fakes.add(name, GOOD_PYTHON if name == "python3" else "exit 1", record=False)
     fakes.add("nvidia-smi", "exit 9", record=False)
     made = Machine(checkout, fakes)
-    write_script(made.venv_python, RECORD)
+    made.fakes.recorded(made.venv_python)
     return made
 
 
@@ -118,7 +118,7 @@ def test_an_id_that_is_no_number_is_refused_before_anything_is_installed(machine
 
 
 def test_the_exit_code_is_the_workers(machine):
-    write_script(machine.venv_python, RECORD + '[ "$1" = -m ] || exit 76')
+    machine.fakes.recorded(machine.venv_python, '[ "$1" = -m ] || exit 76')
     assert machine.run("5").returncode == 76
 
 
@@ -215,11 +215,11 @@ def test_the_environment_is_made_again_when_it_no_longer_fits(machine, change):
 
 
 def test_an_installation_that_failed_is_done_again(machine):
-    write_script(machine.venv_python, RECORD + '[ "$1" != -m ]')
+    machine.fakes.recorded(machine.venv_python, '[ "$1" != -m ]')
     done = machine.run("5")
     assert done.returncode == 75
     assert "check the network and start again" in done.stderr
-    write_script(machine.venv_python, RECORD)
+    machine.fakes.recorded(machine.venv_python)
     assert machine.run("5").returncode == 0
     assert len(machine.installed()) == 2
 
@@ -232,7 +232,7 @@ def test_a_python_without_venv(machine):
 
 
 def test_two_starts_at_once_install_once(machine):
-    write_script(machine.venv_python, RECORD + '[ "$1" = -m ] && sleep 0.5; exit 0')
+    machine.fakes.recorded(machine.venv_python, '[ "$1" = -m ] && sleep 0.5; exit 0')
     command, environment = [machine.checkout / "launch_worker.sh", "5"], machine.environment()
     starts = [subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [start.wait(timeout=20) for start in starts] == [0, 0]
@@ -240,7 +240,7 @@ def test_two_starts_at_once_install_once(machine):
 
 
 def test_the_worker_does_not_hold_the_lock(machine):
-    write_script(machine.venv_python, RECORD + '[ "$1" = -m ] || [ ! -e /proc/self/fd/9 ]')
+    machine.fakes.recorded(machine.venv_python, '[ "$1" = -m ] || [ ! -e /proc/self/fd/9 ]')
     assert machine.run("5").returncode == 0
 
 
@@ -266,7 +266,7 @@ def test_a_ready_environment_is_only_read(machine):
 def test_sigterm_reaches_the_worker(machine):
     """The worker takes the place of the script: the same process, and its exit code."""
     body = '[ "$1" != -m ] || exit 0\ntrap "exit 143" TERM\necho $$\nwhile true; do sleep 0.02; done'
-    write_script(machine.venv_python, RECORD + body)
+    machine.fakes.recorded(machine.venv_python, body)
     command = [machine.checkout / "launch_worker.sh", "5"]
     process = subprocess.Popen(
         command, env=machine.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -295,7 +295,7 @@ def test_no_variable_of_the_caller_changes_the_demo(machine):
     machine.run("--demo", **foreign)
     worker = machine.fakes.calls("python")[1]
     left = {name for name in setting_variables() if worker.environment.get(name) == "foreign"}
-    assert left == {"COMPILATION_CACHE_DIR", "VERBOSE"}
+    assert left == {"COMPILATION_CACHE_DIR"}  # where a machine has room for it
 
 
 def test_demo_takes_no_further_arguments(machine):
@@ -306,14 +306,14 @@ def test_demo_takes_no_further_arguments(machine):
 
 
 def test_a_failed_demo_fails(machine):
-    write_script(machine.venv_python, RECORD + '[ "$1" != extract_activations.py ] || exit 75')
+    machine.fakes.recorded(machine.venv_python, '[ "$1" != extract_activations.py ] || exit 75')
     assert machine.run("--demo").returncode == 75
     assert all(call.arguments[0] != "examples/demo/show.py" for call in machine.fakes.calls("python"))
 
 
 def test_it_runs_from_any_folder(machine):
     """Relative paths are relative to the checkout, wherever it is called from."""
-    write_script(machine.venv_python, RECORD + '[ "$1" = -m ] || pwd')
+    machine.fakes.recorded(machine.venv_python, '[ "$1" = -m ] || pwd')
     done = machine.run("5")
     assert done.stdout.strip() == os.path.realpath(machine.checkout)
 
@@ -334,14 +334,18 @@ def test_the_quick_checks_come_first_and_get_the_same_flags(machine):
 
 
 def test_what_the_quick_checks_end_with_is_the_exit_code_and_no_worker_starts(machine):
-    write_script(machine.venv_python, RECORD + '[ "$3" != doctor ] || { echo "fail  stream"; exit 78; }')
+    machine.fakes.recorded(machine.venv_python, '[ "$3" != doctor ] || { echo "fail  stream"; exit 78; }')
     done = machine.run("5")
     assert (done.returncode, done.stdout) == (78, "fail  stream\n")
     assert [call.arguments[1] for call in machine.fakes.calls("python")] == ["pip", "qwen_jax"]
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_is_the_workers(machine, flag):
+def test_help_answers_without_installing_and_is_the_workers_where_that_is_done(machine, flag):
+    bare = machine.run(flag)
+    assert bare.returncode == 0 and "./launch_worker.sh --setup" in bare.stdout
+    assert not machine.fakes.calls("python") and not machine.fakes.calls("python3")
+    machine.run("--setup")
     machine.run(flag)
     assert machine.worker_arguments() == [flag]
     assert not any("doctor" in call.arguments for call in machine.fakes.calls("python"))

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from qwen_jax.errors import ConfigError, StorageError, TerminatedError
-from qwen_jax.run.settings import bucket_url
+from qwen_jax.settings import bucket_url
 from qwen_jax.storage import PreconditionFailedError, open_store
 from qwen_jax.storage.checksum import crc32c_of
 from qwen_jax.storage.gcs import GcsStore

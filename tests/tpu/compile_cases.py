@@ -15,10 +15,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.model.attention import make_form, resolve_attention
-from qwen_jax.model.capture import Program
 from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import parse_config
+from qwen_jax.model.program import Program
 from tests.published import config_fields
 
 

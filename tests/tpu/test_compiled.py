@@ -13,7 +13,6 @@ import pytest
 from qwen_jax.cli import FlagParser
 from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.config import parse_config
-from qwen_jax.run.flags import add_worker_flags, to_settings
 from qwen_jax.run.roof import (
     captured_bytes,
     complaint,
@@ -21,6 +20,7 @@ from qwen_jax.run.roof import (
     machine_mesh,
     outline_of_config,
 )
+from qwen_jax.settings import add_settings, take_settings
 from tests.published import PUBLISHED, config_fields
 from tests.scripts.conftest import ROOT
 from tests.tpu.compile_cases import program_of
@@ -178,8 +178,8 @@ def test_the_plans_formula_agrees_with_the_compiler(compiled, name):
 def smallest_split(size: str, machine: str, positions: int) -> int | None:
     """The smallest --model_parallel that fits by the plan's formula."""
     parser = FlagParser()
-    add_worker_flags(parser)
-    settings = to_settings(vars(parser.parse_args(["--worker_id", "0"])))
+    add_settings(parser)
+    settings = take_settings(vars(parser.parse_args(["--worker_id", "0"])))
     for parts in (1, 2, 4, 8):
         changed = replace(settings, max_seq_length=positions, model_parallel=parts)
         outline = outline_of_config(changed, parse_config(config_fields(size)))

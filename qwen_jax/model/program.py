@@ -1,0 +1,244 @@
+"""The program of a step, without its weights: tokens in, the asked-for layers' activations and their statistics out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qwen_jax.kinds import EMBEDDING
+from qwen_jax.model.attention import Carried, Form
+from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.qwen2 import Qwen2, Shared, rope_tables
+from qwen_jax.model.sharding import Parts
+from qwen_jax.model.weights import abstract_parameters
+
+
+def resolve_dtype(name: str) -> str:
+    """`auto` is bfloat16 on an accelerator and float32 on a CPU; other names stand for themselves."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+class StepShape(Protocol):
+    """What a program needs of data.steps.StepShape."""
+
+    tokens: int
+    positions: int
+    rows: int
+    block_tokens: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A run's step without its weights: all that decides what is compiled.
+
+    num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Qwen2; stored_dtype: of
+    the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head.
+    """
+
+    config: Qwen2Config
+    num_layers: int
+    layers: tuple[int, ...]
+    taps: tuple[str, ...]
+    dtype: str
+    stored_dtype: str
+    mesh: Mesh
+    shape: StepShape
+    form: Form
+    with_answers: bool = False
+
+    @property
+    def parts(self) -> Parts:
+        return Parts("model", self.mesh.shape["model"])
+
+    @cached_property
+    def model(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The graph, and the parameters as shapes with their shardings."""
+        return abstract_parameters(
+            self.config, self.num_layers, jnp.dtype(self.dtype), self.mesh, self.with_answers
+        )
+
+    def carried(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What attention carries from step to step, for every row and layer."""
+        kv_heads = self.parts.count * self.parts.kv_heads_each(self.config.num_kv_heads)
+        found = []
+        shapes = self.form.carried_shapes(self.shape.positions, kv_heads, self.config.head_dim)
+        for shape, head_axis in zip(shapes, self.form.head_axes, strict=True):
+            axes = ["model" if axis == head_axis else None for axis in range(len(shape))]
+            found.append(self._array((self.num_layers, *shape), self.dtype, None, *axes))
+        return tuple(found)
+
+    def carried_rows(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The last kept tokens of every row, which the next step's blocks may begin with."""
+        counts = {tap: 1 if tap == EMBEDDING else len(self.layers) for tap in self.taps}
+        size = (self.shape.block_tokens, self.config.hidden_size)
+        return {tap: self._array((count, *size), self.stored_dtype) for tap, count in counts.items()}
+
+    def _array(self, shape: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
+        """One for each row."""
+        sharding = NamedSharding(self.mesh, P("data", *axes))
+        return jax.ShapeDtypeStruct((self.shape.rows, *shape), jnp.dtype(dtype), sharding=sharding)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the parameters on each device."""
+        return _bytes_each(self.model[1])
+
+    @property
+    def carried_bytes(self) -> int:
+        """Of what goes on from step to step, on each device."""
+        return _bytes_each((self.carried(), self.carried_rows()))
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return rope_tables(self.config, self.shape.positions)
+
+    @cached_property
+    def step(self) -> Callable:
+        """(params, rope tables, carried, tokens_XT, positions_XT, kept_XR, answers) -> ({tap: [X, C, R, D]}, [X, T]
+        log-probabilities or None, carried). Each device works on its own row; carried is donated."""
+        graph, params = self.model
+        by_row, carried = P("data"), tuple(array.sharding.spec for array in self.carried())
+        mapped = jax.shard_map(
+            partial(self._own_row, graph),
+            mesh=self.mesh,
+            in_specs=(_specs(params), P(), carried, by_row, by_row, by_row, by_row),
+            out_specs=(by_row, by_row, carried),
+            check_vma=False,  # what a loop carries begins alike everywhere and ends by device
+        )
+        return jax.jit(mapped, donate_argnums=2)
+
+    def lower_step(self, kept: int | None = None) -> jax.stages.Lowered:
+        """The step for the devices of the mesh, which need not be there. kept: tokens kept of a row, None for all."""
+        tokens = self._array((self.shape.tokens,), "int32")
+        kept_XR = None if kept is None else self._array((kept,), "int32")
+        answers = (tokens, tokens, self._array((), "int32")) if self.with_answers else None
+        everywhere = NamedSharding(self.mesh, P())
+        tables = [
+            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=everywhere) for table in self.tables()
+        ]
+        return self.step.lower(self.model[1], tuple(tables), self.carried(), tokens, tokens, kept_XR, answers)
+
+    def _own_row(
+        self,
+        graph: nnx.GraphDef,
+        params: nnx.State,
+        tables: tuple[jax.Array, jax.Array],
+        carried: Carried,
+        *inputs: Any,
+    ) -> tuple[dict[str, jax.Array], jax.Array | None, Carried]:
+        """What a device does with its row."""
+        carried, (tokens_T, positions_T, kept_R, answers) = jax.tree.map(lambda x: x[0], (carried, inputs))
+        rope_TH = (table_PH[positions_T] for table_PH in tables)
+        # On TPU and GPU float32 products run in fewer bits unless told otherwise.
+        with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
+            model: Qwen2 = nnx.merge(graph, params)
+            captured, last_TD, carried = model(
+                tokens_T,
+                Shared(*rope_TH, self.form(positions_T), self.parts),
+                carried,
+                self.layers,
+                self.taps,
+                jnp.dtype(self.stored_dtype),
+                kept_R,
+            )
+            log_probs_T = model.log_probs(last_TD, *answers) if answers is not None else None
+        return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
+
+    @cached_property
+    def sum_up(self) -> Callable:
+        """(carried rows, {tap: [X, C, R, D]}, kept counts [X], block starts and counts [X, E]) -> ({tap: (norms_XCR,
+        mean_XCED, squares_XCED, max_abs_XCED)}, rows to carry).
+
+        A program of its own, since it runs more than once where a step holds very many short samples.
+        """
+        mapped = jax.shard_map(
+            self._sum_own_row,
+            mesh=self.mesh,
+            in_specs=(P("data"),) * 5,
+            out_specs=P("data"),
+            check_vma=False,
+        )
+        return jax.jit(mapped)
+
+    def lower_sum_up(self, kept: int | None = None) -> jax.stages.Lowered:
+        """As lower_step, for `sum_up`."""
+        rows = self.shape.tokens if kept is None else kept
+        counts = self._array((self.shape.blocks,), "int32")
+        stored = {
+            tap: self._array((old.shape[1], rows, old.shape[3]), self.stored_dtype)
+            for tap, old in self.carried_rows().items()
+        }
+        return self.sum_up.lower(self.carried_rows(), stored, self._array((), "int32"), counts, counts)
+
+    def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
+        old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
+        size = self.shape.block_tokens
+        sums, rows = {}, {}
+        for tap, stored_CRD in stored.items():
+            norms_CR = jnp.linalg.norm(stored_CRD.astype(jnp.float32), axis=-1)
+            of_tap = partial(rows_from, old[tap], stored_CRD)
+            sums[tap] = (norms_CR, *block_sums(of_tap, starts_E, counts_E, size))
+            rows[tap] = of_tap(count - size)
+        return jax.tree.map(lambda x: x[None], (sums, rows))
+
+
+def rows_from(before_CSD: jax.Array, stored_CRD: jax.Array, start: jax.Array) -> jax.Array:
+    """[C, S, D]: S rows of the stored ones from `start` on, those before them where it is negative, zeros behind them.
+
+    Joins no more than three blocks, since the stored rows are most of what a device holds beside the weights.
+    """
+    size = before_CSD.shape[1]
+    short = max(0, size - stored_CRD.shape[1])
+    stored_CRD = jnp.pad(stored_CRD, ((0, 0), (0, short), (0, 0)))
+    inside = jnp.clip(start, 0, stored_CRD.shape[1] - size)
+    piece_CSD = jax.lax.dynamic_slice_in_dim(stored_CRD, inside, size, 1)
+    around = jnp.concatenate([before_CSD, piece_CSD, jnp.zeros_like(before_CSD)], axis=1)
+    return jax.lax.dynamic_slice_in_dim(around, size + start - inside, size, 1)
+
+
+def _bytes_each(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(lambda array: array.sharding.spec, tree)
+
+
+def block_sums(
+    rows_at: Callable[[jax.Array], jax.Array], starts_E: jax.Array, counts_E: jax.Array, size: int
+) -> tuple[jax.Array, ...]:
+    """Mean, sum of squared distances from it and largest absolute value of each channel, [C, E, D] each, over the
+    first `counts_E` of the `size` rows that `rows_at` gives for each of `starts_E`.
+
+    On the device, because on the host a pass over the values costs as much as compressing them. Each block in the
+    same way wherever it stands, so that its bits are its own. Two passes, the second one correcting the first's mean
+    (Chan, Golub and LeVeque 1983): float32 sums of large, nearly constant channels lose digits in one.
+    """
+
+    def one(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        start, count = block
+        x_CSD = rows_at(start).astype(jnp.float32)
+        counts_here_S1 = (jnp.arange(size) < count)[:, None]
+        n = jnp.maximum(count, 1)
+
+        def total(values_CSD: jax.Array) -> jax.Array:
+            return jnp.where(counts_here_S1, values_CSD, 0).sum(axis=1)
+
+        rough_CD = total(x_CSD) / n
+        apart_CSD = x_CSD - rough_CD[:, None]
+        shift_CD = total(apart_CSD) / n
+        squares_CD = total(jnp.square(apart_CSD)) - n * jnp.square(shift_CD)
+        max_abs_CD = jnp.where(counts_here_S1, jnp.abs(x_CSD), 0).max(axis=1)
+        return rough_CD + shift_CD, jnp.maximum(squares_CD, 0), max_abs_CD
+
+    return tuple(sums_ECD.swapaxes(0, 1) for sums_ECD in jax.lax.map(one, (starts_E, counts_E)))
