@@ -166,9 +166,10 @@ def _checkpoint_fits(settings: Settings) -> str:
     with storage_errors("read", path):
         data = path.read_bytes()
     record = _parsed(data, settings)
-    plain = {key: value for key, value in recorded(settings, BYTES).items() if key not in _KNOWN_LATER}
+    known = record.fingerprint.keys() - set(_KNOWN_LATER)
+    plain = {key: value for key, value in recorded(settings, BYTES).items() if key in known}
     check_fingerprint(
-        {"worker_id": record.worker_id} | {key: record.fingerprint.get(key) for key in plain},
+        {"worker_id": record.worker_id} | {key: record.fingerprint[key] for key in plain},
         {"worker_id": settings.worker_id} | plain,
         f"the checkpoint {path}",
     )

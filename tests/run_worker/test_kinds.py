@@ -1,7 +1,6 @@
 """Several kinds in one pass, fewer rows, answers and statistics: stored is what was asked for, and no other."""
 
 import gzip
-import json
 import pickle
 import shutil
 import struct
@@ -223,11 +222,12 @@ def test_answers_alone_are_kept(workspace):
         assert set(record["token_roles"]) == {ANSWER}
 
 
-def test_a_role_that_no_prompt_has_leaves_an_empty_run(workspace):
-    workspace.run("--keep_tokens", "role:system", "--max_samples", "2")
-    metadata = json.loads((workspace.output / "metadata.json").read_text())
-    assert metadata["totals"]["samples"] == 0 and metadata["statistics"] == {}
-    assert {note["reason"] for note in metadata["skipped"]} == {"no token is kept by keep_tokens role:system"}
+def test_a_role_that_no_prompt_has_is_no_run(workspace):
+    done = workspace.run("--keep_tokens", "role:system", "--max_samples", "2", expect=65)
+    assert (
+        "none of its 2 lines can be used; of 2 the reason is: no token is kept by keep_tokens role:system"
+        in done.stderr
+    )
 
 
 def test_load_shard_gives_what_pickle_gives(everything):

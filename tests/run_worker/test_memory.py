@@ -92,9 +92,10 @@ def test_activations_stay_within_the_documented_bound(root, little):
     assert shards > 3, "too little data to fill what may be held"
     allowed = bound(LAYERS, int(0.08 * 2**30))
     assert f"at most {allowed / 1e9:.1f} GB of host memory" in log
+    compressing = (len(os.sched_getaffinity(0)) + 10) * 2**20  # comes besides, as docs/performance.md says
     held = much - little[2]
     print(f"{held / 1e6:.0f} MB held, bound {allowed / 1e6:.0f} MB")
-    assert 0.5 * allowed < held < allowed
+    assert 0.5 * allowed < held < allowed + compressing
 
 
 def test_long_prompts_at_the_defaults_stay_below_8_gb():

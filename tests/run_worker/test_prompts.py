@@ -48,7 +48,7 @@ def reader(tokenizer, stream: Path, first: int = 0, bad_before: int = 0, **setti
         "keep_tokens": "random:0.5",
         "skip_first": 1,
         "skip_special_tokens": False,
-        "dataset_path": stream,
+        "stream_path": stream,
         "max_samples": None,
         "max_bad_records": len(BAD),
     }
