@@ -26,13 +26,13 @@ from isal import isal_zlib
 
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.steps import Step, StepShape, lay_into_steps, step_tokens
+from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
 from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, FilledShard, captured_samples
 from qwen_jax.run.places import Places
 from qwen_jax.shards.compress import BLOCK_BYTES
-from qwen_jax.shards.ledger import Ledger, RunIdentity
 
 LAYERS, HIDDEN = 24, 896
 SHAPE = StepShape(tokens=step_tokens(4, 2048, on_cpu=False), positions=2048)

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from qwen_jax.cli import FlagParser, non_negative_int, positive_float, positive_int
 from qwen_jax.errors import UsageError
 from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.ledger.names import bucket_folder, checkpoint_name, local_folder
 
 _LONGEST_ID = 9
 WORKER_ID_VARIABLES = ("WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK", "TPU_WORKER_ID")
@@ -197,7 +198,7 @@ class Settings:
 
     @property
     def checkpoint_name(self) -> str:
-        return f"checkpoint_worker_{self.worker_id}.json"
+        return checkpoint_name(self.worker_id)
 
     @property
     def checkpoint_path(self) -> Path | None:
@@ -263,7 +264,17 @@ def _check(settings: Settings) -> None:
     if len(set(kinds)) != len(kinds):
         raise UsageError(f"--activation_type names a kind twice: {' '.join(kinds)}")
     _check_selection(settings)
+    for name in ("stream_path", "model_path"):
+        _check_name(str(getattr(settings, name)))
     _ = settings.bucket_url  # complains of what cannot be a bucket's name
+
+
+def _check_name(name: str) -> None:
+    """metadata.json holds it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name}: the name is not UTF-8; rename it, or link to it") from error
 
 
 def _check_selection(settings: Settings) -> None:
@@ -337,7 +348,7 @@ def resolve_worker_id(flag: str | None, environment: dict[str, str]) -> int:
 
 def worker_folder(output_dir: Path, worker_id: int) -> Path:
     """`output_dir/worker_N`, so that workers never share a folder; a path that ends so is taken as it is."""
-    name = f"worker_{worker_id}"
+    name = local_folder(worker_id)
     return output_dir if output_dir.name == name else output_dir / name
 
 
@@ -352,6 +363,6 @@ def bucket_url(bucket: str, prefix: str, worker_id: int) -> str:
     check_place(f"gs://any/{below}")  # what a bucket refuses must not lead out of a folder either
     if root.startswith("file://"):
         below = quote(below)
-    url = "/".join([root.rstrip("/"), *([below] if below else []), f"tpu_{worker_id}"])
+    url = "/".join([root.rstrip("/"), *([below] if below else []), bucket_folder(worker_id)])
     check_place(url)
     return url

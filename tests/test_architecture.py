@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"model", "data", "shards", "storage", "run", "reading", "fleet"}
+PACKAGES = {"ledger", "model", "data", "shards", "storage", "run", "reading", "fleet"}
 ALLOWED = {package: {package} for package in PACKAGES} | {
+    "shards": {"shards", "ledger"},
+    "storage": {"storage", "ledger"},
     "run": PACKAGES - {"reading"},
     "reading": PACKAGES - {"run", "fleet"},
-    "fleet": {"fleet", "storage", "data"},
+    "fleet": {"fleet", "storage", "data", "ledger"},
 }
-WITHOUT_JAX = ("data", "shards", "storage", "fleet")
+WITHOUT_JAX = ("ledger", "data", "shards", "storage", "fleet")
 
 
 def imported_modules(file: Path) -> set[str]:
@@ -44,6 +46,40 @@ def test_imports_run_downwards_only(file):
             assert parts[1] in ALLOWED[package], f"{package} must not import {name}"
         if package in WITHOUT_JAX:
             assert parts[0] not in ("jax", "flax"), f"{package} must not import {name}"
+
+
+def test_the_ledger_needs_the_standard_library_alone():
+    """The fleet reads it on a bare machine."""
+    ours = {"qwen_jax.errors", "qwen_jax.kinds"}
+    for file in (ROOT / "qwen_jax" / "ledger").glob("*.py"):
+        for name in imported_modules(file):
+            is_ours = name.startswith("qwen_jax.ledger") or name.rpartition(".")[0] in ours
+            assert is_ours or name.split(".")[0] in sys.stdlib_module_names, (file.name, name)
+
+
+NAMES = {
+    "metadata.json": "ledger/names.py",
+    "progress.json": "ledger/names.py",
+    "checkpoint_worker_": "ledger/names.py",
+    "progress_worker_": "ledger/names.py",
+    "pkl.gz": "ledger/names.py",
+    "in_progress": "ledger/schema.py",
+    "completed": "ledger/schema.py",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_what_a_worker_leaves_is_spelled_in_one_place(name):
+    """In code that uses it: words for people, and a glob over many, may say it too."""
+
+    def is_spelled(file: Path) -> bool:
+        texts = (
+            node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)
+        )
+        return any(isinstance(text, str) and name in text and " " not in text for text in texts)
+
+    found = [str(file.relative_to(ROOT / "qwen_jax")) for file in modules() if is_spelled(file)]
+    assert found == [NAMES[name]]
 
 
 def test_the_product_never_imports_torch():

@@ -21,7 +21,6 @@ from pathlib import Path
 from qwen_jax.cli import FlagParser, positive_float
 from qwen_jax.errors import StorageError, UsageError
 from qwen_jax.fleet.monitor import (
-    NOT_STARTED,
     STALLED_AFTER_S,
     BucketSource,
     LocalSource,
@@ -35,6 +34,7 @@ from qwen_jax.fleet.monitor import (
 )
 from qwen_jax.fleet.page import make_page
 from qwen_jax.fleet.workers import number_of_workers
+from qwen_jax.ledger.schema import NOT_STARTED
 
 ENV_FOR_ALL = True
 _LOOKS_AT_ONCE = 8

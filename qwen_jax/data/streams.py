@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,13 +46,14 @@ def read_stream(
 
 
 def _open_stream(path: str | Path) -> BinaryIO:
+    advice = "make it with create_dataset_streams.py, or pass --dataset_path"
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device has no end, or one that comes once
+            raise ConfigError(f"the stream {path} is not a file; {advice}")
         return open(path, "rb")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the stream {path}: {error.strerror}; make it with create_dataset_streams.py, or pass "
-            "--dataset_path"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the stream {path}: {reason}; {advice}") from error
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes | None]:

@@ -13,11 +13,14 @@ from typing import Any
 from qwen_jax.data.streams import stream_name
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.workers import SECRETS, settings_of
+from qwen_jax.ledger.checks import parse_json
+from qwen_jax.ledger.names import bucket_folder
 
 VM, QUEUED = "vm", "queued"
 READY, WAITING, LOST, ABSENT = "ready", "waiting", "lost", "absent"
 _LOST = {"PREEMPTED", "TERMINATED", "FAILED", "SUSPENDED"}
 _NOTHING_THERE = "matched no objects"
+_FOLDER = f"/{bucket_folder('([0-9]+)')}/"
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,12 @@ def read_documents(bucket: str, prefix: str, name: str) -> dict[int, dict[str, A
     With gcloud alone, so that a control machine needs no packages. Asks twice: it lists the objects before it reads
     them, and fails where one of them has been replaced in between.
     """
-    parts = [bucket.rstrip("/"), *([prefix.strip("/")] if prefix.strip("/") else []), "tpu_*", name]
+    parts = [
+        bucket.rstrip("/"),
+        *([prefix.strip("/")] if prefix.strip("/") else []),
+        bucket_folder("*"),
+        name,
+    ]
     url = "/".join(parts)
     command = ["gcloud", "storage", "cat", "--display-url", url if "://" in url else f"gs://{url}"]
     with suppress(CommandError):
@@ -197,9 +205,10 @@ def _documents(text: str) -> dict[int, dict[str, Any]]:
     for match in re.finditer(r'\{\s*"worker_id"', text):
         if match.start() < end:
             continue
-        folders = re.findall(r"/tpu_(\d+)/", text[end : match.start()])
+        folders = re.findall(_FOLDER, text[end : match.start()])
         try:
-            document, end = json.JSONDecoder().raw_decode(text, match.start())
+            _, end = json.JSONDecoder().raw_decode(text, match.start())
+            document = parse_json(text[match.start() : end].encode())
         except (ValueError, RecursionError):
             continue
         worker = document.get("worker_id")

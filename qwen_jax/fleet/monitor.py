@@ -1,15 +1,26 @@
 """The state of every worker, from checkpoints, progress records and metadata, wherever these lie."""
 
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from qwen_jax.fleet.records import FAILED, RUNNING, STARTING, TERMINATED, ProgressRecord, progress_name
+from qwen_jax.ledger.checkpoint import SeenCheckpoint, seen_checkpoint
+from qwen_jax.ledger.checks import DamagedError, read_bounded
+from qwen_jax.ledger.metadata import seen_metadata
+from qwen_jax.ledger.names import METADATA_NAME, bucket_folder, checkpoint_name, local_folder, progress_name
+from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.schema import (
+    COMPLETED,
+    FAILED,
+    IN_PROGRESS,
+    NOT_STARTED,
+    RUNNING,
+    STARTING,
+    TERMINATED,
+)
 
-NOT_STARTED, IN_PROGRESS, COMPLETED = "not_started", "in_progress", "completed"
 STALLED, UNREADABLE, SLOW = "stalled", "unreadable", "slow"
 PROBLEMS = (FAILED, STALLED, UNREADABLE)
 """States that need somebody, worst first."""
@@ -20,7 +31,6 @@ _SLOW_BY_S = 600.0
 _ENOUGH_TO_COMPARE = 3
 _BUDGET_S, _ANSWER_S = 20.0, 15.0
 """A person waits, and looks again: less than a worker's patience."""
-_LARGEST_NORM, _MOST_LAYERS, _MOST_BYTES, _MOST_SAMPLES = 1e30, 10_000, 10**18, 10**15
 
 
 class Source(Protocol):
@@ -46,10 +56,10 @@ class LocalSource:
         return _read(self._checkpoints / progress_name(worker))
 
     def metadata(self, worker: int) -> bytes | None:
-        return _read(self._output / f"worker_{worker}" / "metadata.json")
+        return _read(self._output / local_folder(worker) / METADATA_NAME)
 
     def checkpoint_place(self, worker: int) -> str:
-        return str(self._checkpoints / f"checkpoint_worker_{worker}.json")
+        return str(self._checkpoints / checkpoint_name(worker))
 
 
 class BucketSource:
@@ -66,21 +76,21 @@ class BucketSource:
         return stored[0] if stored else None
 
     def checkpoint(self, worker: int) -> bytes | None:
-        return self._get(f"tpu_{worker}/checkpoint_worker_{worker}.json")
+        return self._get(f"{bucket_folder(worker)}/{checkpoint_name(worker)}")
 
     def progress(self, worker: int) -> bytes | None:
-        return self._get(f"tpu_{worker}/{progress_name()}")
+        return self._get(f"{bucket_folder(worker)}/{progress_name()}")
 
     def metadata(self, worker: int) -> bytes | None:
-        return self._get(f"tpu_{worker}/metadata.json")
+        return self._get(f"{bucket_folder(worker)}/{METADATA_NAME}")
 
     def checkpoint_place(self, worker: int) -> str:
-        return f"{self._url}/tpu_{worker}/checkpoint_worker_{worker}.json"
+        return f"{self._url}/{bucket_folder(worker)}/{checkpoint_name(worker)}"
 
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_bounded(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError:  # there, but of no use
@@ -149,19 +159,19 @@ def look(source: Source, worker: int, now: float, stalled_after_s: float = STALL
     data = source.checkpoint(worker)
     record = _progress(source.progress(worker), worker)
     size, norms = _metadata(source.metadata(worker))
-    samples, shards, shown = 0, 0, ""
+    found = SeenCheckpoint(0, 0, "")
     if data is not None:
         try:
-            samples, shards, shown = _checkpoint(data, worker)
-        except (ValueError, RecursionError):
+            found = seen_checkpoint(data, worker)
+        except DamagedError:
             return WorkerState(worker, UNREADABLE, message=source.checkpoint_place(worker))
     seen = WorkerState(
         worker,
-        state=shown if shown == COMPLETED else IN_PROGRESS if shown else NOT_STARTED,
-        shown=shown,
-        durable=samples,
-        samples=samples,
-        shards=shards,
+        state=found.status or NOT_STARTED,
+        shown=found.status,
+        durable=found.samples,
+        samples=found.samples,
+        shards=found.shards,
         bytes=size,
         layer_norms=norms,
     )
@@ -226,25 +236,11 @@ def _is_far_above(left: float | None, usual: float) -> bool:
     return left is not None and left > _SLOW_FACTOR * usual and left > usual + _SLOW_BY_S
 
 
-def _checkpoint(data: bytes, worker: int) -> tuple[int, int, str]:
-    """Samples, shards and status; raises ValueError for what this worker does not write."""
-    fields = json.loads(data)
-    if not isinstance(fields, dict) or fields.get("worker_id", worker) != worker:
-        raise ValueError("no object of this worker's")
-    samples, shards = fields.get("total_samples_processed"), fields.get("total_shards")
-    status = fields.get("status", IN_PROGRESS)
-    if not all(type(count) is int and 0 <= count < _MOST_SAMPLES for count in (samples, shards)):
-        raise ValueError("no counts")
-    if status not in (IN_PROGRESS, COMPLETED):
-        raise ValueError("no status")
-    return samples, shards, status
-
-
 def _progress(data: bytes | None, worker: int) -> ProgressRecord | None:
     """None for what is not whole, and for another worker's."""
     try:
         record = None if data is None else ProgressRecord.parse(data)
-    except ValueError:
+    except DamagedError:
         return None
     return record if record is not None and record.worker_id == worker else None
 
@@ -252,18 +248,9 @@ def _progress(data: bytes | None, worker: int) -> ProgressRecord | None:
 def _metadata(data: bytes | None) -> tuple[int | None, dict[str, float]]:
     """Compressed bytes and mean norms; nothing where the file is not one of ours, whole."""
     try:
-        fields: Any = json.loads(data) if data is not None else {}
-        norms = {int(layer): float(norm["mean"]) for layer, norm in fields["layer_norms"].items()}
-        size = fields["totals"]["bytes"]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return (None, {}) if data is None else seen_metadata(data)
+    except DamagedError:
         return None, {}
-    is_possible = type(size) is int and 0 <= size < _MOST_BYTES
-    are_possible = all(
-        0 <= layer < _MOST_LAYERS and 0 <= mean < _LARGEST_NORM for layer, mean in norms.items()
-    )
-    if not is_possible or not are_possible:
-        return None, {}
-    return size, {str(layer): mean for layer, mean in norms.items()}
 
 
 def totals_line(states: Sequence[WorkerState]) -> str:

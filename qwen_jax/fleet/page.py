@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from qwen_jax.fleet.monitor import ALIVE, COMPLETED, PROBLEMS, SLOW, WorkerState, duration, problems_first
+from qwen_jax.fleet.monitor import ALIVE, PROBLEMS, SLOW, WorkerState, duration, problems_first
+from qwen_jax.ledger.schema import COMPLETED
 
 _STYLE = """
 :root { color-scheme: light dark; --bar: #3b78c3; --bad: #c0392b; --slow: #b7791f; --done: #2e8b57; --line: #8884; }
@@ -58,7 +59,7 @@ def _tiles(states: Sequence[WorkerState]) -> str:
     size = sum(state.bytes or 0 for state in states)
     tiles = [
         _progress_tile(states),
-        (f"{sum(state.state == COMPLETED for state in states)} of {len(states)}", "completed"),
+        (f"{sum(state.state == COMPLETED for state in states)} of {len(states)}", COMPLETED),
         (str(sum(state.state in PROBLEMS for state in states)), "with problems"),
         (f"{sum(speeds):,.0f}" if speeds else "?", "tokens/s"),
         _end_tile(states),

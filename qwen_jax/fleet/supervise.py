@@ -24,8 +24,10 @@ from qwen_jax.fleet.gcloud import (
     machine_states,
     read_documents,
 )
-from qwen_jax.fleet.records import FAILED, RUNNING, one_line
 from qwen_jax.fleet.workers import secrets_of
+from qwen_jax.ledger.names import CHECKPOINT_PATTERN, PROGRESS_NAME
+from qwen_jax.ledger.progress import one_line
+from qwen_jax.ledger.schema import COMPLETED, FAILED, RUNNING
 
 FINAL_EXITS = tuple(kind.exit_code for kind in (UsageError, BadDataError, ConfigError))
 """Ends of a worker that another start does not change."""
@@ -124,9 +126,9 @@ class Supervisor:
         """Looks first, all of it; then acts, and waits for that no longer than until the next round."""
         self._collect()
         bucket, prefix = self.environment["GCS_BUCKET"], self.environment.get("GCS_PREFIX") or "activations"
-        checkpoints = read_documents(bucket, prefix, "checkpoint_worker_*.json")
+        checkpoints = read_documents(bucket, prefix, CHECKPOINT_PATTERN)
         for worker in self._open():
-            if checkpoints.get(worker, {}).get("status") == "completed":
+            if checkpoints.get(worker, {}).get("status") == COMPLETED:
                 self._finished.add(worker)
                 self.say(f"worker {worker}: completed")
         if not self._open():
@@ -151,7 +153,7 @@ class Supervisor:
     def _records(self, bucket: str, prefix: str) -> dict[int, dict[str, Any]] | None:
         """None where they cannot be read: machines are looked after without them, but nobody is called silent."""
         try:
-            return read_documents(bucket, prefix, "progress.json")
+            return read_documents(bucket, prefix, PROGRESS_NAME)
         except CommandError as error:
             self.say(f"progress records not read this round: {error}")
             return None

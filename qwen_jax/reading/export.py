@@ -1,6 +1,8 @@
 """Shards in the formats of other tools: one layer at a time, one shard in memory, resumable."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +10,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen_jax.errors import BadDataError, UsageError
+from qwen_jax.errors import BadDataError, StorageError, UsageError
 from qwen_jax.kinds import ALL_KINDS
+from qwen_jax.ledger.checks import DamagedError, parse, read_bounded
+from qwen_jax.ledger.names import METADATA_NAME, SHARD_SUFFIX
+from qwen_jax.ledger.schema import EXPORTED_PARTS
 from qwen_jax.reading.card import write_card
 from qwen_jax.reading.manifest import Manifest
 from qwen_jax.reading.runs import Run, local_output, open_runs, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
 from qwen_jax.shards import EMBEDDING
-from qwen_jax.storage.local import atomic_write, json_bytes
+from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors
 
 _UNKNOWN_HOOK = "blocks.{}.activation"
 """What stands for what no metadata.json names."""
@@ -165,9 +170,18 @@ def _write_parts(
         missing = [layer for layer in layers if not writer.has(layer, part)]
         kept += len(layers) - len(missing)
         for arrays, layer in _arrays(run, name, missing, kind):
+            _check_rows(run, name, rows, len(arrays["activations"]))
             writer.write(Part(layer, part, first_row, arrays))
         first_row += rows
     return kept
+
+
+def _check_rows(run: Run, name: str, said: int, found: int) -> None:
+    if said != found:
+        raise BadDataError(
+            f"{run.where}/{name} has {found} rows, {METADATA_NAME} says {said}; `python -m qwen_jax verify` names all "
+            "that is wrong there"
+        )
 
 
 def hook_name(layer: Layer, kind: str) -> str:
@@ -180,7 +194,7 @@ def _meaning(run: Run, layer: Layer, kind: str) -> str:
     """What a row of a layer is, in words."""
     if run.metadata is None:
         return f"`{layer_folder(layer)}`: no metadata.json says what its rows are"
-    meaning = run.metadata["layer_meanings"][EMBEDDING if layer == EMBEDDING else kind]
+    meaning = run.metadata["layer_meanings"].get(EMBEDDING if layer == EMBEDDING else kind, "not recorded")
     return f"`{layer_folder(layer)}`: {meaning}; `{hook_name(layer, kind)}` in TransformerLens"
 
 
@@ -192,7 +206,7 @@ def layer_folder(layer: Layer) -> str:
 def part_name(run: Run, name: str) -> str:
     """`worker_5-shard_0001`."""
     worker = "" if run.worker_id is None else f"worker_{run.worker_id}-"
-    return worker + name.removesuffix(".pkl.gz")
+    return worker + name.removesuffix(SHARD_SUFFIX)
 
 
 def _arrays(
@@ -243,7 +257,15 @@ class NpyWriter:
         self._output = output
         self._rows = rows
         self._list = output / "parts.json"
-        self._done: list[list] = json.loads(self._list.read_text()) if self._list.exists() else []
+        self._done: list[list] = self._listed() if self._list.exists() else []
+
+    def _listed(self) -> list[list]:
+        try:
+            return parse(read_bounded(self._list), EXPORTED_PARTS)
+        except DamagedError as error:
+            raise BadDataError(
+                f"{self._list} is damaged ({error}); delete its folder, or choose another"
+            ) from error
 
     def has(self, layer: Layer, name: str) -> bool:
         return [layer, name] in self._done
@@ -261,13 +283,22 @@ class NpyWriter:
     def _put(self, name: str, first_row: int, array: np.ndarray) -> None:
         path = self._output / f"{name}.npy"
         dtype = np.dtype(np.float32) if array.dtype.name == "bfloat16" else array.dtype
-        if path.exists():
-            whole = np.lib.format.open_memmap(path, mode="r+")
-        else:
-            shape = (self._rows, *array.shape[1:])
-            whole = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        whole[first_row : first_row + len(array)] = array
-        whole.flush()
+        with storage_errors("write", path):
+            if path.exists():
+                whole = np.lib.format.open_memmap(path, mode="r+")
+            else:
+                shape = (self._rows, *array.shape[1:])
+                self._check_space(path, dtype.itemsize * math.prod(shape))
+                whole = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+            whole[first_row : first_row + len(array)] = array
+            whole.flush()
+
+    def _check_space(self, path: Path, needed: int) -> None:
+        free = shutil.disk_usage(self._output).free
+        if needed > free:
+            raise StorageError(
+                f"cannot write {path}: it takes {needed:,} bytes, and the disk has {free:,} left"
+            )
 
     def finish(self, layers: Sequence[Layer]) -> None:
         pass

@@ -1,13 +1,17 @@
 """What certify needs of a run: some of its stored samples, and a place for the result."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.errors import UsageError
-from qwen_jax.reading.runs import METADATA_NAME, Run
-from qwen_jax.shards import EMBEDDING, load_shard, record_keys
+from qwen_jax.ledger.names import METADATA_NAME
+from qwen_jax.ledger.schema import COMPLETED
+from qwen_jax.reading.runs import Run
+from qwen_jax.reading.samples import listed_shard
+from qwen_jax.shards import EMBEDDING, record_keys
 
 
 def drawn_samples(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -19,14 +23,13 @@ def drawn_samples(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
     if run.metadata is None or not run.shards:
         raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
     counts = [run.entry(name)["samples"] for name in run.shards]
-    ends = np.cumsum(counts)
-    drawn = np.random.default_rng(seed).choice(ends[-1], min(count, int(ends[-1])), replace=False)
+    ends = list(accumulate(counts))
+    drawn = np.random.default_rng(seed).choice(ends[-1], min(count, ends[-1]), replace=False)
     for name, count_here, end in zip(run.shards, counts, ends, strict=True):
         first = end - count_here
         places = sorted(int(place - first) for place in drawn if first <= place < end)
         if places:
-            with run.place.local(name) as path:
-                shard = load_shard(path)
+            shard = listed_shard(run, name)
             yield from (_sample(shard, run.kinds, place) for place in places)
 
 
@@ -44,7 +47,7 @@ def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
 
 def why_not_recorded(run: Run) -> str | None:
     """Why metadata.json cannot take the fidelity of what was looked at; None where it can."""
-    if run.metadata["status"] != "completed":
+    if run.ledger.status != COMPLETED:
         return "the run is unfinished, so metadata.json is its worker's to write"
     if run.is_part:
         return "this is one shard, and metadata.json speaks of the whole run"

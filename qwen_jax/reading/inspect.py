@@ -124,13 +124,20 @@ def _shards_with(run: Run, sample_idx: int) -> list[str]:
     return list(filter(may_have, run.shards))
 
 
+def _role(code: int) -> str:
+    try:
+        return "" if code == NOT_KNOWN else role_name(code)
+    except ValueError:
+        return f"no role: {code}"
+
+
 def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
     """One line a kept token of a sample with one layer: place, id, text (with a tokenizer), role, cell, norm; then
     the log-probabilities of the answer, where they are stored."""
     ((layer, activations),) = sample["activations"].items()
     rows = row_arrays(sample)
     tokens, positions, cells = rows["token_ids"], rows["token_positions"], rows["token_cells"]
-    roles = ["" if code == NOT_KNOWN else role_name(int(code)) for code in rows["token_roles"]]
+    roles = [_role(int(code)) for code in rows["token_roles"]]
     norms = np.linalg.norm(activations.astype(np.float32), axis=1)
     texts = [repr(tokenizer.decode([int(token)])) if tokenizer else "" for token in tokens]
     yield f"sample {sample['sample_idx']}, task {sample['task_id']}, layer {layer}, {len(tokens)} tokens"

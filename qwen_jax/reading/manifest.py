@@ -1,12 +1,13 @@
 """What an export's folder holds, so that a later start neither mixes nor keeps what belongs to something else."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import BadDataError, UsageError
+from qwen_jax.ledger.checks import DamagedError, parse, read_bounded
+from qwen_jax.ledger.schema import EXPORT
 from qwen_jax.storage.local import write_json
 
 MANIFEST_NAME = "export.json"
@@ -65,13 +66,12 @@ class Manifest:
     @classmethod
     def _read(cls, path: Path) -> Self | None:
         try:
-            fields = json.loads(path.read_bytes())
-            return cls(path, fields["about"], fields["parts"], fields["layers"])
+            return cls(path, **parse(read_bounded(path), EXPORT))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} is damaged ({error!r}); delete its folder, or choose another"
+        except DamagedError as error:
+            raise BadDataError(
+                f"{path} is damaged ({error}); delete its folder, or choose another"
             ) from error
 
     def _write(self) -> None:

@@ -102,10 +102,10 @@ def _plot_lengths(axes: Any, drawn: _Drawn) -> None:
 
 def _plot_shares(axes: Any, runs: Sequence[Run]) -> None:
     """Of those runs that have metadata; of a whole run even where one shard of it was opened."""
-    metadata = [run.metadata for run in runs if run.metadata]
-    axes.set(title=f"Stream lines{_of_which(runs, len(metadata))}")
-    if metadata:
-        _plot_bars(axes, metadata)
+    totals = [run.ledger.totals() for run in runs if run.ledger]
+    axes.set(title=f"Stream lines{_of_which(runs, len(totals))}")
+    if totals:
+        _plot_bars(axes, totals)
         return
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "not recorded: no metadata.json", ha="center", transform=axes.transAxes)
@@ -117,9 +117,9 @@ def _of_which(runs: Sequence[Run], recorded: int) -> str:
     return " of the whole run" if recorded and any(run.is_part for run in runs) else ""
 
 
-def _plot_bars(axes: Any, metadata: Sequence[dict[str, Any]]) -> None:
+def _plot_bars(axes: Any, totals: Sequence[dict[str, int]]) -> None:
     def total(key: str) -> int:
-        return sum(each["totals"][key] for each in metadata)
+        return sum(each[key] for each in totals)
 
     shortened = total("shortened") + total("truncated")
     parts = {

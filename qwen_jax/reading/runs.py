@@ -1,16 +1,17 @@
 """Where shards lie: one worker's folder, many workers', a bucket, or a single file."""
 
-import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from qwen_jax.errors import BadDataError, StorageError, UsageError
 from qwen_jax.files import plain_path
-from qwen_jax.shards.ledger import METADATA_NAME, DamagedError, Ledger, parse_metadata, shard_number
+from qwen_jax.ledger.checks import DamagedError, read_bounded
+from qwen_jax.ledger.metadata import Ledger, parse_metadata
+from qwen_jax.ledger.names import METADATA_NAME, shard_number
 
 UNKNOWN_KIND = "activation"
 """The kind of what a shard holds where no metadata.json says it."""
@@ -55,7 +56,7 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         path = self.path / name
-        return path.read_bytes() if path.is_file() else None
+        return read_bounded(path) if path.is_file() else None
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
@@ -168,52 +169,10 @@ class Run:
         if data is None:
             return
         try:
-            self.ledger = parse_metadata(data).ledger
-            metadata = json.loads(data)
-            _check_header(metadata)
-            self.metadata = metadata
+            stored = parse_metadata(data, described=True)
+            self.metadata, self.ledger = stored.fields, stored.ledger
         except DamagedError as error:
-            self.ledger = None
             self.damage = f"is damaged: {error}"
-
-
-# What readers take from metadata.json beside its ledger.
-_HEADER: Mapping[str, type | tuple[type, ...]] = {
-    "model.name": str,
-    "model.revision": str,
-    "model.weights_digest": str,
-    "model.hidden_size": int,
-    "model.num_layers": int,
-    "dataset.path": str,
-    "dataset.lines": int,
-    "activation_types": list,
-    "layers": list,
-    "layer_meanings": dict,
-    "compute_dtype": str,
-    "activation_dtype": str,
-    "totals": dict,
-    "layer_norms": dict,
-    "fingerprint.stream_sha256": str,
-    "fingerprint.keep_tokens": str,
-    "fingerprint.skip_first": int,
-    "fingerprint.skip_special_tokens": bool,
-    "fingerprint.include_embedding": bool,
-    "fingerprint.include_answer": bool,
-    "fingerprint.max_seq_length": int,
-    "fingerprint.max_samples": (int, type(None)),
-}
-
-
-def _check_header(metadata: Mapping[str, Any]) -> None:
-    for path, kind in _HEADER.items():
-        value: Any = metadata
-        for key in path.split("."):
-            value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if not isinstance(value, kind):
-            raise DamagedError(f"{path} is missing or of another type")
-
-
-_ABSENT = object()
 
 
 def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
@@ -294,7 +253,7 @@ def read_any(path: str | Path) -> bytes:
             raise StorageError(f"{path} is not there")
         return data
     try:
-        return Path(plain(path)).read_bytes()
+        return read_bounded(Path(plain(path)))
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 

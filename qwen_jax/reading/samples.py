@@ -7,7 +7,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwen_jax import shards
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import BadDataError, UsageError
+from qwen_jax.ledger.names import METADATA_NAME
 from qwen_jax.reading.runs import Run, is_bucket_url, open_runs
 from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
@@ -60,6 +61,24 @@ def shard_samples(
     key = shards.record_keys(run.kinds).get(kind or run.kinds[0], kind)
     for records in zip(*shard.values(), strict=True):
         yield _sample(dict(zip(shard, records, strict=True)), run.worker_id, key)
+
+
+def listed_shard(run: Run, name: str) -> dict[Layer, list[dict]]:
+    """All of one shard, as far as metadata.json describes it; raises BadDataError where it holds something else."""
+    with run.place.local(name) as path:
+        shard = shards.load_shard(path)
+    first, entry = next(iter(shard.values())), run.entry(name)
+    keys = set(shards.record_keys(run.kinds).values()) if set(shard) != {EMBEDDING} else {"activation"}
+    lacking = [
+        layer for layer, records in shard.items() if layer != EMBEDDING and not keys <= records[0].keys()
+    ]
+    counts = {"samples": len(first), "tokens": sum(len(record["token_ids"]) for record in first)}
+    if lacking or (entry is not None and any(entry[key] != count for key, count in counts.items())):
+        raise BadDataError(
+            f"{run.where}/{name} does not hold what {METADATA_NAME} says; `python -m qwen_jax verify` names what is "
+            "wrong there"
+        )
+    return shard
 
 
 def _sample(records: Mapping[Layer, dict], worker_id: int | None, key: str) -> dict[str, Any]:

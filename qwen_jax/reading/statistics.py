@@ -3,17 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.ledger.names import STATS_NAME, shard_number, shard_stats_name
 from qwen_jax.reading.runs import Run
-from qwen_jax.shards import load_shard
-from qwen_jax.shards.ledger import shard_number
-from qwen_jax.shards.statistics import (
-    STATS_NAME,
-    Stats,
-    first_whole,
-    merge_stats,
-    shard_stats,
-    shard_stats_name,
-)
+from qwen_jax.reading.samples import listed_shard
+from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats
 
 
 def merged_stats(runs: Sequence[Run]) -> Stats:
@@ -51,8 +44,7 @@ def _of_shard(run: Run, name: str) -> Stats:
         stats = first_whole(_copies(run, shard_stats_name(shard_number(name))), entry["tokens"])
         if stats is not None:
             return stats
-    with run.place.local(name) as path:
-        return shard_stats(load_shard(path), run.kinds)
+    return shard_stats(listed_shard(run, name), run.kinds)
 
 
 def _copies(run: Run, name: str) -> Iterator[tuple[bytes, str]]:

@@ -1,28 +1,23 @@
 """Whether what lies there is a whole run: every sample once, every byte as recorded."""
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
 from qwen_jax.data.streams import stream_summary
 from qwen_jax.errors import BadDataError
-from qwen_jax.reading.runs import METADATA_NAME, Run, is_bucket_url, plain, read_any
+from qwen_jax.ledger.checkpoint import parse_checkpoint
+from qwen_jax.ledger.checks import DamagedError, parse
+from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, checkpoint_name, shard_number, shard_stats_name
+from qwen_jax.ledger.schema import COMPLETED, STREAMS
+from qwen_jax.reading.runs import Run, is_bucket_url, plain, read_any
 from qwen_jax.reading.verify_shard import ShardFaults
-from qwen_jax.shards.ledger import COMPLETED, shard_number
-from qwen_jax.shards.statistics import (
-    STATS_NAME,
-    Stats,
-    merge_stats,
-    parse_stats,
-    shard_stats_name,
-    stats_bytes,
-)
+from qwen_jax.shards.statistics import Stats, merge_stats, parse_stats, stats_bytes
 
 _MAY_DIFFER = ("stream_sha256", "max_samples", "layers")
 """Fields of the fingerprint in which the workers of one dataset may differ; layers only if they share none."""
@@ -77,11 +72,12 @@ class _RunCheck:
 
     def faults(self, pool: Executor) -> list[Fault]:
         run = self._run
-        faults, stored = [], []
+        faults: list[Fault] = []
+        stored: list[range] = []
         for check, found in zip(*self._of_shards(pool), strict=True):
             shard = check.name if check.can_be_made_again else None
             faults += [Fault(f"{run.where}/{check.name}", what, run, shard) for what in found]
-            stored += check.indices or check.recorded_indices()
+            stored += check.spans()
             self.samples += len(check.indices)
         if run.is_part:
             return faults
@@ -107,25 +103,25 @@ class _RunCheck:
                 yield Fault(
                     f"{run.where}/{name}", "is not listed in metadata.json; a restarted worker replaces it"
                 )
-        checkpoint_name = f"checkpoint_worker_{run.worker_id}.json"
-        if checkpoint_name in names:
-            yield from _checkpoint(run, checkpoint_name)
+        name = checkpoint_name(run.worker_id)
+        if name in names:
+            yield from _checkpoint(run, name)
 
 
 def _checkpoint(run: Run, name: str) -> Iterator[Fault]:
     where = f"{run.where}/{name}"
     try:
-        checkpoint = json.loads(run.place.read(name))
-        said = [checkpoint[key] for key in ("status", "last_processed_sample_idx", "total_shards")]
-    except (ValueError, KeyError, TypeError) as error:
-        yield Fault(where, f"is damaged ({error!r}); a restarted worker makes it again")
+        record = parse_checkpoint(run.place.read(name) or b"")
+    except DamagedError as error:
+        yield Fault(where, f"is damaged ({error}); a restarted worker makes it again")
         return
+    said = [record.status, record.last_processed_sample_idx, record.total_shards]
     known = [run.ledger.status, run.ledger.last_processed_sample_idx, len(run.shards)]
     if said != known:
         yield Fault(where, f"says {said}, metadata.json {known}")
 
 
-def _bookkeeping(run: Run, stored: list[int]) -> Iterator[Fault]:
+def _bookkeeping(run: Run, stored: list[range]) -> Iterator[Fault]:
     """Every line of the stream is stored or skipped, once."""
     metadata, ledger, where = run.metadata, run.ledger, f"{run.where}/{METADATA_NAME}"
     limit, lines = metadata["fingerprint"]["max_samples"], metadata["dataset"]["lines"]
@@ -135,23 +131,66 @@ def _bookkeeping(run: Run, stored: list[int]) -> Iterator[Fault]:
         yield Fault(
             where, f"unfinished: samples {reached} to {lines - 1} are still to come; start the worker again"
         )
-    counted = Counter([*stored, *(note["sample_idx"] for note in ledger.skipped)])
-    noted = {note["sample_idx"] for note in (*ledger.truncated, *ledger.shortened)}
-    for indices, what in (
-        ([index for index, count in counted.items() if count > 1], "stored or skipped twice"),
-        (set(range(reached)) - counted.keys(), "missing"),
-        ([index for index in counted if index >= reached], "beyond the end"),
-        (noted - set(stored), "noted as cut or shortened, but not stored"),
+    cover = _Cover([*stored, *(_one(note) for note in ledger.skipped)], reached)
+    noted = _Cover([*map(_one, (*ledger.truncated, *ledger.shortened))], 0).all
+    for spans, what in (
+        (cover.twice, "stored or skipped twice"),
+        (cover.missing, "missing"),
+        (cover.beyond, "beyond the end"),
+        (_without(noted, stored), "noted as cut or shortened, but not stored"),
     ):
-        if indices:
-            yield Fault(where, f"{what}: samples {shorten(sorted(indices))}")
+        if spans:
+            yield Fault(where, f"{what}: samples {_shorten(spans)}")
 
 
-def shorten(indices: Iterable[int], most: int = 10) -> str:
+def _one(note: Mapping[str, Any]) -> range:
+    return range(note["sample_idx"], note["sample_idx"] + 1)
+
+
+class _Cover:
+    """What spans of sample indices cover of 0 to `end`, by spans alone: a file may name any number of samples.
+
+    all: each index once, in order. twice, missing, beyond: likewise.
+    """
+
+    def __init__(self, spans: Iterable[range], end: int):
+        self.all: list[range] = []
+        self.twice: list[range] = []
+        self.missing: list[range] = []
+        self.beyond: list[range] = []
+        reached = doubled = 0
+        for span in sorted(spans, key=lambda span: (span.start, span.stop)):
+            _add(self.missing, reached, min(span.start, end))
+            _add(self.twice, max(span.start, doubled), min(span.stop, reached))
+            doubled = max(doubled, min(span.stop, reached))
+            _add(self.all, max(span.start, reached), span.stop)
+            _add(self.beyond, max(span.start, reached, end), span.stop)
+            reached = max(reached, span.stop)
+        _add(self.missing, reached, end)
+
+
+def _add(spans: list[range], start: int, stop: int) -> None:
+    if start < stop:
+        spans.append(range(start, stop))
+
+
+def _without(spans: Sequence[range], others: Iterable[range]) -> list[range]:
+    """Those of `spans`, which are one index long each, that are in none of `others`."""
+    within = _Cover(others, 0).all
+    starts = [span.start for span in within]
+
+    def is_within(index: int) -> bool:
+        place = bisect(starts, index) - 1
+        return place >= 0 and index in within[place]
+
+    return [span for span in spans if not is_within(span.start)]
+
+
+def _shorten(spans: Sequence[range], most: int = 10) -> str:
     """`3, 5, 8 and 20 more`."""
-    listed = list(indices)
-    shown = ", ".join(map(str, listed[:most]))
-    return shown if len(listed) <= most else f"{shown} and {len(listed) - most} more"
+    count = sum(len(span) for span in spans)
+    shown = ", ".join(map(str, islice(chain.from_iterable(spans), most)))
+    return shown if count <= most else f"{shown} and {count - most} more"
 
 
 def _sums(run: Run) -> Iterator[Fault]:
@@ -181,7 +220,7 @@ def _statistics(run: Run) -> Iterator[Fault]:
         yield Fault(where, str(error))
         return
     summary = {kind: stats.summary() for kind, stats in whole.items()}
-    if run.ledger.statistics != json.loads(json.dumps(summary)):
+    if run.ledger.statistics != summary:
         yield Fault(f"{run.where}/{METADATA_NAME}", f"statistics are not those of {STATS_NAME}")
 
 
@@ -227,12 +266,12 @@ def _stream(run: Run) -> Any:
 
 def _against_streams(runs: Sequence[Run], path: str | Path) -> Iterator[Fault]:
     try:
-        streams = json.loads(read_any(path))["streams"]
-        expected = {entry["sha256"]: (entry["file"], entry["samples"]) for entry in streams}
-    except (ValueError, KeyError, TypeError) as error:
+        streams = parse(read_any(path), STREAMS)["streams"]
+    except DamagedError as error:
         raise BadDataError(
-            f"{path} is not a streams.json ({error!r}); give the one beside the streams"
+            f"{path} is not a streams.json ({error}); give the one beside the streams"
         ) from error
+    expected = {entry["sha256"]: (entry["file"], entry["samples"]) for entry in streams}
     for sha256, (file, samples) in expected.items():
         yield from _stream_file(path, file, sha256, samples)
         having = [run for run in runs if _stream(run) == sha256]

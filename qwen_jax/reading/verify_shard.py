@@ -1,11 +1,13 @@
 """What is wrong with one shard: its bytes, its records, and what metadata.json and its statistics say of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.ledger.names import shard_number, shard_stats_name
 from qwen_jax.reading.runs import Run
 from qwen_jax.roles import role_name
 from qwen_jax.shards import (
@@ -17,8 +19,7 @@ from qwen_jax.shards import (
     load_shard,
     record_keys,
 )
-from qwen_jax.shards.ledger import shard_number
-from qwen_jax.shards.statistics import KindStats, parse_stats, shard_stats_name
+from qwen_jax.shards.statistics import KindStats, parse_stats
 
 # Statistics are computed in float32 on the device, and summed in another order than here.
 _TOLERANCE = 1e-4
@@ -38,13 +39,16 @@ class ShardFaults:
         self.indices: list[int] = []
         self.can_be_made_again = False
 
-    def recorded_indices(self) -> list[int]:
-        """The samples that its entry stands for."""
+    def spans(self) -> list[range]:
+        """The samples found in it, else those that its entry stands for, however many it says."""
+        if self.indices:
+            return [range(index, index + 1) for index in self.indices]
         if self._entry is None:
             return []
-        skipped = {note["sample_idx"] for note in self._run.ledger.skipped}
         span = range(self._entry["first_sample_idx"], self._entry["last_sample_idx"] + 1)
-        return [index for index in span if index not in skipped]
+        skipped = {note["sample_idx"] for note in self._run.ledger.skipped}
+        edges = [span.start - 1, *sorted(index for index in skipped if index in span), span.stop]
+        return [range(before + 1, after) for before, after in pairwise(edges) if before + 1 < after]
 
     def find(self) -> list[str]:
         """Every fault, in words."""
@@ -127,7 +131,7 @@ class ShardFaults:
                 yield f"has no {name} beside it"
         norms = self._entry["layer_norms"]  # of the main kind
         for kind, key in {**record_keys(self._run.kinds), EMBEDDING: "activation"}.items():
-            if kind in stats or norms:
+            if (kind in stats or norms) and key in next(iter(shard.values()))[0]:
                 yield from _of_kind(shard, kind, key, stats.get(kind), norms)
             norms = {}
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.data.prompts import TokenizedSample, load_tokenizer
+from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError
@@ -79,9 +79,10 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample]:
+def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample | SkippedSample]:
     """The samples once more, from the stream."""
-    wanted, prompts = set(indices), {}
+    wanted = set(indices)
+    prompts: dict[int, TokenizedSample | SkippedSample] = {}
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
     for sample_idx, record in read_stream(job.settings.stream_path):
@@ -109,25 +110,47 @@ def _own_reference(job: Job) -> Reference:
 
 
 def _compare(
-    job: Job, stored: Sequence[dict[str, Any]], prompts: dict[int, TokenizedSample], run: Reference
+    job: Job,
+    stored: Sequence[dict[str, Any]],
+    prompts: dict[int, TokenizedSample | SkippedSample],
+    run: Reference,
 ) -> dict[tuple[str, int | str], Closeness]:
     """By kind and layer, over all samples."""
     sums = {(kind, layer): _Sum() for kind, layer in _entries(job)}
     for sample in stored:
-        prompt = prompts[sample["sample_idx"]]
-        if not np.array_equal(prompt.kept(prompt.token_ids), sample["token_ids"]):
-            raise BadDataError(
-                f"sample {sample['sample_idx']}: its tokens are not those of its line in "
-                f"{job.settings.stream_path}; verify the shards, and give the stream that they were made from"
-            )
+        prompt = _prompt_of(sample, prompts, job)
         log.info("sample %d: %d tokens", prompt.sample_idx, len(prompt.token_ids))
         reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
             place = 0 if kind == EMBEDDING else _place(job, layer, len(expected))
             rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
-            sums[kind, layer].add(sample["kinds"][kind][layer], rows)
+            sums[kind, layer].add(_stored_rows(sample, kind, layer, rows.shape), rows)
     return {entry: total.closeness() for entry, total in sums.items()}
+
+
+def _prompt_of(
+    sample: dict[str, Any], prompts: dict[int, TokenizedSample | SkippedSample], job: Job
+) -> TokenizedSample:
+    prompt = prompts.get(sample["sample_idx"])
+    if isinstance(prompt, TokenizedSample) and np.array_equal(
+        prompt.kept(prompt.token_ids), sample["token_ids"]
+    ):
+        return prompt
+    raise BadDataError(
+        f"sample {sample['sample_idx']}: its tokens are not those of its line in {job.settings.stream_path}; verify "
+        "the shards, and give the stream that they were made from"
+    )
+
+
+def _stored_rows(sample: dict[str, Any], kind: str, layer: int | str, shape: tuple[int, ...]) -> np.ndarray:
+    rows = sample["kinds"].get(kind, {}).get(layer)
+    if rows is None or rows.shape != shape:
+        raise BadDataError(
+            f"sample {sample['sample_idx']} has no {kind} {list(shape)} of layer {layer}, as such a run has; verify "
+            "the shards"
+        )
+    return rows
 
 
 def _by_kind(closeness: dict[tuple[str, int | str], Closeness]) -> dict[str, dict[str, dict]]:

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
+from qwen_jax.ledger.metadata import Ledger, RunIdentity, ShardEntry
+from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, shard_name, shard_stats_name
+from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.run.failpoints import failpoint, through_failpoint
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.run_stats import StoredStats
 from qwen_jax.shards import ShardInfo, write_shard
-from qwen_jax.shards.ledger import COMPLETED, METADATA_NAME, Ledger, RunIdentity, ShardEntry, shard_name
-from qwen_jax.shards.statistics import STATS_NAME, Stats, shard_stats_name, stats_bytes
+from qwen_jax.shards.statistics import Stats, stats_bytes
 from qwen_jax.storage.local import AtomicFile, atomic_write, json_bytes, storage_errors, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
@@ -301,7 +303,7 @@ def _skip_note(sample: SkippedSample) -> dict:
         "sample_idx": sample.sample_idx,
         "line": sample.sample_idx + 1,
         "task_id": sample.task_id,
-        "reason": sample.reason,
+        "reason": sample.reason.encode(errors="backslashreplace").decode(),
         "full_length": sample.full_length,
         "bad_record": sample.bad_record,
     }

@@ -18,10 +18,12 @@ from pathlib import Path
 from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.streams import read_stream, stream_summary
 from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError
+from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
+from qwen_jax.ledger.checks import DamagedError
+from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX
 from qwen_jax.model.source import fetch_model
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.settings import BYTES, Settings, recorded
-from qwen_jax.shards.ledger import METADATA_NAME, CheckpointRecord, DamagedError, parse_checkpoint
 from qwen_jax.storage.local import storage_errors
 from qwen_jax.storage.opening import open_store
 from qwen_jax.storage.store import PreconditionFailedError
@@ -240,7 +242,9 @@ def _disk(settings: Settings) -> str:
     if settings.bucket_url and settings.delete_local_after_upload:
         needed, what = _SHARDS_IN_FLIGHT * settings.shard_bytes, "the shards on their way to the bucket"
     else:
-        needed = max(needed - sum(path.stat().st_size for path in settings.worker_dir.glob("shard_*")), 0)
+        needed = max(
+            needed - sum(path.stat().st_size for path in settings.worker_dir.glob(f"{SHARD_PREFIX}*")), 0
+        )
     there = next(
         folder for folder in (settings.worker_dir, *settings.worker_dir.absolute().parents) if folder.exists()
     )

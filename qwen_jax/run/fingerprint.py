@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from qwen_jax.errors import ConfigError
-from qwen_jax.shards.ledger import Fingerprint
+from qwen_jax.ledger.metadata import Fingerprint
 
 
 def files_digest(folder: Path, names: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.kinds import ALL_KINDS, KINDS
+from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.model.attention import make_form, resolve_attention
 from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.program import Program, resolve_dtype
@@ -19,7 +20,6 @@ from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
 from qwen_jax.settings import BYTES, HOW, Settings, recorded
-from qwen_jax.shards.ledger import RunIdentity
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

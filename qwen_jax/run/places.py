@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_jax.shards.ledger import METADATA_NAME
+from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX, SHARD_SUFFIX, STATS_PREFIX, STATS_SUFFIX
 from qwen_jax.storage.local import TEMP_SUFFIX, storage_errors
 from qwen_jax.storage.store import Store
 
@@ -31,10 +31,10 @@ class Places:
                 leftover.unlink()
 
     def local_shard_names(self) -> list[str]:
-        return sorted(path.name for path in self.output_dir.glob("shard_*.pkl.gz"))
+        return sorted(path.name for path in self.output_dir.glob(f"{SHARD_PREFIX}*{SHARD_SUFFIX}"))
 
     def local_stats_names(self) -> list[str]:
-        return sorted(path.name for path in self.output_dir.glob("stats*.safetensors"))
+        return sorted(path.name for path in self.output_dir.glob(f"{STATS_PREFIX}*{STATS_SUFFIX}"))
 
     def __str__(self) -> str:
         return f"{self.store.url} and {self.output_dir}" if self.store else str(self.output_dir)

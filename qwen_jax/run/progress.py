@@ -7,7 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from qwen_jax.fleet.records import RUNNING, ProgressRecord
+from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.schema import RUNNING
 
 LINE_EVERY_S = 30.0
 

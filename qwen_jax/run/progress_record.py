@@ -13,7 +13,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError, WriterConflictError
-from qwen_jax.fleet.records import ENDED, FAILED, RUNNING, STARTING, TERMINATED, ProgressRecord, progress_name
+from qwen_jax.ledger.checks import DamagedError
+from qwen_jax.ledger.names import progress_name
+from qwen_jax.ledger.progress import ProgressRecord, one_line
+from qwen_jax.ledger.schema import ENDED, FAILED, RUNNING, STARTING, TERMINATED
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.settings import Settings
 from qwen_jax.storage.local import atomic_write
@@ -182,7 +185,7 @@ class ProgressWriter:
             data = path.read_bytes()
         elif self._store is not None and (stored := self._store.get_bytes(progress_name())):
             data = stored[0]
-        with suppress(ValueError):
+        with suppress(DamagedError):
             if data is not None and (record := ProgressRecord.parse(data)).worker_id == self._worker_id:
                 return record
         return None
@@ -219,4 +222,4 @@ def _ending(error: BaseException) -> tuple[str, str, int] | None:
         return None
     status = TERMINATED if isinstance(error, TerminatedError) else FAILED
     code = error.exit_code if isinstance(error, ToolkitError) else 1
-    return status, str(error) or type(error).__name__, code
+    return status, one_line(str(error)) or type(error).__name__, code

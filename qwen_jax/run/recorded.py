@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.ledger.checks import DamagedError
+from qwen_jax.ledger.names import METADATA_NAME
+from qwen_jax.ledger.schema import RECORDED
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.job import Job, make_fingerprint, prepare
 from qwen_jax.settings import BYTES, HOW, Settings, recalled
+
+_REFERENCE_BATCH = 8
 
 
 def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_path: str | None) -> Settings:
@@ -17,20 +22,21 @@ def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_
     Raises ConfigError where they are not all recorded.
     """
     try:
-        return Settings(
-            **recalled(metadata["fingerprint"], BYTES),
-            **recalled(metadata["settings"], HOW),
-            worker_id=metadata["worker_id"],
-            dataset_path=Path(dataset_path or metadata["dataset"]["path"]),
-            model_path=model_path or metadata["model"]["name"],
-            revision=None if model_path else metadata["model"]["revision"],
-            no_checkpointing=True,
-            max_bad_records=len(metadata["skipped"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        RECORDED(metadata, "")
+    except DamagedError as error:
         raise ConfigError(
-            f"metadata.json does not record {error}; it was written by another version of the toolkit"
+            f"{METADATA_NAME} does not record a whole run: {error}; it was written by another version of the toolkit"
         ) from error
+    return Settings(
+        **recalled(metadata["fingerprint"], BYTES),
+        **recalled(metadata["settings"], HOW),
+        worker_id=metadata["worker_id"],
+        dataset_path=Path(dataset_path or metadata["dataset"]["path"]),
+        model_path=model_path or metadata["model"]["name"],
+        revision=None if model_path else metadata["model"]["revision"],
+        no_checkpointing=True,
+        max_bad_records=len(metadata["skipped"]),
+    )
 
 
 def recorded_job(metadata: dict[str, Any], model_path: str | None, dataset_path: str | None) -> Job:
@@ -47,10 +53,11 @@ def reference_job(metadata: dict[str, Any], model_path: str | None, dataset_path
     """
     settings = recorded_settings(metadata, model_path, dataset_path)
     parts = 1 if len(find_devices()) % settings.model_parallel else settings.model_parallel
-    return _job(metadata, replace(settings, attention="blocked", model_parallel=parts))
+    few = min(settings.batch_size, _REFERENCE_BATCH)
+    return _job(metadata, replace(settings, attention="blocked", model_parallel=parts, batch_size=few))
 
 
 def _job(metadata: dict[str, Any], settings: Settings) -> Job:
     job = prepare(settings)
-    check_fingerprint(metadata["fingerprint"], make_fingerprint(job), "metadata.json")
+    check_fingerprint(metadata["fingerprint"], make_fingerprint(job), METADATA_NAME)
     return job

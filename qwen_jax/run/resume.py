@@ -12,23 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import ConfigError, WriterConflictError
+from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
+from qwen_jax.ledger.checks import DamagedError
+from qwen_jax.ledger.metadata import Ledger, RunIdentity, ShardEntry, StoredMetadata, parse_metadata
+from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX, STATS_PREFIX, shard_name
+from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.failpoints import failpoint
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.places import Places
-from qwen_jax.shards.ledger import (
-    COMPLETED,
-    METADATA_NAME,
-    CheckpointRecord,
-    DamagedError,
-    Ledger,
-    RunIdentity,
-    ShardEntry,
-    StoredMetadata,
-    parse_checkpoint,
-    parse_metadata,
-    shard_name,
-)
 from qwen_jax.storage.checksum import file_crc32c
 from qwen_jax.storage.local import storage_errors, sync_folder
 from qwen_jax.storage.store import ObjectInfo
@@ -241,7 +233,7 @@ def _refuse_unexplained(places: Places, claims: list[_Claim], fence: Fence) -> N
         return
     found = places.local_shard_names()
     if places.store is not None:
-        found += [info.name for info in places.store.list("shard_")]
+        found += [info.name for info in places.store.list(SHARD_PREFIX)]
     damaged = any(claim.problems for claim in claims) or any(claim.checkpoint for claim in claims)
     if found or damaged:
         _refuse_a_moving_bucket(places, fence)
@@ -257,7 +249,7 @@ ShardCheck = Callable[[list[ShardEntry]], list[bool]]
 
 def _bucket_check(places: Places) -> ShardCheck:
     def check(entries: list[ShardEntry]) -> list[bool]:
-        present = {info.name: (info.size, info.crc32c) for info in places.store.list("shard_")}
+        present = {info.name: (info.size, info.crc32c) for info in places.store.list(SHARD_PREFIX)}
         return [present.get(entry.filename) == (entry.bytes, entry.crc32c) for entry in entries]
 
     return check
@@ -310,7 +302,7 @@ def discard(run: RunIdentity, places: Places) -> None:
     """
     stored = list(places.store.list()) if places.store is not None else []
     markers = {info.name: info.generation for info in stored if info.name in _marker_names(places)}
-    data = [info for info in stored if info.name.startswith(("shard_", "stats"))]
+    data = [info for info in stored if info.name.startswith((SHARD_PREFIX, STATS_PREFIX))]
     local_data = [
         places.output_dir / name for name in (*places.local_shard_names(), *places.local_stats_names())
     ]

@@ -4,10 +4,11 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from qwen_jax.errors import WriterConflictError
+from qwen_jax.ledger.metadata import ShardEntry
+from qwen_jax.ledger.names import STATS_PREFIX, shard_stats_name
 from qwen_jax.run.places import Places
 from qwen_jax.shards import load_shard
-from qwen_jax.shards.ledger import ShardEntry
-from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats, shard_stats_name
+from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
 from qwen_jax.storage.local import TEMP_SUFFIX
 from qwen_jax.storage.store import ObjectInfo
@@ -31,7 +32,7 @@ class StoredStats:
     def merged(self, shards: Sequence[ShardEntry]) -> Stats:
         """Over all of `shards`, at least one, in order."""
         if self._places.store is not None:
-            self._stored = {info.name: info for info in self._places.store.list("stats_")}
+            self._stored = {info.name: info for info in self._places.store.list(STATS_PREFIX)}
         return merge_stats([self._of_shard(number, shard) for number, shard in enumerate(shards, 1)])
 
     def _of_shard(self, number: int, shard: ShardEntry) -> Stats:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from qwen_jax.data.prompts import SkippedSample, load_tokenizer
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.errors import BadDataError, TerminatedError
+from qwen_jax.ledger.metadata import Ledger
+from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.model.capture import Capture, Compilation, use_compilation_cache
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
@@ -29,7 +31,6 @@ from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import take_up
 from qwen_jax.settings import Settings
-from qwen_jax.shards.ledger import COMPLETED, Ledger
 from qwen_jax.storage.opening import open_store
 
 log = logging.getLogger(__name__)

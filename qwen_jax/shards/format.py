@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen_jax.errors import BadDataError
 from qwen_jax.kinds import EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.ledger.checks import MOST
 from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
 from qwen_jax.shards.unpickle import ArrayShell, Unpickler
 
@@ -467,8 +468,8 @@ def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
     for key, kind in (("sample_idx", int), ("shape", tuple), ("text_preview", str), ("task_id", str)):
         if type(result[key]) is not kind:
             raise MalformedError(f"has a record whose {key} is no {kind.__name__}")
-    if result["sample_idx"] < 0:
-        raise MalformedError("has a record with a negative sample_idx")
+    if not 0 <= result["sample_idx"] <= MOST:
+        raise MalformedError(f"has a record whose sample_idx is not from 0 to {MOST}")
     _check_arrays(result)
     return result
 

@@ -14,22 +14,18 @@ from typing import Self
 import numpy as np
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.ledger.checks import DamagedError, parse
+from qwen_jax.ledger.schema import STATS, STATS_HEADER
 from qwen_jax.shards.format import EMBEDDING, record_keys
 
 log = logging.getLogger(__name__)
 
-STATS_NAME = "stats.safetensors"
 MASSIVE = 100.0
 """A channel is massive where its largest absolute value exceeds the median channel's root mean square by this factor.
 
 Its largest value, since massive activations stand at few tokens of a prompt (Sun et al. 2024)."""
 _PARTS = {"mean": 2, "variance": 2, "max_abs": 2, "norm_mean": 1, "norm_max": 1}
 """The tensors of a kind in a statistics file, in the order of KindStats' arrays, and their dimensions."""
-
-
-def shard_stats_name(number: int) -> str:
-    """The statistics file of the `number`th shard, counted from 1."""
-    return f"stats_{number:04d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -214,15 +210,15 @@ def parse_stats(data: bytes, name: str) -> Stats:
     from safetensors.numpy import load
 
     try:
+        header = parse(data[8 : 8 + int.from_bytes(data[:8], "little")], STATS_HEADER)
+        about = parse(header["__metadata__"]["stats"].encode(), STATS)
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about: Mapping = json.loads(header["__metadata__"]["stats"])
         if not about:
-            raise ValueError("no kind")
+            raise DamagedError("it has no kind")
         return {kind: _parse_kind(kind, entry, tensors) for kind, entry in about.items()}
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise BadDataError(
-            f"{name} is not a whole statistics file ({error!r}); `python -m qwen_jax stats` makes it again"
+            f"{name} is not a whole statistics file ({error}); `python -m qwen_jax stats` makes it again"
         ) from error
 
 
@@ -231,8 +227,10 @@ def _parse_kind(kind: str, about: Mapping, tensors: Mapping[str, np.ndarray]) ->
     shape = (len(about["layers"]) or 1, *arrays[0].shape[1:])
     for array, (part, dimensions) in zip(arrays, _PARTS.items(), strict=True):
         if (array.dtype, array.shape, array.ndim) != (np.float64, shape[:dimensions], dimensions):
-            raise ValueError(f"{kind}.{part} is {array.dtype}{list(array.shape)}")
-    return KindStats(tuple(about["layers"]), int(about["count"]), *arrays)
+            raise DamagedError(f"{kind}.{part} is {array.dtype}{list(array.shape)}")
+        if not np.isfinite(array).all() or (part != "mean" and (array < 0).any()):
+            raise DamagedError(f"{kind}.{part} holds values that no rows have")
+    return KindStats(tuple(about["layers"]), about["count"], *arrays)
 
 
 def first_whole(copies: Iterable[tuple[bytes, str]], rows: int) -> Stats | None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import secrets
 import threading
@@ -11,13 +10,23 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qwen_jax.errors import StorageError, TerminatedError, UsageError
+from qwen_jax.ledger.checks import DamagedError, list_of, or_null, parse, record, text, whole
+from qwen_jax.ledger.schema import CRC32C
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
 from qwen_jax.storage.local import AtomicFile, atomic_write, storage_errors, sync_folder, write_json
-from qwen_jax.storage.store import ObjectInfo, accept_or_conflict, conflict
+from qwen_jax.storage.store import ObjectInfo, accept_or_conflict, check_small, conflict
 
 HIDDEN = ".store"
 """Folder for the lock, the generation counter and what the file system does not know about an object."""
 
+_SIDECAR = record(
+    {
+        "generation": whole(1, 2**63),
+        "crc32c": CRC32C,
+        "writer": or_null(text()),
+        "identity": list_of(whole(most=2**64)),
+    }
+)
 _LOCK_POLL_S = 0.02
 _COPY_BYTES = 1 << 20
 
@@ -64,7 +73,10 @@ class FolderStore:
         path = self._path(name)
         with self._locked(), storage_errors("read", path):
             info = self._info(name)
-            return (path.read_bytes(), info) if info else None
+            if info is None:
+                return None
+            check_small(info, self.url)
+            return path.read_bytes(), info
 
     def download_file(self, name: str, path: str | os.PathLike) -> ObjectInfo | None:
         source = self._path(name)
@@ -141,12 +153,12 @@ class FolderStore:
             return None
         status = path.stat()
         try:
-            sidecar = json.loads(self._sidecar(name).read_bytes())
+            sidecar = parse(self._sidecar(name).read_bytes(), _SIDECAR)
             if sidecar["identity"] == _identity(status):
                 return ObjectInfo(
                     name, status.st_size, sidecar["crc32c"], sidecar["generation"], sidecar["writer"]
                 )
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, DamagedError):
             pass  # no record, or not one of ours: adopt the file as it is
         size, crc32c = file_crc32c(path)
         return self._record(ObjectInfo(name, size, crc32c, 0), self._next_generation(), status)

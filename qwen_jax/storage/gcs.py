@@ -26,7 +26,7 @@ from qwen_jax.errors import ConfigError, StorageError, TerminatedError, redacted
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
 from qwen_jax.storage.local import atomic_write, storage_errors
 from qwen_jax.storage.resumable import NoProgressError, ResumableUpload, SessionLostError
-from qwen_jax.storage.store import ObjectInfo, accept_or_conflict, conflict
+from qwen_jax.storage.store import ObjectInfo, accept_or_conflict, check_small, conflict
 
 BUDGET_VARIABLE = "GCS_RETRY_BUDGET_S"
 DEFAULT_BUDGET_S = 300.0
@@ -127,6 +127,7 @@ class GcsStore:
             if blob is None:
                 return None
             info, file = self._info(blob), io.BytesIO()
+            check_small(info, self.url)
             self._download(blob, file)
             if crc32c_of(file.getbuffer()) != info.crc32c:
                 raise _WrongBytesError(f"its bytes do not have crc32c {info.crc32c}")

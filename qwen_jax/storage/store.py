@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwen_jax.errors import WriterConflictError
+from qwen_jax.errors import BadDataError, WriterConflictError
+from qwen_jax.ledger.checks import MOST_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class Store(Protocol):
         ...
 
     def get_bytes(self, name: str) -> tuple[bytes, ObjectInfo] | None:
-        """Content and description of one and the same generation; None if there is no such object."""
+        """Content and description of one and the same generation; None if there is no such object.
+
+        Raises BadDataError for one that is too large to be held.
+        """
         ...
 
     def download_file(self, name: str, path: str | os.PathLike) -> ObjectInfo | None:
@@ -88,6 +92,14 @@ class Store(Protocol):
     def delete(self, name: str, if_generation: int | None = None) -> None:
         """Removes an object; one that is gone already is no error. Raises PreconditionFailedError."""
         ...
+
+
+def check_small(info: ObjectInfo, where: str) -> None:
+    """Raises BadDataError for an object that is too large to be read at once."""
+    if info.size > MOST_BYTES:
+        raise BadDataError(
+            f"{where}/{info.name} has {info.size:,} bytes, which no file of its kind has; delete it, or restore it"
+        )
 
 
 def accept_or_conflict(

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from qwen_jax.fleet.records import ENDED, FAILED, RUNNING, ProgressRecord, progress_name
+from qwen_jax.ledger.names import progress_name
+from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.schema import ENDED, FAILED, RUNNING
 
 NOW = 1_800_000_000.0
 TOTAL = 6250

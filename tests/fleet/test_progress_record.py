@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import ConfigError, TerminatedError, UsageError, WriterConflictError
-from qwen_jax.fleet.records import ProgressRecord
+from qwen_jax.ledger.progress import ProgressRecord
 from qwen_jax.run.progress_record import ProgressWriter, record_interval
 from tests.fake_gcs import FakeGcs, Fault
 from tests.fleet.fleets import NOW, record

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen_jax.ledger.metadata import parse_metadata
 from qwen_jax.shards import KIND_KEYS, Sample, load_shard, write_shard
 from qwen_jax.shards.format import ANSWER_KEYS, ROW_KEYS
-from qwen_jax.shards.ledger import parse_metadata
 from qwen_jax.storage.checksum import file_crc32c
 from tests.run_worker.starts import ROOT, Start
 
@@ -58,6 +58,10 @@ class Copy:
         metadata = json.loads(path.read_text())
         change(metadata)
         path.write_text(json.dumps(metadata))
+
+    def checkpoint(self, **fields: Any) -> None:
+        path = self.folder / "checkpoint_worker_0.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     def shard(self, number: int, change: Callable[[dict], Any]) -> None:
         """Changes what a shard holds, and its size and checksum in the metadata with it."""

@@ -8,10 +8,10 @@ import pytest
 
 from qwen_jax.__main__ import main
 from qwen_jax.errors import BadDataError, ConfigError, UsageError
+from qwen_jax.ledger.names import shard_number
 from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
 from qwen_jax.reading.runs import open_runs
 from qwen_jax.run import recorded
-from qwen_jax.shards.ledger import shard_number
 from tests.reading.conftest import all_rows, extract
 
 

@@ -257,10 +257,7 @@ PLANTED = {
         ["unfinished: samples 36 to 35", "checkpoint_worker_0.json: says"],
     ),
     "checkpoint disagrees": (
-        write(
-            "checkpoint_worker_0.json",
-            b'{"status": "completed", "last_processed_sample_idx": 3, "total_shards": 1}',
-        ),
+        lambda copy: copy.checkpoint(last_processed_sample_idx=3, total_shards=1),
         [r"checkpoint_worker_0.json: says \['completed', 3, 1\]"],
     ),
     "checkpoint torn": (

@@ -12,7 +12,7 @@ import pytest
 
 from qwen_jax.__main__ import main
 from qwen_jax.errors import UsageError
-from qwen_jax.fleet.records import ProgressRecord
+from qwen_jax.ledger.progress import ProgressRecord
 from qwen_jax.run import devices, doctor
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.storage.folder import FolderStore

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import ConfigError, StorageError
+from qwen_jax.ledger.metadata import Ledger, RunIdentity
+from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.run.commit import Committer
 from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
-from qwen_jax.shards.ledger import COMPLETED, Ledger, RunIdentity
 from qwen_jax.storage.folder import FolderStore
 from tests.run_worker.conftest import ROOT, captured_sample, commit
 from tests.run_worker.torture import CHECKPOINT

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import WriterConflictError
+from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.run.commit import Committer
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume, take_up
-from qwen_jax.shards.ledger import RunIdentity
 from qwen_jax.storage.folder import FolderStore
 from tests.run_worker.conftest import captured_sample, commit, tree
 from tests.run_worker.test_restart import wait_until

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from qwen_jax.ledger.metadata import Ledger
+from qwen_jax.ledger.names import METADATA_NAME, shard_stats_name
 from qwen_jax.run import commit, resume
 from qwen_jax.run.commit import Committer
-from qwen_jax.shards.ledger import METADATA_NAME, Ledger
-from qwen_jax.shards.statistics import shard_stats_name
 from qwen_jax.storage import gcs, local
 from qwen_jax.storage.local import json_bytes, write_json
 from qwen_jax.storage.store import PreconditionFailedError

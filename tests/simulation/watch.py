@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from qwen_jax.shards.ledger import COMPLETED, METADATA_NAME, Ledger, shard_name, shard_number
-from qwen_jax.shards.statistics import STATS_NAME, shard_stats_name
+from qwen_jax.ledger.metadata import Ledger
+from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, shard_name, shard_number, shard_stats_name
+from qwen_jax.ledger.schema import COMPLETED
 from tests.simulation.bucket import Stored, crc32c
 from tests.simulation.disk import Disk
 from tests.simulation.shards import LINES, SHARDS, merged, variants

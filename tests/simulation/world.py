@@ -19,9 +19,9 @@ from unittest import mock
 
 from qwen_jax.data.prompts import SkippedSample
 from qwen_jax.errors import ConfigError, StorageError, WriterConflictError
+from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.run import commit, resume, run_stats
 from qwen_jax.run.places import Places
-from qwen_jax.shards.ledger import RunIdentity
 from qwen_jax.storage import checksum, gcs, local, resumable
 from tests.simulation.bucket import Bucket, Client, Http, arrive
 from tests.simulation.disk import Disk, DiskOs, SimPath, machines, open_file

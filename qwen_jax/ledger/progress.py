@@ -1,23 +1,16 @@
 """What a worker leaves for those who watch it: `progress.json`. Nothing in a resume reads it."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Self
 
 from qwen_jax.errors import shown
+from qwen_jax.ledger.checks import DamagedError, parse
+from qwen_jax.ledger.schema import PROGRESS
 
-STARTING, RUNNING, ENDED, FAILED, TERMINATED = "starting", "running", "ended", "failed", "terminated"
-STATUSES = (STARTING, RUNNING, ENDED, FAILED, TERMINATED)
 HISTORY_POINTS = 120
 """The most points of the throughput history that a record keeps: of this start, and of earlier ones."""
-_LARGEST_COUNT = 10**15
-_LARGEST_TIME = 1e11
 _LONGEST_MESSAGE = 500
-
-
-def progress_name(worker_id: int | None = None) -> str:
-    """The file's name in a checkpoint folder, where workers lie side by side; without an id in a bucket."""
-    return "progress.json" if worker_id is None else f"progress_worker_{worker_id}.json"
 
 
 def one_line(text: str) -> str:
@@ -99,48 +92,9 @@ class ProgressRecord:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Reads a record back; raises ValueError for anything that no worker writes."""
-        try:
-            values = json.loads(data)
-        except RecursionError as error:
-            raise ValueError("is nested without end") from error
-        if not isinstance(values, dict) or set(values) != {each.name for each in fields(cls)}:
-            raise ValueError("has other keys than a progress record")
-        record = cls(**values)
-        if not record._is_possible():
-            raise ValueError("holds values that no worker writes")
+        """Reads a record back; raises DamagedError for anything that no worker writes."""
+        record = cls(**parse(data, PROGRESS))
+        if record.samples_done > record.samples_total:
+            raise DamagedError("it has more samples done than there are")
         record.message = one_line(record.message)
         return record
-
-    def _is_possible(self) -> bool:
-        counts = (self.worker_id, self.samples_done, self.samples_total, self.shards, self.tokens)
-        times = (self.started_at, self.updated_at)
-        return (
-            all(map(_is_count, (*counts, self.raw_bytes)))
-            and (self.exit_code is None or _is_count(self.exit_code))
-            and all(_is_number(value, _LARGEST_TIME) for value in times)
-            and (self.last_shard_at is None or _is_number(self.last_shard_at, _LARGEST_TIME))
-            and self.samples_done <= self.samples_total
-            and self.status in STATUSES
-            and isinstance(self.message, str)
-            and _is_history(self.history)
-            and _is_history(self.earlier)
-        )
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST_COUNT
-
-
-def _is_number(value: object, largest: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= largest  # nan is not
-
-
-def _is_history(points: object) -> bool:
-    return isinstance(points, list) and all(
-        isinstance(point, list)
-        and len(point) == 3
-        and _is_number(point[0], _LARGEST_TIME)
-        and all(_is_number(value, _LARGEST_COUNT) for value in point[1:])
-        for point in points
-    )

@@ -1,36 +1,26 @@
 """The ledger of a run: which samples are durably stored, where, and which were left out and why.
 
 It is kept twice, written in this order: `metadata.json` holds all of it, for readers of the shards;
-`checkpoint_worker_N.json` holds how far it goes, for people and for the next start.
+`checkpoint_worker_N.json` holds how far it goes, for people and for the next start (checkpoint.py).
 """
 
-import json
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from qwen_jax.ledger.checks import DamagedError, parse
+from qwen_jax.ledger.names import shard_name
+from qwen_jax.ledger.schema import (
+    COMPLETED,
+    DESCRIBED_METADATA,
+    IN_PROGRESS,
+    METADATA,
+    MOST_SUM,
+    SEEN_METADATA,
+)
+
 Fingerprint = dict[str, Any]
 """Everything that decides which bytes a run writes, by name (run/fingerprint.py)."""
-
-IN_PROGRESS, COMPLETED = "in_progress", "completed"
-METADATA_NAME = "metadata.json"
-
-
-class DamagedError(ValueError):
-    """A metadata or checkpoint file that is empty, torn or holds impossible values; str says what."""
-
-
-def shard_name(number: int) -> str:
-    """The file name of the `number`th shard, counted from 1."""
-    return f"shard_{number:04d}.pkl.gz"
-
-
-def shard_number(name: str) -> int | None:
-    """The number of a shard's file name; None for other names."""
-    match = re.fullmatch(r"shard_(\d{4,})\.pkl\.gz", name)
-    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True)
@@ -208,63 +198,49 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class CheckpointRecord:
-    """What a stored checkpoint claims."""
-
-    worker_id: int
-    total_shards: int
-    last_processed_sample_idx: int
-    status: str
-    fingerprint: Fingerprint = field(default_factory=dict)
-
-
-def parse_checkpoint(data: bytes) -> CheckpointRecord:
-    """Reads a checkpoint file; raises DamagedError for anything that no run of ours wrote."""
-    fields = _json_object(data)
-    record = CheckpointRecord(
-        worker_id=_count(fields, "worker_id"),
-        total_shards=_count(fields, "total_shards"),
-        last_processed_sample_idx=_count(fields, "last_processed_sample_idx", least=-1),
-        status=_status(fields),
-        fingerprint=_typed(fields, "fingerprint", dict),
-    )
-    return record
-
-
-@dataclass(frozen=True)
 class StoredMetadata:
-    """What a stored metadata.json says. settings: those that may change on a resume."""
+    """What a stored metadata.json says. settings: those that may change on a resume. fields: all of it."""
 
     ledger: Ledger
     worker_id: int
     fingerprint: Fingerprint
     settings: dict[str, Any]
+    fields: dict[str, Any] = field(repr=False)
 
 
-def parse_metadata(data: bytes) -> StoredMetadata:
-    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote."""
-    fields = _json_object(data)
-    shards = tuple(
-        _shard_entry(entry, number) for number, entry in enumerate(_typed(fields, "shards", list), 1)
-    )
+def parse_metadata(data: bytes, *, described: bool = False) -> StoredMetadata:
+    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote.
+
+    described: whether model, layers and what else readers need must be there, too.
+    """
+    fields = parse(data, DESCRIBED_METADATA if described else METADATA)
     ledger = Ledger(
-        shards,
-        _notes(fields, "skipped"),
-        _notes(fields, "truncated"),
-        _notes(fields, "shortened"),
-        _count(fields, "last_processed_sample_idx", least=-1),
-        _status(fields),
-        _typed(fields, "statistics", dict),
+        tuple(_shard_entry(entry, number) for number, entry in enumerate(fields["shards"], 1)),
+        *(tuple(fields[notes]) for notes in ("skipped", "truncated", "shortened")),
+        fields["last_processed_sample_idx"],
+        fields["status"],
+        fields["statistics"],
     )
     _check_order(ledger)
-    if len({frozenset(shard.layer_norms) for shard in shards}) > 1:
+    if max(ledger.totals().values()) > MOST_SUM:
+        raise DamagedError("its shards hold more than any disk")
+    if len({frozenset(shard.layer_norms) for shard in ledger.shards}) > 1:
         raise DamagedError("its shards have different layers")
-    return StoredMetadata(
-        ledger,
-        _count(fields, "worker_id"),
-        _typed(fields, "fingerprint", dict),
-        _typed(fields, "settings", dict),
-    )
+    return StoredMetadata(ledger, fields["worker_id"], fields["fingerprint"], fields["settings"], fields)
+
+
+def seen_metadata(data: bytes) -> tuple[int, dict[str, float]]:
+    """Compressed bytes and mean norms by layer, for those who watch; raises DamagedError."""
+    fields = parse(data, SEEN_METADATA)
+    return fields["totals"]["bytes"], {
+        layer: float(norm["mean"]) for layer, norm in fields["layer_norms"].items()
+    }
+
+
+def _shard_entry(entry: dict[str, Any], number: int) -> ShardEntry:
+    if entry["filename"] != shard_name(number):
+        raise DamagedError(f"shard {number} is called {entry['filename']!r}")
+    return ShardEntry(**entry)
 
 
 def _check_order(ledger: Ledger) -> None:
@@ -277,66 +253,3 @@ def _check_order(ledger: Ledger) -> None:
     reached = ledger.last_processed_sample_idx
     if reached < last or (ledger.status != COMPLETED and reached != last):
         raise DamagedError(f"last_processed_sample_idx is {reached}, the last shard ends at {last}")
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"not JSON ({error})" if data else "empty") from error
-    if not isinstance(fields, dict):
-        raise DamagedError("not a JSON object")
-    return fields
-
-
-def _typed(fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = fields.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise DamagedError(f"{key} is missing or not a {kind.__name__}")
-    return value
-
-
-def _count(fields: Mapping[str, Any], key: str, least: int = 0) -> int:
-    value = _typed(fields, key, int)
-    if not least <= value < 2**53:
-        raise DamagedError(f"{key} is {value}")
-    return value
-
-
-def _status(fields: Mapping[str, Any]) -> str:
-    if fields.get("status") not in (IN_PROGRESS, COMPLETED):
-        raise DamagedError(f"status is {fields.get('status')!r}")
-    return fields["status"]
-
-
-def _notes(fields: Mapping[str, Any], key: str) -> tuple[dict, ...]:
-    notes = _typed(fields, key, list)
-    for note in notes:
-        if not isinstance(note, dict):
-            raise DamagedError(f"{key} holds something that is not an object")
-        if not all(isinstance(value, str | int) for value in note.values()):
-            raise DamagedError(f"{key} holds a note whose values are not plain")
-        _count(note, "sample_idx")
-        if key == "skipped" and not isinstance(note.get("bad_record"), bool):
-            raise DamagedError("a skipped sample does not say whether it was a bad record")
-    return tuple(notes)
-
-
-def _shard_entry(entry: Any, number: int) -> ShardEntry:
-    if not isinstance(entry, dict) or set(entry) != set(ShardEntry.__dataclass_fields__):
-        raise DamagedError(f"the entry of shard {number} has other keys than ours")
-    for key in ("first_sample_idx", "last_sample_idx"):
-        _count(entry, key)
-    for key in ("samples", "tokens", "bytes", "raw_bytes"):
-        _count(entry, key, least=1)
-    _typed(entry, "crc32c", str)
-    if entry["filename"] != shard_name(number):
-        raise DamagedError(f"shard {number} is called {entry['filename']!r}")
-    for norms in _typed(entry, "layer_norms", dict).values():
-        if not isinstance(norms, dict) or not all(_is_finite(norms.get(k)) for k in ("mean", "max")):
-            raise DamagedError(f"the layer norms of shard {number} are not numbers")
-    return ShardEntry(**entry)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)

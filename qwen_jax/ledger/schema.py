@@ -1,0 +1,196 @@
+"""What each file that a stranger can hand us may hold, one table a file: types, ranges, sizes, names."""
+
+from qwen_jax.kinds import EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.ledger.checks import (
+    MOST,
+    distinct,
+    list_of,
+    map_of,
+    number,
+    one_of,
+    or_null,
+    plain,
+    record,
+    text,
+    unknown,
+    whole,
+    yes_or_no,
+)
+
+NOT_STARTED, IN_PROGRESS, COMPLETED = "not_started", "in_progress", "completed"
+"""Of a run; a file never says the first."""
+STARTING, RUNNING, ENDED, FAILED, TERMINATED = "starting", "running", "ended", "failed", "terminated"
+"""Of a worker, in its progress record."""
+MOST_LAYERS, MOST_SUM = 1 << 16, 10**18
+_MOST_WORKER = 10**9 - 1
+_MOST_TIME, _MOST_POINTS, _MOST_MESSAGE = 1e11, 1000, 10**6
+_MOST_NORM = 1e45
+"""Above the norm of any row of float32 values."""
+
+_count, _sum = whole(), whole(most=MOST_SUM)
+_worker = whole(most=_MOST_WORKER)
+_status = one_of(IN_PROGRESS, COMPLETED)
+_norm = number(0, _MOST_NORM)
+_layer = whole(most=MOST_LAYERS - 1)
+_layer_word = text(r"[0-9]{1,5}")
+_object = record({}, others=None)
+CRC32C, _sha256 = text(r"[A-Za-z0-9+/]{6}=="), text(r"[0-9a-f]{64}")
+_name = text(r"[^\0]*")
+_file_name = text(r"[^/\0]+", most=255)
+
+
+def _layer_or_embedding(value: object, name: str) -> None:
+    if value != EMBEDDING:
+        _layer(value, name)
+
+
+_NOTE = {"sample_idx": _count}
+_SHARD = record(
+    {
+        "filename": _file_name,
+        "first_sample_idx": _count,
+        "last_sample_idx": _count,
+        **dict.fromkeys(("samples", "tokens", "bytes", "raw_bytes"), whole(1)),
+        "crc32c": CRC32C,
+        "layer_norms": map_of(_layer_word, record({"mean": _norm, "max": _norm}, others=unknown)),
+    },
+    others=unknown,
+)
+_MARKER = {
+    "worker_id": _worker,
+    "status": _status,
+    "last_processed_sample_idx": whole(-1),
+    "fingerprint": record({}, others=None),
+}
+_CHOICES = (*("keep_tokens", "prompt_format", "overlong"),)
+_SWITCHES = ("include_embedding", "include_answer", "skip_special_tokens", "chat_template")
+_LEDGER = {
+    **_MARKER,
+    "settings": _object,
+    "statistics": _object,
+    "shards": list_of(_SHARD),
+    "skipped": list_of(record({**_NOTE, "bad_record": yes_or_no}, optional={"full_length": _count})),
+    "truncated": list_of(record(_NOTE, optional={"full_length": _count})),
+    "shortened": list_of(record(_NOTE, optional={"full_length": _count})),
+}
+METADATA = record(_LEDGER, others=None)
+"""metadata.json as far as a start goes on from it."""
+DESCRIBED_METADATA = record(
+    {
+        **_LEDGER,
+        "model": record(
+            {
+                **dict.fromkeys(("name", "revision", "weights_digest"), text()),
+                "hidden_size": whole(1, 10**6),
+                "num_layers": whole(1, MOST_LAYERS),
+            }
+        ),
+        "dataset": record({"path": text(), "lines": _count}),
+        "activation_types": distinct(one_of(*KINDS)),
+        "layers": distinct(_layer),
+        "layer_meanings": map_of(text(), text()),
+        "compute_dtype": one_of(*STORED_DTYPES),
+        "activation_dtype": one_of(*STORED_DTYPES),
+        "totals": map_of(text(), _sum),
+        "layer_norms": map_of(_layer_word, record({"mean": _norm, "max": _norm})),
+        "fingerprint": record(
+            {
+                **dict.fromkeys(("stream_sha256", "keep_tokens"), text()),
+                "skip_first": _count,
+                **dict.fromkeys(("skip_special_tokens", "include_embedding", "include_answer"), yes_or_no),
+                "max_seq_length": whole(1),
+                "max_samples": or_null(_count),
+            },
+            others=None,
+        ),
+    },
+    others=None,
+)
+"""metadata.json as far as readers take something from it."""
+
+RECORDED = record(
+    {
+        "worker_id": _worker,
+        "model": record({"name": _name, "revision": _name}),
+        "dataset": record({"path": _name}),
+        "skipped": list_of(_object),
+        "fingerprint": record(
+            {
+                "layers": distinct(_layer),
+                **dict.fromkeys(_CHOICES, text()),
+                **dict.fromkeys(_SWITCHES, yes_or_no),
+                "activation_type": text(r"[a-z]+( [a-z]+)*"),
+                "compute_dtype": one_of(*STORED_DTYPES),
+                "activation_dtype": one_of(*STORED_DTYPES),
+                "skip_first": _count,
+                "max_seq_length": whole(1),
+                "shard_size_gb": number(0),
+                "max_samples": or_null(_count),
+            },
+            others=None,
+        ),
+        "settings": record(
+            {"attention": text(), **dict.fromkeys(("batch_size", "model_parallel"), whole(1, 10**6))},
+            others=None,
+        ),
+    },
+    others=None,
+)
+"""metadata.json as far as it says how to make the run's samples again."""
+
+CHECKPOINT = record({**_MARKER, "total_shards": _count}, others=None)
+"""checkpoint_worker_N.json as far as a start goes on from it."""
+SEEN_CHECKPOINT = record(
+    {"total_samples_processed": _count, "total_shards": _count},
+    optional={"worker_id": _worker, "status": _status},
+    others=None,
+)
+SEEN_METADATA = record(
+    {
+        "totals": record({"bytes": _sum}, others=None),
+        "layer_norms": map_of(_layer_word, record({"mean": _norm}, others=None)),
+    },
+    others=None,
+)
+"""What those who watch a fleet take of them."""
+
+_time = number(0, _MOST_TIME)
+
+
+def _point(value: object, name: str) -> None:
+    list_of(number(0, MOST), 3, 3)(value, name)
+    _time(value[0], name)  # type: ignore[index]
+
+
+PROGRESS = record(
+    {
+        "worker_id": _worker,
+        "status": one_of(STARTING, RUNNING, ENDED, FAILED, TERMINATED),
+        **dict.fromkeys(("samples_done", "samples_total", "shards", "tokens", "raw_bytes"), _count),
+        "started_at": _time,
+        "updated_at": _time,
+        "last_shard_at": or_null(_time),
+        "message": text(most=_MOST_MESSAGE),
+        "exit_code": or_null(whole(most=255)),
+        "history": list_of(_point, most=_MOST_POINTS),
+        "earlier": list_of(_point, most=_MOST_POINTS),
+    },
+    others=unknown,
+)
+
+STATS_HEADER = record({"__metadata__": record({"stats": text(most=10**7)})}, others=None)
+STATS = map_of(text(r"[a-z_]+"), record({"layers": distinct(_layer, 0), "count": whole(1)}, others=unknown))
+"""What a statistics file says of its tensors."""
+
+STREAMS = record(
+    {"streams": list_of(record({"file": _file_name, "samples": _count, "sha256": _sha256}))}, others=None
+)
+EXPORT = record(
+    {
+        "about": map_of(text(), plain),
+        "parts": map_of(_file_name, CRC32C),
+        "layers": distinct(_layer_or_embedding, 0),
+    },
+    others=unknown,
+)
+EXPORTED_PARTS = list_of(list_of(plain, 2, 2))
