@@ -37,6 +37,9 @@ _TRAILER = struct.Struct("<II")
 DEFAULT_FLOOR_BYTES = 256 << 20
 DEFAULT_RATIO = 64
 HARD_CAP_BYTES = 64 << 30
+WORK_FLOOR = 500_000
+"""Steps that any file may cost; each of its bytes adds one. A step is about a microsecond: an opcode."""
+_MEMBER_WORK = 64
 
 
 Buffer = bytes | bytearray | memoryview
@@ -221,21 +224,33 @@ class MalformedError(ValueError):
 
 
 class Budget:
-    """What reading may cost in bytes of memory, so that a small file cannot ask for all of it.
+    """What reading may cost in bytes of memory and steps of work, so that a small file cannot ask for all of it.
 
     Without `max_bytes` the limit grows with the compressed bytes read: DEFAULT_FLOOR_BYTES +
-    DEFAULT_RATIO per byte, at most HARD_CAP_BYTES (hidden states compress about 2 to 1).
+    DEFAULT_RATIO per byte, at most HARD_CAP_BYTES (hidden states compress about 2 to 1). Work: see WORK_FLOOR.
     """
 
     def __init__(self, max_bytes: int | None = None):
         self._ratio = DEFAULT_RATIO if max_bytes is None else 0
         self.limit = DEFAULT_FLOOR_BYTES if max_bytes is None else max_bytes
         self.used = 0
+        self.work_left = WORK_FLOOR
 
     def earn(self, compressed: int) -> None:
-        """Raises the limit for `compressed` bytes of input."""
+        """Raises the limits for `compressed` bytes of input."""
+        self.pass_over(compressed)
         if self._ratio:
             self.limit = min(self.limit + self._ratio * compressed, HARD_CAP_BYTES)
+
+    def pass_over(self, compressed: int) -> None:
+        """Raises that of work for `compressed` bytes which are there, but not read."""
+        self.work_left += compressed
+
+    def work(self, steps: int) -> None:
+        """Takes steps off; raises MalformedError when they are not there. A shard has far fewer than bytes."""
+        self.work_left -= steps
+        if self.work_left < 0:
+            raise MalformedError("takes more work to read than a file of its size does")
 
     def charge(self, cost: int) -> None:
         """Takes `cost` bytes off; raises MalformedError when they are not there."""
@@ -323,6 +338,8 @@ class GzipReader:
             if behind > 0:
                 self._file.seek(place)
             return 0
+        self._budget.work(_MEMBER_WORK)
+        self._budget.pass_over(max(behind, 0))
         self._input = self._input[size:]
         return content
 
@@ -343,6 +360,7 @@ class GzipReader:
             if not self._input and not self._refill():
                 return False
             if not self._in_member:
+                self._budget.work(_MEMBER_WORK)
                 self._inflate, self._in_member = zlib.decompressobj(_GZIP_WBITS), True
             data = self._step()
             if data:

@@ -34,7 +34,8 @@ def record_keys(kinds: Sequence[str]) -> dict[str, str]:
     return {kind: kind if number else "activation" for number, kind in enumerate(kinds)}
 
 
-_RECORD_COST = 512
+_RECORD_COST, _RECORD_WORK = 512, 16
+_BYTES_A_STEP = 1024
 
 
 class ShardError(BadDataError):
@@ -471,7 +472,14 @@ def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
     if not 0 <= result["sample_idx"] <= MOST:
         raise MalformedError(f"has a record whose sample_idx is not from 0 to {MOST}")
     _check_arrays(result)
+    budget.work(_RECORD_WORK + _size(result) // _BYTES_A_STEP)
     return result
+
+
+def _size(record: dict[str, Any]) -> int:
+    """Bytes that whoever looks at the record looks at: records may share them, and so be many."""
+    arrays = {id(value): value.nbytes for value in record.values() if type(value) is np.ndarray}
+    return len(record["task_id"]) + len(record["text_preview"]) + sum(arrays.values())
 
 
 def _check_arrays(record: dict[str, Any]) -> None:

@@ -209,6 +209,7 @@ class Unpickler:
         if code not in _OPCODES:
             raise MalformedError(f"uses pickle opcode {code!r}, which no shard needs")
         self._budget.charge(_OP_COST)
+        self._budget.work(1)
         return _OPCODES[code]
 
     def _argument(self, info: pickletools.OpcodeInfo) -> Any:
@@ -251,6 +252,7 @@ class Unpickler:
             if type(stack[place]) not in (int, str) or type(stack[place + 1]) is not list:
                 break
             at_hand = stack[place]
+            self._budget.work(1)
         return at_hand
 
     def _take(self, size: int) -> bytearray:
@@ -266,6 +268,7 @@ class Unpickler:
         line = self._stream.readline(_MAX_NAME)
         if not line.endswith(b"\n"):
             raise MalformedError("names a global without an end")
+        self._budget.work(len(line))
         return line[:-1].decode()
 
     def _finish(self) -> Any:

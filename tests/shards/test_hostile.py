@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.shards import ShardError, load_shard
+from qwen_jax.shards.compress import WORK_FLOOR, Budget
 from tests.shards.samples import make_sample, shard_bytes
 
 GOOD = shard_bytes([make_sample(n, n_tokens=3, hidden=4) for n in range(2)], layers=(0, 1, 2))
@@ -346,8 +348,22 @@ REASONS = {
     "deep nesting": "nests or stacks",
     "lists": "nests or stacks",
     "marks": "nests or stacks",
-    "empty members": "ends in the middle",
+    "empty members": "takes more work",
+    "lists in a list": "takes more work",
+    "remembered dicts": "takes more work",
+    "deep tuples": "takes more work",
+    "one record in many layers": "takes more work",
+    "equal strings": "takes more work",
+    "equal arrays": "takes more work",
 }
+
+
+def compared(**values) -> bytes:
+    """Records of many layers that differ from those of the first in which of two equal values they hold."""
+    one, other = ({**record(), **{key: make() for key, make in values.items()}} for _ in range(2))
+    return gzip.compress(pickle.dumps({layer: [dict(other if layer else one)] for layer in range(9000)}), 9)
+
+
 BOMBS = {
     "zeros as one string": lambda: bomb(bytes(1), 1 << 29, PROTO + b"\x8e" + struct.pack("<Q", 1 << 29)),
     "claimed length": lambda: gzip.compress(PROTO + b"\x8e" + struct.pack("<Q", 1 << 62)),
@@ -362,6 +378,12 @@ BOMBS = {
     "encode": lambda: gzip.compress(PROTO + AMPLIFIED + b"h\x01h\x00h\x02\x86R" * 8000 + b"."),
     "wide text": lambda: gzip.compress(PROTO + (text("\U0001f600" + "x" * 300_000) + b"\x94") * 700 + b"."),
     "empty members": lambda: gzip.compress(b"", mtime=0) * 20_000,
+    "equal strings": lambda: compared(task_id=lambda: "".join(["x" * (8 << 20)])),
+    "equal arrays": lambda: compared(
+        activation=lambda: np.zeros((1 << 20, 2), np.float32),
+        shape=lambda: (1 << 20, 2),
+        token_ids=lambda: np.zeros(1 << 20, np.int32),
+    ),
     "one record in many layers": lambda: gzip.compress(
         pickle.dumps(
             {
@@ -398,6 +420,33 @@ def test_bombs_stay_within_the_memory_bound(name, tmp_path):
     assert outcome.startswith("refused"), run.stderr
     assert REASONS.get(name, "unpacks to more than") in outcome
     assert int(kilobytes) << 10 < LIMIT
+
+
+def test_empty_members_are_not_read_to_their_end():
+    file = io.BytesIO(gzip.compress(b"", mtime=0) * 100_000)
+    with pytest.raises(ShardError, match="takes more work"):
+        load_shard(file)
+    assert file.tell() < 400_000
+
+
+class Watched(Budget):
+    made: ClassVar[list[Budget]] = []
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.made.append(self)
+
+
+@pytest.mark.parametrize("layers", [None, [3]], ids=["all", "one, the others jumped over"])
+def test_the_work_of_a_true_shard_is_far_from_the_bound(layers, monkeypatch):
+    """One token a sample is the most work for the bytes; and arrays so long that they are jumped over."""
+    few = [make_sample(n, 1, 64, n_layers=24) for n in range(300)]
+    long = [make_sample(n, 2000, 64, n_layers=24) for n in range(3)]
+    monkeypatch.setattr("qwen_jax.shards.format.Budget", Watched)
+    for samples in (few, long):
+        data = shard_bytes(samples, layers=tuple(range(24)))
+        load_shard(io.BytesIO(data), layers=layers)
+        assert Watched.made[-1].work_left - WORK_FLOOR > 0.1 * len(data)
 
 
 def test_max_bytes_bounds_and_admits():
