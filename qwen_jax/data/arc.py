@@ -36,6 +36,8 @@ class Text:
 
 
 _RECORD_KEYS = ("train", "test", "messages", "text", "prompt")
+# Empty lists and objects take 3 bytes of a line, and up to 200 of memory.
+_NODES_FREE, _BYTES_A_NODE = 1_000_000, 16
 _COLOURS = frozenset(range(10))
 _NAME_KEYS = ("task_id", "source", "id", "uid")
 
@@ -58,6 +60,8 @@ def parse_line(raw: bytes) -> Task | Text:
     """Reads one line of a stream; raises BadRecord with the reason if it is not usable."""
     if not raw.strip():
         raise BadRecord("empty line")
+    if raw.count(b"[") + raw.count(b"{") > _NODES_FREE + len(raw) // _BYTES_A_NODE:
+        raise BadRecord("more lists and objects than a line of its length may have")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ _INSTRUCTION = (
     "Each example turns an input grid into an output grid by the same rule. Cells are colours, 0 to 9. "
     "Find the rule and give the output grid of the test input.\n\n"
 )
+_EXAMPLE, _OUTPUT, _END = "Example {}\nInput:\n", "Output:\n", "\n"
 # The digit of every colour, as bytes.translate takes it.
 _DIGITS = bytes.maketrans(bytes(range(10)), b"0123456789")
 
@@ -54,6 +55,13 @@ class GridLayout:
         text = "".join(chain.from_iterable(zip(heads, rows, strict=True))) + self.row_end + self.after
         return Segment(role, text, partial(self._cells, number, heads, colours, len(rows[0])))
 
+    def characters(self, grid: Grid) -> int:
+        """Of its text."""
+        height, width = len(grid), len(grid[0])
+        row = width + (width - 1) * len(self.between_cells) + len(self.row_end)
+        heads = sum(len(self.row_start(number)) for number in range(height))
+        return len(self.before) + heads + height * row + len(self.after)
+
     def _cells(self, number: int, heads: list[str], colours: bytes, row_length: int) -> np.ndarray:
         """As Segment has them. heads: what stands before each row, row_length: its characters without that."""
         rows, columns = np.arange(len(heads)), np.arange(len(colours) // len(heads))
@@ -82,15 +90,24 @@ def task_segments(task: Task, layout: GridLayout, dropped: int = 0) -> list[Segm
     segments = [Segment(INSTRUCTION, _INSTRUCTION)]
     for number, pair in enumerate(task.train[dropped:], 1):
         example = dropped + number
-        segments.append(Segment(INSTRUCTION, f"Example {number}\nInput:\n"))
+        segments.append(Segment(INSTRUCTION, _EXAMPLE.format(number)))
         segments.append(layout.show(example_role(example, "input"), 2 * example - 2, pair["input"]))
-        segments.append(Segment(INSTRUCTION, "Output:\n"))
+        segments.append(Segment(INSTRUCTION, _OUTPUT))
         segments.append(layout.show(example_role(example, "output"), 2 * example - 1, pair["output"]))
-        segments.append(Segment(INSTRUCTION, "\n"))
+        segments.append(Segment(INSTRUCTION, _END))
     segments.append(Segment(INSTRUCTION, "Test\nInput:\n"))
     segments.append(layout.show(TEST_INPUT, 2 * len(task.train), task.test[0]["input"]))
-    segments.append(Segment(INSTRUCTION, "Output:\n"))
+    segments.append(Segment(INSTRUCTION, _OUTPUT))
     return segments
+
+
+def least_characters(task: Task, layout: GridLayout) -> list[int]:
+    """The fewest characters that each example takes in a prompt, and last those of the test."""
+    headings = len(_EXAMPLE.format(1) + _OUTPUT + _END)
+    return [
+        *(headings + sum(map(layout.characters, (pair["input"], pair["output"]))) for pair in task.train),
+        layout.characters(task.test[0]["input"]),
+    ]
 
 
 def answer_segment(task: Task, layout: GridLayout) -> Segment | None:

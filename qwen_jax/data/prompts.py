@@ -14,6 +14,7 @@ from qwen_jax.data.layouts import (
     Prompt,
     Segment,
     answer_segment,
+    least_characters,
     place_in_template,
     task_segments,
 )
@@ -25,7 +26,9 @@ OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
 _PREVIEW_CHARACTERS = 200
 # Tokenised at once: enough to keep all cores busy where the tokenizer reads whole texts, few enough to hold.
 _CHUNK_LINES = 64
-_CHUNK_CHARACTERS = 1 << 17
+CHUNK_BYTES = 1 << 17
+_BYTES_AT_LEAST = 1 << 20
+_MESSAGE_BYTES = 16
 _MESSAGE_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 
 
@@ -42,7 +45,8 @@ class TokenizedSample:
         text_preview: the first 200 characters of the prompt that was tokenised, so without dropped examples.
         truncated: whether tokens were cut off on the right.
         dropped_examples: leading training examples left out to make it fit.
-        full_length: tokens before any shortening.
+        full_length: tokens before any shortening; without the examples that have too many bytes (most_prompt_bytes)
+            to fit.
         positions: int32 [n_kept], ascending: the tokens whose activations are kept; None is all of them.
         with_answer: whether the log-probabilities of the tokens of role ANSWER are wanted.
     """
@@ -76,7 +80,8 @@ class TokenizedSample:
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that is left out. bad_record: the line itself is faulty, rather than only too long."""
+    """A sample that is left out. full_length: tokens, 0 where they were not counted. bad_record: the line itself is
+    faulty, rather than only too long."""
 
     sample_idx: int
     task_id: str
@@ -117,6 +122,14 @@ class _Making:
         return self._result
 
 
+def most_prompt_bytes(tokenizer: Any, max_seq_length: int) -> int:
+    """Bytes (UTF-8) of a prompt that is made into tokens: any prompt that fits has fewer.
+
+    The vocabulary of a tokenizer such as Qwen's shows each byte of a token as a character.
+    """
+    return max(_BYTES_AT_LEAST, max_seq_length * max(map(len, tokenizer.get_vocab())))
+
+
 class PromptEncoder:
     """Turns the records of a stream into token ids of at most `max_seq_length`."""
 
@@ -146,6 +159,7 @@ class PromptEncoder:
         self._layout = PROMPT_FORMATS[prompt_format]
         self._chat_template = chat_template
         self._max_seq_length = max_seq_length
+        self._most_bytes = most_prompt_bytes(tokenizer, max_seq_length)
         self._overlong = overlong
         self._include_answer = include_answer
 
@@ -159,10 +173,10 @@ class PromptEncoder:
 
         As `overlong` says: `drop_examples` leaves out as few leading training examples of a task as make it fit,
         and cuts text on the right; `truncate` cuts everything on the right; `skip` skips. A task whose test input
-        does not fit even alone is skipped. No special tokens are added but those of the chat template.
-        A record that cannot become tokens at all is skipped as a bad one. Reads a bounded number of characters
-        ahead, and yields in order. Raises ConfigError, after what comes before, for chat messages where the
-        tokenizer has no chat template.
+        does not fit even alone is skipped, and so is a prompt of more than `most_prompt_bytes`. No special tokens are
+        added but those of the chat template. A record that cannot become tokens at all is skipped as a bad one.
+        Reads a bounded number of bytes ahead, and yields in order. Raises ConfigError, after what comes before,
+        for chat messages where the tokenizer has no chat template.
         """
         for chunk in _chunks(records):
             makings = [_Making(self._making(sample_idx, record)) for sample_idx, record in chunk]
@@ -177,8 +191,11 @@ class PromptEncoder:
         """Makes one sample; yields each text whose tokens it needs."""
         if isinstance(record, BadRecord):
             return SkippedSample(sample_idx, "", str(record), 0, True)
+        dropped = self._surely_dropped(record)
+        if dropped is None:
+            return self._beyond(sample_idx, record)
         try:
-            prompt = self._prompt(record, 0)
+            prompt = self._prompt(record, dropped)
         except BadRecord as bad:
             return SkippedSample(sample_idx, record.task_id, str(bad), 0, True)
         tokens = yield prompt.text
@@ -188,31 +205,57 @@ class PromptEncoder:
         fits = n_tokens <= self._max_seq_length
         if not fits and self._overlong == "skip":
             return self._too_long(sample_idx, record, "prompt", n_tokens)
-        dropped = 0
-        if not fits and self._overlong == "drop_examples" and isinstance(record, Task):
-            shorter = yield from self._shortened(record, prompt, tokens)
+        if not fits and self._drops_of(record):
+            shorter = yield from self._shortened(record, prompt, tokens, dropped)
             if shorter is None:
                 return self._too_long(sample_idx, record, "test input without any example", n_tokens)
             dropped, prompt, tokens = shorter
         return self._sample(sample_idx, record, prompt, tokens, dropped, n_tokens)
 
-    def _shortened(self, task: Task, prompt: Prompt, tokens: Tokens) -> _Shortening:
+    def _drops_of(self, record: Task | Text) -> bool:
+        """Whether examples may be left out of it."""
+        return self._overlong == "drop_examples" and isinstance(record, Task)
+
+    def _surely_dropped(self, record: Task | Text) -> int | None:
+        """Examples to drop before anything is made of the rest, since it has too many bytes to fit; None where
+        nothing is left then."""
+        if not self._drops_of(record):
+            return 0 if _bytes(record) <= self._most_bytes else None
+        before, left = least_characters(record, self._layout), self._most_bytes
+        for number in range(len(before) - 1, -1, -1):
+            left -= before[number]
+            if left < 0:
+                return number + 1 if number + 1 < len(before) else None
+        return 0
+
+    def _beyond(self, sample_idx: int, record: Task | Text) -> SkippedSample:
+        if self._drops_of(record) or self._overlong == "skip":
+            what = "test input without any example" if self._drops_of(record) else "prompt"
+            return self._too_long(sample_idx, record, what, 0)
+        reason = (
+            f"prompt has more than {self._most_bytes:,} bytes, which is all that is read of one with "
+            f"max_seq_length {self._max_seq_length}"
+        )
+        return SkippedSample(sample_idx, record.task_id, reason, 0)
+
+    def _shortened(self, task: Task, prompt: Prompt, tokens: Tokens, before: int) -> _Shortening:
         """The fewest examples to drop, with what is then left of the prompt; None if it never fits.
 
-        The tokens of the whole prompt say how many are left: exactly, if the tokenizer keeps digits apart. If not,
-        or if it turns out otherwise, the neighbours are tried one by one.
+        prompt, tokens: without the first `before` examples. The tokens say how many are left without more of them:
+        exactly, if the tokenizer keeps digits apart. If not, or if it turns out otherwise, the neighbours are tried
+        one by one.
         """
-        if not task.train:
+        if before == len(task.train):
             return None
-        expected = _expected_lengths(task, prompt, tokens)
-        dropped = 1 + int(np.argmax(expected[1:] <= self._max_seq_length))
-        too_few, found = 0, None
+        expected = _expected_lengths(task, prompt, tokens, before)
+        dropped = before + 1 + int(np.argmax(expected[1:] <= self._max_seq_length))
+        too_few, found = before, None
         while found is None or found[0] > too_few + 1:
             shorter = self._prompt(task, dropped)
             left = yield shorter.text
             if len(left.ids) <= self._max_seq_length:
                 found = dropped, shorter, left
-                if self._digits_apart and len(left.ids) == expected[dropped]:
+                if self._digits_apart and len(left.ids) == expected[dropped - before]:
                     break
                 dropped -= 1
             elif dropped == len(task.train):
@@ -294,20 +337,20 @@ class PromptEncoder:
 
 
 def _chunks(records: Iterable[_Record]) -> Iterator[list[_Record]]:
-    """Cuts the records where _CHUNK_LINES or _CHUNK_CHARACTERS are reached."""
+    """Cuts the records where _CHUNK_LINES or CHUNK_BYTES are reached."""
     chunk: list[_Record] = []
-    characters = 0
+    size = 0
     for sample_idx, record in records:
         chunk.append((sample_idx, record))
-        characters += _characters(record)
-        if len(chunk) == _CHUNK_LINES or characters >= _CHUNK_CHARACTERS:
+        size += _bytes(record)
+        if len(chunk) == _CHUNK_LINES or size >= CHUNK_BYTES:
             yield chunk
-            chunk, characters = [], 0
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
 
-def _characters(record: Task | Text | BadRecord) -> int:
+def _bytes(record: Task | Text | BadRecord) -> int:
     """About as many as its prompt has."""
     if isinstance(record, BadRecord):
         return 0
@@ -315,28 +358,32 @@ def _characters(record: Task | Text | BadRecord) -> int:
         grids = (grid for pair in (*record.train, *record.test) for grid in pair.values())
         return sum(len(grid) * len(grid[0]) for grid in grids)
     if record.messages is not None:
-        return sum(len(message["content"]) for message in record.messages)
-    return len(record.text)
+        return sum(_utf8(message["content"]) + _MESSAGE_BYTES for message in record.messages)
+    return _utf8(record.text)
 
 
-def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens) -> np.ndarray:
-    """int [examples + 1]: the tokens of a task's prompt without its first 0, 1, ... examples.
+def _utf8(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
-    prompt, tokens: the whole one and its tokens. Exact but for the last entry, which is -1, where a digit is a token
+
+def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens, before: int = 0) -> np.ndarray:
+    """int [examples + 1]: the tokens of a task's prompt without 0, 1, ... of its examples from number `before` on.
+
+    prompt, tokens: the one without those before. Exact but for the last entry, which is -1, where a digit is a token
     and splits the text in the same way wherever it stands. All are -1 where the prompt does not show where its
     examples are.
     """
-    examples = len(task.train)
-    grids = prompt.starts([example_role(number, "input") for number in range(1, examples + 1)])
+    examples = len(task.train) - before
+    grids = prompt.starts([example_role(before + number, "input") for number in range(1, examples + 1)])
     expected = np.full(examples + 1, -1)
     if grids is None:
         return expected
-    before = np.searchsorted(tokens.spans[:, 0], grids)
+    places = np.searchsorted(tokens.spans[:, 0], grids)
     # Examples are numbered from 1 again: without k of them, those that were k + 1, ... are 1, ...
     digits = np.cumsum([0, *(len(str(number)) for number in range(1, examples + 1))])
     dropped = np.arange(examples)
     renumbered = (digits[examples] - digits[dropped + 1]) - (digits[examples - dropped] - digits[1])
-    expected[:-1] = len(tokens.ids) - (before - before[0]) - renumbered
+    expected[:-1] = len(tokens.ids) - (places - places[0]) - renumbered
     return expected
 
 

@@ -3,9 +3,14 @@
 import ctypes
 import sys
 
+from qwen_jax.data.prompts import CHUNK_BYTES
 from qwen_jax.data.steps import StepShape
+from qwen_jax.data.streams import MAX_LINE_BYTES
 from qwen_jax.run.pipeline import MIN_REAL_SHARE, STEPS_IN_FLIGHT
 
+_PROMPT_FACTOR, _LINE_FACTOR = 250, 18
+"""Bytes of memory at most for each byte of a text that is made into tokens, and of a line that is read; measured on
+texts of rare characters and on lines of short strings (docs/performance.md)."""
 # glibc's malloc.h; the numbers are part of its ABI.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
@@ -38,3 +43,8 @@ def activation_bytes_bound(shape: StepShape, bytes_per_token: int, shard_bytes: 
     waiting = (shape.rows - 1) * shape.positions * bytes_per_token
     steps = (1 + STEPS_IN_FLIGHT + 1) * shape.per_step * bytes_per_token
     return round((shards + waiting + steps) / MIN_REAL_SHARE)
+
+
+def prompt_memory_bound(most_bytes: int) -> int:
+    """The most bytes that lines and prompts take while they are made into tokens. most_bytes: of a prompt."""
+    return _PROMPT_FACTOR * (CHUNK_BYTES + most_bytes) + _LINE_FACTOR * MAX_LINE_BYTES

@@ -9,7 +9,7 @@ from threading import Event
 
 import jax.numpy as jnp
 
-from qwen_jax.data.prompts import SkippedSample, load_tokenizer
+from qwen_jax.data.prompts import SkippedSample, load_tokenizer, most_prompt_bytes
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.errors import BadDataError, TerminatedError
 from qwen_jax.ledger.metadata import Ledger
@@ -22,7 +22,7 @@ from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive
 from qwen_jax.run.failpoints import arm
 from qwen_jax.run.job import Job, identify, prepare
-from qwen_jax.run.memory import activation_bytes_bound, reuse_freed_memory
+from qwen_jax.run.memory import activation_bytes_bound, prompt_memory_bound, reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, captured_samples, filled_shards
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
@@ -90,7 +90,7 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
     reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records, job.stream)
-    _report_memory(job)
+    _report_memory(job, most_prompt_bytes(tokenizer, settings.max_seq_length))
     steps = prefetch(lay_into_steps(reader, job.step.shape), depth=1)
     samples = captured_samples(steps, load_capture(job))
     with (
@@ -149,9 +149,14 @@ def load_capture(job: Job) -> Capture:
     return Capture(compilation, model)
 
 
-def _report_memory(job: Job) -> None:
+def _report_memory(job: Job, most_bytes: int) -> None:
+    """most_bytes: of a prompt."""
     bound = activation_bytes_bound(job.step.shape, job.bytes_per_token, job.settings.shard_bytes)
-    log.info("activations take at most %.1f GB of host memory (docs/performance.md)", bound / 1e9)
+    log.info(
+        "activations take at most %.1f GB of host memory, prompts while they are made %.1f GB (docs/performance.md)",
+        bound / 1e9,
+        prompt_memory_bound(most_bytes) / 1e9,
+    )
 
 
 def _report_changes(before: dict, now: dict) -> None:

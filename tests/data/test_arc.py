@@ -57,6 +57,18 @@ def test_deep_rows_are_bad_or_harmless_but_never_crash(depth):
     assert task_from_row({"text": "a", "notes": deep}, "examples", "r") == {"task_id": "r", "text": "a"}
 
 
+def test_a_valid_line_of_millions_of_lists_is_never_unpacked(monkeypatch):
+    monkeypatch.setattr("qwen_jax.data.arc.parse_json", None)
+    with pytest.raises(BadRecord, match="more lists and objects"):
+        parse_line(b'{"text": "a", "more": [' + b"{}," * 1_300_000 + b"0]}")
+
+
+def test_the_most_lists_for_their_bytes_that_a_task_has_are_few():
+    column = {"input": [[1]] * 30, "output": [[1]] * 30}
+    train = [column] * 9000
+    assert len(parse_line(line({"train": train, "test": [column]}).replace(b" ", b"")).train) == 9000
+
+
 def test_a_byte_order_mark_and_crlf_are_tolerated():
     assert parse_line(b"\xef\xbb\xbf" + line(TASK) + b"\r\n") == parse_line(line(TASK))
 

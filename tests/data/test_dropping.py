@@ -174,6 +174,67 @@ def test_qwens_tokenizer_is_never_asked_for_a_whole_prompt(tokenizer):
     assert len(asked.texts) < 50 and max(map(len, asked.texts)) < 300
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(("examples", "most"), [(50, 1), (50, 5), (12, 12)])
+def test_examples_that_cannot_fit_are_never_tokenised_and_all_else_is_as_ever(
+    demo_tokenizer, monkeypatch, way, examples, most
+):
+    """By their bytes alone; only how long the whole would have been is then not known."""
+    task = drawn_task(random.Random(examples + most), examples, most)
+    wanted = OneByOne(demo_tokenizer, task, **way)
+    monkeypatch.setattr(prompts, "_BYTES_AT_LEAST", 1)
+    monkeypatch.setattr(
+        demo_tokenizer, "get_vocab", lambda: ["abcd"]
+    )  # no token of these is longer, on average
+    asked_less = 0
+    for max_seq_length in (200, 400, 800, 1600):
+        asked = Asked(demo_tokenizer)
+        found = asdict(PromptEncoder(asked, max_seq_length=max_seq_length, **way).encode(0, task))
+        same(found, wanted.sample(max_seq_length) | {"full_length": found["full_length"]})
+        asked_less += found["full_length"] < len(wanted.without(0).token_ids)
+    assert asked_less
+
+
+def test_a_prompt_that_fits_has_no_more_bytes_than_are_read(tokenizer):
+    longest = max(tokenizer.get_vocab(), key=len)
+    text = tokenizer.convert_tokens_to_string([longest]) * 100
+    (found,) = tokens.batch_tokenizer(tokenizer)([text])
+    assert len(text) <= len(found.ids) * len(longest)
+    assert prompts.most_prompt_bytes(tokenizer, 32_768) == max(1 << 20, 32_768 * len(longest))
+
+
+@pytest.mark.parametrize("overlong", ["drop_examples", "truncate", "skip"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        Text("t", text="x" * (31 << 20)),
+        Text("t", text="\U00020000" * (1 << 19)),
+        Text("t", messages=[{"role": "user", "content": "x"}] * 100_000),
+        Task("t", [{"input": [[1] * 30] * 30, "output": [[1] * 30] * 30}], [{"input": [[1] * 2000] * 1000}]),
+    ],
+    ids=["text", "rare characters", "messages", "task"],
+)
+def test_what_is_far_too_long_is_skipped_without_a_look(demo_tokenizer, monkeypatch, overlong, record):
+    asked = Asked(demo_tokenizer)
+    encoder = PromptEncoder(asked, max_seq_length=2048, overlong=overlong)
+    monkeypatch.setattr(encoder, "_prompt", None)
+    asked.texts.clear()
+    skipped = encoder.encode(0, record)
+    assert isinstance(skipped, SkippedSample) and not skipped.bad_record and not asked.texts
+    words = "more than 1,048,576 bytes" if overlong == "truncate" else "longer than max_seq_length 2048"
+    if overlong == "drop_examples" and isinstance(record, Text):
+        words = "more than 1,048,576 bytes"
+    assert words in skipped.reason
+
+
+@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
+def test_the_characters_of_a_grid_are_counted_without_its_text(prompt_format):
+    layout = PROMPT_FORMATS[prompt_format]
+    task = drawn_task(random.Random(3), 20, 30)
+    for pair in task.train:
+        assert layout.characters(pair["input"]) == len(layout.show(0, 0, pair["input"]).text)
+
+
 def mixed_records() -> list[tuple[int, Task | Text | BadRecord]]:
     lines = [
         b"{}",
