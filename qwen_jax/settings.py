@@ -2,6 +2,7 @@
 of it and what a fleet passes on follow. Standard library only: a fleet's control machine may have no more."""
 
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
@@ -54,6 +55,14 @@ def _setting(default: Any, help: str, read: Callable[[str], Any] = str, **more: 
 
 def _home_path(text: str) -> Path:
     return Path(text).expanduser()
+
+
+def _cache_dir(text: str) -> Path:
+    if "://" in text:
+        raise ArgumentTypeError(
+            f"{text}: compiled programs are code, and are taken from a local folder alone; give one"
+        )
+    return _home_path(text)
 
 
 def _prompt_formats() -> Sequence[str]:
@@ -183,7 +192,10 @@ class Settings:
     )
     max_bad_records: int = _setting(100, "bad lines to skip before the run stops", non_negative_int)
     compilation_cache_dir: Path = _setting(
-        "~/.cache/qwen_jax/xla", "compiled programs, for the next start", _home_path, local=True
+        "~/.cache/qwen_jax/xla",
+        "compiled programs; a local folder that only this user can write",
+        _cache_dir,
+        local=True,
     )
 
     @property

@@ -12,7 +12,7 @@ from qwen_jax.fleet.workers import PLACES, SECRETS, bucket_name, settings_of
 
 BASE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base"
 _IMAGE = "your-registry/qwen-extraction"
-_VOLUMES = ("streams", "compile-cache")
+_VOLUMES = ("streams",)
 """Volumes that are folders of the bucket."""
 
 

@@ -22,9 +22,9 @@ from qwen_jax.model.qwen2 import Qwen2
 log = logging.getLogger(__name__)
 
 
-def use_compilation_cache(folder: str | Path) -> None:
-    """Keeps compiled programs in `folder`, so that a restart after a pre-emption compiles nothing."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+def use_compilation_cache(folder: str | Path | None) -> None:
+    """Keeps compiled programs in `folder`, so that a restart after a pre-emption compiles nothing; None: nowhere."""
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

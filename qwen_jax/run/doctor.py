@@ -22,6 +22,7 @@ from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX
 from qwen_jax.model.source import fetch_model
+from qwen_jax.run.cache import why_not_used
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.settings import BYTES, Settings, recorded
 from qwen_jax.storage.local import storage_errors
@@ -126,6 +127,9 @@ def _folders(settings: Settings) -> str:
             probe = folder / f".doctor-{uuid.uuid4().hex}"
             probe.write_bytes(b"x")
             probe.unlink()
+    obstacle = why_not_used(settings.compilation_cache_dir)
+    if obstacle is not None:
+        raise Doubt(f"compiled programs will not be kept in {settings.compilation_cache_dir}: {obstacle}")
     return f"can write in {', '.join(map(str, sorted(folders)))}"
 
 

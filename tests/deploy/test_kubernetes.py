@@ -1,5 +1,6 @@
 """The manifests are valid for recent versions of Kubernetes and say what docs and exit codes promise."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,7 +85,6 @@ def test_a_pod_is_the_account_that_may_write_to_the_bucket(spec):
     pod = spec["template"]["spec"]
     assert pod["serviceAccountName"] == account["metadata"]["name"] == "extraction"
     assert "subject/ns/default/sa/extraction" in (DEPLOY.parents[1] / "docs" / "fleet.md").read_text()
-    assert pod["securityContext"] == {"runAsUser": 0}
 
 
 def test_one_worker_is_replaced_as_an_index_is():
@@ -105,13 +105,32 @@ def test_one_worker_uploads_what_its_disk_may_lose():
     assert values["DATASET_DIR"] == mount["mountPath"] and mount["readOnly"]
 
 
-def test_streams_and_compiled_programs_lie_in_the_bucket():
-    pod = job()["template"]["spec"]
-    volumes = {volume["name"]: volume["csi"] for volume in pod["volumes"] if "csi" in volume}
-    assert set(volumes) == {"streams", "compile-cache"}
-    for name, csi in volumes.items():
-        assert f"only-dir={name}" in csi["volumeAttributes"]["mountOptions"].split(",")
-    assert volumes["streams"]["readOnly"] and "readOnly" not in volumes["compile-cache"]
+@pytest.mark.parametrize("spec", [job(), one_worker()], ids=["base", "one-worker"])
+def test_a_pod_runs_as_the_user_of_the_image(spec):
+    dockerfile = (DEPLOY.parent / "Dockerfile").read_text()
+    user = int(re.findall(r"^USER (\d+)$", dockerfile, re.M)[-1])
+    assert f"groupadd --gid {user} " in dockerfile and f"useradd --uid {user} --gid {user} " in dockerfile
+    pod = spec["template"]["spec"]
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        **dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user),
+    }
+    (worker,) = pod["containers"]
+    assert worker["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for volume in pod["volumes"]:
+        if "csi" in volume:
+            options = volume["csi"]["volumeAttributes"]["mountOptions"].split(",")
+            assert {f"uid={user}", f"gid={user}"} <= set(options)
+
+
+@pytest.mark.parametrize("spec", [job(), one_worker()], ids=["base", "one-worker"])
+def test_streams_lie_in_the_bucket_and_compiled_programs_do_not(spec):
+    pod = spec["template"]["spec"]
+    (streams,) = (volume for volume in pod["volumes"] if "csi" in volume)
+    assert streams["name"] == "streams" and streams["csi"]["readOnly"]
+    assert "only-dir=streams" in streams["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    (worker,) = pod["containers"]
+    assert "COMPILATION_CACHE_DIR" not in {each["name"] for each in worker["env"]}
 
 
 def test_exit_codes_that_starting_again_does_not_help_fail_the_index():

@@ -89,10 +89,9 @@ def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
     assert worker["image"] == image
     secret = worker["envFrom"][1]["secretRef"]
     assert secret["name"] == documents["Secret"]["metadata"]["name"] and secret["optional"]
-    for name in ("streams", "compile-cache"):
-        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == name]
-        assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"
-        assert f"only-dir={name}" in volume["csi"]["volumeAttributes"]["mountOptions"]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == "streams"]
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+    assert "only-dir=streams" in volume["csi"]["volumeAttributes"]["mountOptions"]
 
 
 def test_kubernetes_needs_an_image(fakes):
