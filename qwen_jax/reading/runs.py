@@ -168,7 +168,7 @@ class Run:
         if data is None:
             return
         try:
-            self.ledger = parse_metadata(data).ledger
+            self.ledger = parse_metadata(data, f"{self.where}/{METADATA_NAME}").ledger
             metadata = json.loads(data)
             _check_header(metadata)
             self.metadata = metadata

@@ -18,6 +18,7 @@ from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
+from qwen_jax.run.written_by import written_by
 from qwen_jax.settings import BYTES, HOW, Settings, recorded
 from qwen_jax.shards.ledger import RunIdentity
 
@@ -169,7 +170,7 @@ def identify(job: Job) -> RunIdentity:
         "layer_meanings": {tap: ALL_KINDS[tap].meaning for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
-        "devices": job.step.mesh.size,
+        "written_by": written_by(list(job.step.mesh.devices.flat)),
         "settings": recorded(job.resolved, HOW) | {"tokens_per_step": job.step.shape.tokens},
     }
     return RunIdentity(

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import __version__
 from qwen_jax.errors import ConfigError
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import check_fingerprint
@@ -28,8 +29,10 @@ def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_
             max_bad_records=len(metadata["skipped"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
+        writer = metadata.get("written_by", {}).get("toolkit", "0.1.0 or before")
         raise ConfigError(
-            f"metadata.json does not record {error}; it was written by another version of the toolkit"
+            f"metadata.json does not record {error}; it was written by toolkit {writer}, this is {__version__}: use "
+            "the one that wrote it"
         ) from error
 
 

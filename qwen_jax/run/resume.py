@@ -42,7 +42,7 @@ class Resumed:
 
     bucket_lags, local_lags: the markers there do not say what is durable, and no adoption will write them.
     stored: what the bucket's metadata.json says, or may say until all of `ledger` is in place; None without one.
-    settings: those of the run before that may change (job.identify), {} for a new run.
+    settings, written_by: those of the run before (job.identify), {} for a new run.
     """
 
     ledger: Ledger
@@ -53,6 +53,7 @@ class Resumed:
     bucket_lags: bool
     local_lags: bool
     settings: dict[str, Any]
+    written_by: dict[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,11 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         not adopt and not claim.agrees(ledger, checkpointing=places.checkpoint_path is not None)
         for claim in claims
     ]
-    settings = next((claim.metadata.settings for claim in claims if claim.metadata is not None), {})
+    before = next((claim.metadata for claim in claims if claim.metadata is not None), None)
+    settings, writer = (before.settings, before.written_by) if before is not None else ({}, {})
     in_bucket = places.store is not None
     stored = (claims[0].ledger or ledger.reopened(len(ledger.shards))) if in_bucket else None
-    return Resumed(ledger, adopt, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings)
+    return Resumed(ledger, adopt, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings, writer)
 
 
 def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence) -> None:
@@ -221,7 +223,7 @@ def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: byt
             _refuse_foreign(run, record.worker_id, record.fingerprint, f"the checkpoint of {place}")
     if metadata is not None:
         try:
-            stored = parse_metadata(metadata)
+            stored = parse_metadata(metadata, f"metadata.json of {place}")
         except DamagedError as error:
             problems.append(f"metadata.json is damaged ({error})")
         else:

@@ -28,6 +28,7 @@ from qwen_jax.run.progress import Progress
 from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import take_up
+from qwen_jax.run.written_by import differences
 from qwen_jax.settings import Settings
 from qwen_jax.shards.ledger import COMPLETED, Ledger
 from qwen_jax.storage.opening import open_store
@@ -71,6 +72,7 @@ def open_committer(job: Job, stop: Event) -> Committer:
     _report_start(job, places, committer.ledger, resumed.is_new)
     if committer.ledger.status != COMPLETED:
         _report_changes(resumed.settings, identity.header["settings"])
+        _report_writer(resumed.written_by, identity.header["written_by"])
     return committer
 
 
@@ -163,6 +165,16 @@ def _report_changes(before: dict, now: dict) -> None:
     if changed:
         log.warning(
             "%s: samples from here on agree with an undisturbed run within the dtype's precision, not bit for bit",
+            "; ".join(changed),
+        )
+
+
+def _report_writer(before: dict, now: dict) -> None:
+    """Names versions and devices that differ on a resume."""
+    if changed := differences(before, now):
+        log.warning(
+            "the run before had other versions or devices (%s): the bits of shards from here on may differ from an "
+            "undisturbed run's",
             "; ".join(changed),
         )
 

@@ -6,6 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
@@ -46,6 +47,11 @@ class Writable(Protocol):
     """What the writer needs of a file."""
 
     def write(self, data: Buffer, /) -> int | None: ...
+
+
+def isal_version() -> str | None:
+    """None where zlib takes its place, which gives other bytes."""
+    return None if isal_zlib is None else version("isal")
 
 
 def compress_block(block: Buffer) -> bytes:

@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from qwen_jax import __version__
+from qwen_jax.errors import BadDataError
+
 Fingerprint = dict[str, Any]
 """Everything that decides which bytes a run writes, by name (run/fingerprint.py)."""
 
 IN_PROGRESS, COMPLETED = "in_progress", "completed"
 METADATA_NAME = "metadata.json"
+FORMAT_VERSION = 1
+"""Of metadata.json; goes up where a reader of the one before would misread it."""
 
 
 class DamagedError(ValueError):
@@ -151,6 +156,7 @@ class Ledger:
     def metadata(self, run: RunIdentity) -> dict[str, Any]:
         """The content of metadata.json: the same ledger gives the same bytes, whatever run wrote it."""
         return {
+            "format_version": FORMAT_VERSION,
             "worker_id": run.worker_id,
             "status": self.status,
             "last_processed_sample_idx": self.last_processed_sample_idx,
@@ -233,17 +239,22 @@ def parse_checkpoint(data: bytes) -> CheckpointRecord:
 
 @dataclass(frozen=True)
 class StoredMetadata:
-    """What a stored metadata.json says. settings: those that may change on a resume."""
+    """What a stored metadata.json says. settings: those that may change on a resume; written_by: {} where it does not
+    say."""
 
     ledger: Ledger
     worker_id: int
     fingerprint: Fingerprint
     settings: dict[str, Any]
+    written_by: dict[str, str | int]
 
 
-def parse_metadata(data: bytes) -> StoredMetadata:
-    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote."""
+def parse_metadata(data: bytes, source: str = METADATA_NAME) -> StoredMetadata:
+    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote, and BadDataError, which
+    calls it `source`, for the format of a newer toolkit."""
     fields = _json_object(data)
+    written_by = _written_by(fields)
+    _refuse_newer(fields, written_by, source)
     shards = tuple(
         _shard_entry(entry, number) for number, entry in enumerate(_typed(fields, "shards", list), 1)
     )
@@ -264,7 +275,26 @@ def parse_metadata(data: bytes) -> StoredMetadata:
         _count(fields, "worker_id"),
         _typed(fields, "fingerprint", dict),
         _typed(fields, "settings", dict),
+        written_by,
     )
+
+
+def _written_by(fields: Mapping[str, Any]) -> dict[str, str | int]:
+    """Runs before 0.2.0 do not record it."""
+    writer = _typed({"written_by": {}, **fields}, "written_by", dict)
+    if not all(isinstance(value, str | int) for value in writer.values()):
+        raise DamagedError("written_by holds values that are not plain")
+    return writer
+
+
+def _refuse_newer(fields: Mapping[str, Any], written_by: Mapping[str, Any], source: str) -> None:
+    found = _count({"format_version": FORMAT_VERSION, **fields}, "format_version", least=1)
+    if found > FORMAT_VERSION:
+        writer = written_by.get("toolkit", "a newer version")
+        raise BadDataError(
+            f"{source} has format {found} and was written by toolkit {writer}; this is toolkit {__version__}, which "
+            f"reads up to format {FORMAT_VERSION}: use that one or a newer one"
+        )
 
 
 def _check_order(ledger: Ledger) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_jax.errors import ConfigError, StorageError
+from qwen_jax.errors import BadDataError, ConfigError, StorageError
 from qwen_jax.run.commit import Committer
 from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from qwen_jax.run.places import Places
@@ -58,9 +58,12 @@ class Prepared:
         return resume(self.run, self.places)
 
     def assert_whole_or_refused(self) -> None:
-        """Everything is found again and the markers can be mended, or a ConfigError says why not."""
+        """Everything is found again and the markers can be mended, or an error says why not."""
         try:
             resumed = self.resume()
+        except BadDataError as error:
+            assert "has format" in str(error)
+            return
         except ConfigError as error:
             assert "--force_restart" in str(error)
             return
