@@ -107,7 +107,7 @@ def worker_command(stream: Path, model: Path, folder: Path, *flags: str, checkou
 
 def published(size: str, layers: int | None = None) -> tuple:
     """The shape of a published model, for save_model, perhaps with fewer layers."""
-    from tests.published import PUBLISHED
+    from qwen_jax.model.published import PUBLISHED
 
     shape = PUBLISHED[size]
     return (*shape[:2], layers or shape[2], *shape[3:])

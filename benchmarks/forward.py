@@ -20,10 +20,10 @@ from common import interleave, load_capture, make_program, plain_sample, publish
 
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.published import PUBLISHED
 from qwen_jax.model.weights import LAYER_TENSORS
 from qwen_jax.run.pipeline import captured_samples
 from tests.hf_reference import load_reference
-from tests.published import PUBLISHED
 
 PEAK_SIZE = (2048, 896, 4864)
 LONGEST_EAGER = 4096

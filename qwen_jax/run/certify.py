@@ -112,7 +112,7 @@ def _compare(
     job: Job, stored: Sequence[dict[str, Any]], prompts: dict[int, TokenizedSample], run: Reference
 ) -> dict[tuple[str, int | str], Closeness]:
     """By kind and layer, over all samples."""
-    sums = {(kind, layer): _Sum() for kind, layer in _entries(job)}
+    sums = {(kind, layer): ClosenessSum() for kind, layer in _entries(job)}
     for sample in stored:
         prompt = prompts[sample["sample_idx"]]
         if not np.array_equal(prompt.kept(prompt.token_ids), sample["token_ids"]):
@@ -149,8 +149,9 @@ def _place(job: Job, layer: int, available: int) -> int:
     return layer if available > len(job.layers) else job.layers.index(layer)
 
 
-class _Sum:
-    """Collects what Closeness needs. NumPy's maximum and minimum keep what is not a number; Python's may drop it."""
+class ClosenessSum:
+    """Collects what Closeness needs, of `[rows, hidden]` arrays. NumPy's maximum and minimum keep what is not a number;
+    Python's may drop it."""
 
     def __init__(self) -> None:
         self._max_abs = self._difference = self._size = 0.0

@@ -9,7 +9,8 @@ import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
@@ -79,6 +80,10 @@ class Committer:
         """Marks a new run's folder and bucket as its own, before any shard is there."""
         self._commit_markers(self.ledger)
         failpoint("opened")
+
+    def describe(self, **header: Any) -> None:
+        """Puts entries of the header of metadata.json in the place of others, from the next commit on."""
+        self._run = replace(self._run, header={**self._run.header, **header})
 
     def start_over(self) -> None:
         """Puts the markers of an empty run in the place of those in the bucket, the checkpoint first."""

@@ -232,6 +232,22 @@ def _model(settings: Settings) -> str:
     )
 
 
+def _self_check(settings: Settings) -> str:
+    from qwen_jax.run.device_check import COMMAND, checked
+    from qwen_jax.run.job import prepare
+    from qwen_jax.run.written_by import DEVICE_CHECK, FAILED, written_by
+
+    job = prepare(settings)
+    devices = list(job.step.mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        return f"not made on a CPU; {COMMAND} makes it"
+    writer = checked(job, written_by(devices, settings.compilation_cache_dir), {})
+    text = f"{writer['device_kind']}: {writer[DEVICE_CHECK]}"
+    if writer[DEVICE_CHECK] == FAILED:
+        raise ToolkitError(f"{text}; {COMMAND} says what differs: do not trust values from here")
+    return text
+
+
 def _disk(settings: Settings) -> str:
     from qwen_jax.run.plan import Assumptions, make_plan
 
@@ -359,6 +375,7 @@ THOROUGH: dict[str, Check] = {
     "folders": _folders,
     "devices": _devices,
     "model": _model,
+    "self-check": _self_check,
     "disk": _disk,
     "credentials": _credentials,
     "bucket": _bucket,

@@ -170,7 +170,7 @@ def identify(job: Job) -> RunIdentity:
         "layer_meanings": {tap: ALL_KINDS[tap].meaning for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
-        "written_by": written_by(list(job.step.mesh.devices.flat)),
+        "written_by": written_by(list(job.step.mesh.devices.flat), settings.compilation_cache_dir),
         "settings": recorded(job.resolved, HOW) | {"tokens_per_step": job.step.shape.tokens},
     }
     return RunIdentity(

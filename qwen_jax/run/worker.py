@@ -16,6 +16,7 @@ from qwen_jax.model.capture import Capture, Compilation, use_compilation_cache
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
 from qwen_jax.run.commit import BackgroundCommitter, Committer
+from qwen_jax.run.device_check import checked
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive
 from qwen_jax.run.failpoints import arm
@@ -72,7 +73,9 @@ def open_committer(job: Job, stop: Event) -> Committer:
     _report_start(job, places, committer.ledger, resumed.is_new)
     if committer.ledger.status != COMPLETED:
         _report_changes(resumed.settings, identity.header["settings"])
-        _report_writer(resumed.written_by, identity.header["written_by"])
+        writer = identity.header["written_by"]
+        _report_writer(resumed.written_by, writer)
+        committer.describe(written_by=checked(job, writer, resumed.written_by))
     return committer
 
 
