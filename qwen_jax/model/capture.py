@@ -144,6 +144,12 @@ class Capture:
 
         Parameters never leave the devices.
         """
+        captured = self.compute(step)
+        captured.start_copying()
+        return captured
+
+    def compute(self, step: StepInput) -> "Captured":
+        """The same, without the copy."""
         program, kept = self._program, step.kept_XR
         answers = step.answers() if program.with_answers else None
         inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts)
@@ -152,9 +158,7 @@ class Capture:
         stored, log_probs, self._carried = compiled(self._params, self._tables, self._carried, *inputs)
         sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
         self._rows = sums[-1][1]
-        captured = Captured(stored, [found for found, _ in sums], log_probs, program.taps)
-        captured.start_copying()
-        return captured
+        return Captured(stored, [found for found, _ in sums], log_probs, program.taps)
 
     def _sum_up(self, stored: dict[str, jax.Array], counts: jax.Array, *blocks: np.ndarray) -> Any:
         by_row = NamedSharding(self._program.mesh, P("data"))
