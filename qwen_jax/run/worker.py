@@ -74,7 +74,8 @@ def open_committer(job: Job, stop: Event) -> Committer:
     if committer.ledger.status != COMPLETED:
         _report_changes(resumed.settings, identity.header["settings"])
         writer = identity.header["written_by"]
-        _report_writer(resumed.written_by, writer)
+        if not resumed.is_new:
+            _report_writer(resumed.written_by, writer)
         committer.describe(written_by=checked(job, writer, resumed.written_by))
     return committer
 
@@ -174,9 +175,10 @@ def _report_changes(before: dict, now: dict) -> None:
 
 def _report_writer(before: dict, now: dict) -> None:
     """Names versions and devices that differ on a resume."""
-    if changed := differences(before, now):
+    changed = differences(before, now) if before else ["they are not recorded"]
+    if changed:
         log.warning(
-            "the run before had other versions or devices (%s): the bits of shards from here on may differ from an "
+            "the run so far had other versions or devices (%s): the bits of shards from here on may differ from an "
             "undisturbed run's",
             "; ".join(changed),
         )

@@ -52,6 +52,16 @@ def test_a_start_with_the_same_versions_says_nothing_of_them(workspace):
     assert "versions" not in workspace.run().stderr
 
 
+def test_a_run_of_a_toolkit_that_recorded_nothing(workspace):
+    workspace.killed_at("checkpoint_local:2")
+    path = workspace.output / "metadata.json"
+    fields = workspace.metadata()
+    del fields["written_by"], fields["format_version"]
+    path.write_text(json.dumps(fields))
+    assert "other versions or devices (they are not recorded): the bits" in workspace.run().stderr
+    assert workspace.metadata()["format_version"] == FORMAT_VERSION
+
+
 def test_without_isal(monkeypatch):
     before = written_by(jax.local_devices())
     monkeypatch.setattr(compress, "isal_zlib", None)
