@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from qwen_jax import __version__
+from qwen_jax.run.doctor import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -21,6 +22,13 @@ def requirements(path: Path) -> set[str]:
 def test_requirements_are_the_core_and_what_a_worker_takes():
     wanted = {*PROJECT["dependencies"], *EXTRAS["worker"], *EXTRAS["gcs"]}
     assert requirements(ROOT / "requirements.txt") == wanted
+
+
+def test_the_doctor_looks_for_all_of_them():
+    """And so for jinja2, which transformers needs for chat templates and does not require."""
+    names = {Requirement(line).name for line in requirements(ROOT / "requirements.txt")}
+    assert {name.replace("-", "_") for name in names} == {name.replace(".", "_") for name in PACKAGES}
+    assert "jinja2" in names
 
 
 def test_dev_is_what_the_tests_install():

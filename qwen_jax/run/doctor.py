@@ -28,18 +28,8 @@ from qwen_jax.storage.store import PreconditionFailedError
 
 PASS, NOTE, FAIL = "pass", "note", "fail"
 PACKAGES = (
-    *(
-        "jax",
-        "flax",
-        "transformers",
-        "datasets",
-        "google.cloud.storage",
-        "numpy",
-        "tqdm",
-        "isal",
-        "safetensors",
-    ),
-    *("ml_dtypes", "huggingface_hub", "google_crc32c"),
+    *("jax", "flax", "transformers", "jinja2", "datasets", "google.cloud.storage", "numpy", "tqdm", "isal"),
+    *("safetensors", "ml_dtypes", "huggingface_hub", "google_crc32c"),
 )
 _PLANNED_LINES = 200
 _SHARDS_IN_FLIGHT = 3
