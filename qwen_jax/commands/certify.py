@@ -17,7 +17,7 @@ from qwen_jax.cli import FlagParser, non_negative_int, positive_int, say
 from qwen_jax.commands.arguments import add_path
 from qwen_jax.errors import UsageError
 from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
-from qwen_jax.reading.runs import Run, open_runs
+from qwen_jax.reading.runs import DescribedRun, described, open_runs
 
 BEYOND_TOLERANCE = 1
 
@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
     logging.getLogger("qwen_jax").setLevel(logging.INFO)
     if args.self:
         return 0 if _certify_devices(args) else BEYOND_TOLERANCE
-    passed = [_certify(each, args) for each in open_runs(args.path)]
+    passed = [_certify(described(each), args) for each in open_runs(args.path)]
     return 0 if all(passed) else BEYOND_TOLERANCE
 
 
@@ -71,7 +71,7 @@ def _widths(model_path: str | None) -> Any:
     return read_config(fetch_model(model_path, weights=False).folder)
 
 
-def _certify(run: Run, args: Namespace) -> bool:
+def _certify(run: DescribedRun, args: Namespace) -> bool:
     from qwen_jax.run.certify import certify
     from qwen_jax.run.recorded import reference_job
 
@@ -87,7 +87,7 @@ def _certify(run: Run, args: Namespace) -> bool:
     return record["passed"]
 
 
-def _show(run: Run, record: dict[str, Any]) -> None:
+def _show(run: DescribedRun, record: dict[str, Any]) -> None:
     say(f"{run.where}: {len(record['samples'])} samples, tolerance {record['tolerance']:.2g}")
     for name, kinds in record["references"].items():
         say(f"  against {name}")

@@ -63,6 +63,11 @@ class TokenizedSample:
     def n_kept(self) -> int:
         return len(self.token_ids) if self.positions is None else len(self.positions)
 
+    @property
+    def kept_positions(self) -> np.ndarray:
+        """int32 [n_kept]: the same, spelled out where all are kept."""
+        return np.arange(self.n_kept, dtype=np.int32) if self.positions is None else self.positions
+
     def kept(self, values: np.ndarray) -> np.ndarray:
         """The entries of `values`, one a token, that are kept."""
         return values if self.positions is None else values[self.positions]
@@ -105,7 +110,7 @@ class _Making:
 
     def go_on(self, tokens: Tokens | None) -> None:
         try:
-            self.wanted = self._steps.send(tokens)
+            self.wanted = next(self._steps) if tokens is None else self._steps.send(tokens)
         except StopIteration as end:
             self.wanted, self._result = None, end.value
         except ConfigError as error:
@@ -114,6 +119,7 @@ class _Making:
     def result(self) -> TokenizedSample | SkippedSample:
         if self._error is not None:
             raise self._error
+        assert self._result is not None  # nothing is wanted any more
         return self._result
 
 
@@ -167,7 +173,7 @@ class PromptEncoder:
         for chunk in _chunks(records):
             makings = [_Making(self._making(sample_idx, record)) for sample_idx, record in chunk]
             while waiting := [making for making in makings if making.wanted is not None]:
-                tokens = self._tokens([making.wanted for making in waiting])
+                tokens = self._tokens([making.wanted or "" for making in waiting])
                 for making, found in zip(waiting, tokens, strict=True):
                     making.go_on(found)
             for making in makings:
@@ -260,7 +266,7 @@ class PromptEncoder:
         if isinstance(record, Text) and record.messages is not None:
             return self._in_template(record.messages, [[_message_segment(each)] for each in record.messages])
         if isinstance(record, Text):
-            return self._as_user([Segment(TEXT, record.text)])
+            return self._as_user([Segment(TEXT, record.text or "")])
         segments = self._as_user(task_segments(record, self._layout, dropped))
         answer = answer_segment(record, self._layout) if self._include_answer else None
         return segments if answer is None else [*segments, answer]
@@ -316,7 +322,7 @@ def _characters(record: Task | Text | BadRecord) -> int:
         return sum(len(grid) * len(grid[0]) for grid in grids)
     if record.messages is not None:
         return sum(len(message["content"]) for message in record.messages)
-    return len(record.text)
+    return len(record.text or "")
 
 
 def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens) -> np.ndarray:

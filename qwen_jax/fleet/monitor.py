@@ -216,14 +216,14 @@ def mark_slow(states: Sequence[WorkerState]) -> list[WorkerState]:
             state=SLOW,
             message=f"{duration(state.eta_s)} left, the median worker has {duration(usual)}",
         )
-        if state.state == IN_PROGRESS and _is_far_above(state.eta_s, usual)
+        if state.state == IN_PROGRESS and state.eta_s is not None and _is_far_above(state.eta_s, usual)
         else state
         for state in states
     ]
 
 
-def _is_far_above(left: float | None, usual: float) -> bool:
-    return left is not None and left > _SLOW_FACTOR * usual and left > usual + _SLOW_BY_S
+def _is_far_above(left: float, usual: float) -> bool:
+    return left > _SLOW_FACTOR * usual and left > usual + _SLOW_BY_S
 
 
 def _checkpoint(data: bytes, worker: int) -> tuple[int, int, str]:
@@ -231,13 +231,18 @@ def _checkpoint(data: bytes, worker: int) -> tuple[int, int, str]:
     fields = json.loads(data)
     if not isinstance(fields, dict) or fields.get("worker_id", worker) != worker:
         raise ValueError("no object of this worker's")
-    samples, shards = fields.get("total_samples_processed"), fields.get("total_shards")
+    samples, shards = (_count(fields, key) for key in ("total_samples_processed", "total_shards"))
     status = fields.get("status", IN_PROGRESS)
-    if not all(type(count) is int and 0 <= count < _MOST_SAMPLES for count in (samples, shards)):
-        raise ValueError("no counts")
     if status not in (IN_PROGRESS, COMPLETED):
         raise ValueError("no status")
     return samples, shards, status
+
+
+def _count(fields: dict[str, Any], key: str) -> int:
+    value = fields.get(key)
+    if type(value) is not int or not 0 <= value < _MOST_SAMPLES:
+        raise ValueError("no counts")
+    return value
 
 
 def _progress(data: bytes | None, worker: int) -> ProgressRecord | None:

@@ -133,7 +133,9 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object, largest: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= largest  # nan is not
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= largest  # nan is not
 
 
 def _is_history(points: object) -> bool:

@@ -32,9 +32,14 @@ def use_compilation_cache(folder: str | Path) -> None:
 class StepInput(Protocol):
     """What a program needs of data.steps.Step."""
 
-    tokens_XT: np.ndarray
-    positions_XT: np.ndarray
-    kept_counts: np.ndarray
+    @property
+    def tokens_XT(self) -> np.ndarray: ...
+
+    @property
+    def positions_XT(self) -> np.ndarray: ...
+
+    @property
+    def kept_counts(self) -> np.ndarray: ...
 
     @property
     def kept_XR(self) -> np.ndarray | None: ...

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from qwen_jax.errors import BadDataError
 from qwen_jax.reading.runs import Run
 from qwen_jax.shards import load_shard
-from qwen_jax.shards.ledger import shard_number
 from qwen_jax.shards.statistics import (
     STATS_NAME,
     Stats,
     first_whole,
     merge_stats,
     shard_stats,
-    shard_stats_name,
+    stats_name_beside,
 )
 
 
@@ -48,7 +47,7 @@ def _of_run(run: Run) -> Iterator[Stats]:
 def _of_shard(run: Run, name: str) -> Stats:
     entry = run.entry(name)
     if entry is not None:
-        stats = first_whole(_copies(run, shard_stats_name(shard_number(name))), entry["tokens"])
+        stats = first_whole(_copies(run, stats_name_beside(name)), entry["tokens"])
         if stats is not None:
             return stats
     with run.place.local(name) as path:

@@ -45,7 +45,9 @@ class Closeness:
 
     def within(self, tolerance: float) -> bool:
         """Whether all is finite and the relative error at most `tolerance`."""
-        return None not in (self.max_abs, self.relative, self.min_cosine) and self.relative <= tolerance
+        if self.max_abs is None or self.relative is None or self.min_cosine is None:
+            return False
+        return self.relative <= tolerance
 
 
 def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
@@ -81,12 +83,19 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample]:
     """The samples once more, from the stream."""
-    wanted, prompts = set(indices), {}
+    wanted = set(indices)
+    prompts: dict[int, TokenizedSample] = {}
     tokenizer = load_tokenizer(str(job.source.folder))
     make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
     for sample_idx, record in read_stream(job.settings.stream_path):
         if sample_idx in wanted:
-            prompts[sample_idx] = make_prompt(sample_idx, record)
+            made = make_prompt(sample_idx, record)
+            if not isinstance(made, TokenizedSample):
+                raise BadDataError(
+                    f"sample {sample_idx} is stored, but its line in {job.settings.dataset_path} gives no prompt now: "
+                    f"{made.reason}; give the stream that the shards were made from"
+                )
+            prompts[sample_idx] = made
         if len(prompts) == len(wanted):
             break
     return prompts
@@ -124,7 +133,7 @@ def _compare(
         reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
-            place = 0 if kind == EMBEDDING else _place(job, layer, len(expected))
+            place = 0 if isinstance(layer, str) else _place(job, layer, len(expected))
             rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
             sums[kind, layer].add(sample["kinds"][kind][layer], rows)
     return {entry: total.closeness() for entry, total in sums.items()}

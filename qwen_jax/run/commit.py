@@ -103,10 +103,10 @@ class Committer:
         """
         ledger = self.ledger
         if ledger.status == COMPLETED:
-            behind = stored is not None and stored.status != COMPLETED
-            if behind:
-                self.ledger = stored  # until the statistics are there, no marker may say that all is done
-            self._commit_stats(ledger, upload=behind)
+            behind = stored if stored is not None and stored.status != COMPLETED else None
+            if behind is not None:
+                self.ledger = behind  # until the statistics are there, no marker may say that all is done
+            self._commit_stats(ledger, upload=behind is not None)
         self._commit_markers(ledger, bucket=stored is not None)
 
     def write(self, shard: FilledShard) -> WrittenShard:
@@ -210,7 +210,7 @@ class Committer:
         path, generation = self._places.output_dir / name, 0
         while True:
             try:
-                self._places.store.put_file(name, path, if_generation=generation, writer=self._fence.writer)
+                self._places.bucket.put_file(name, path, if_generation=generation, writer=self._fence.writer)
                 return
             except PreconditionFailedError as refused:
                 # Gone again between the refusal and the look: then nothing may be there next time either.
@@ -239,10 +239,10 @@ class Committer:
     def _put_marker(self, name: str, data: bytes) -> None:
         known = self._fence.generations.get(name, 0)
         try:
-            info = self._places.store.put_bytes(name, data, if_generation=known, writer=self._fence.writer)
+            info = self._places.bucket.put_bytes(name, data, if_generation=known, writer=self._fence.writer)
         except PreconditionFailedError as refused:
             raise WriterConflictError(
-                f"{name} in {self._places.store.url} was changed by another writer with worker id "
+                f"{name} in {self._places.bucket.url} was changed by another writer with worker id "
                 f"{self._run.worker_id}; stop one of the two and start again"
             ) from refused
         self._fence.generations[name] = info.generation

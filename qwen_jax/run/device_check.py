@@ -170,7 +170,7 @@ def _cpu_mesh() -> Mesh:
     return Mesh(np.array(devices[:1]).reshape(1, 1), ("data", "model"))
 
 
-def _program(config: Qwen2Config, dtype: str, mesh: Mesh, form: Form) -> Program:
+def _program(config: Qwen2Config, dtype: str, mesh: Mesh, form: Form) -> Program[StepShape]:
     shape = StepShape.of(_STEP_TOKENS, max(_LENGTHS), mesh.shape["data"], form.page)
     layers = tuple(range(config.num_layers))
     return Program(config, len(layers), layers, ALL_TAPS, dtype, dtype, mesh, shape, form)
@@ -184,7 +184,7 @@ def _elsewhere(prompts: Sequence[np.ndarray], strangers: Sequence[np.ndarray]) -
     yield from ([prompt] for prompt in prompts)
 
 
-def _run(program: Program, arrangements: Iterable[Sequence[np.ndarray]]) -> list[Found]:
+def _run(program: Program[StepShape], arrangements: Iterable[Sequence[np.ndarray]]) -> list[Found]:
     """One after the other, each with what the one before has left on the device."""
     capture = Capture(Compilation(program), random_model(program))
     found = []
@@ -204,7 +204,7 @@ def random_model(program: Program) -> Qwen2:
     graph, abstract = program.model
     filled = []
     for number, (path, leaf) in enumerate(nnx.to_flat_state(abstract)):
-        values = _random(path[-1], leaf.shape, np.random.default_rng(number)).astype(jnp.bfloat16)
+        values = _random(str(path[-1]), leaf.shape, np.random.default_rng(number)).astype(jnp.bfloat16)
         filled.append((path, leaf.replace(jax.device_put(values.astype(leaf.dtype), leaf.sharding))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

@@ -260,7 +260,7 @@ def _disk(settings: Settings) -> str:
 
 
 def _credentials(settings: Settings) -> str:
-    if not (settings.bucket_url or "").startswith("gs://"):
+    if settings.bucket_url is None or not settings.bucket_url.startswith("gs://"):
         raise Doubt("no Cloud Storage bucket: none needed")
     open_store(settings.bucket_url)  # complains where there are none
     if os.environ.get("STORAGE_EMULATOR_HOST"):
@@ -298,7 +298,7 @@ def _bucket(settings: Settings) -> str:
 
 
 def _region(settings: Settings) -> str:
-    if not (settings.bucket_url or "").startswith("gs://"):
+    if settings.bucket_url is None or not settings.bucket_url.startswith("gs://"):
         raise Doubt("no Cloud Storage bucket to compare with")
     from qwen_jax.storage.gcs import GcsStore
 

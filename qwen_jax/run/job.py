@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import cast
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -60,7 +61,7 @@ class Outline:
         """Layers that are loaded and run: up to the deepest one asked for, but log-probabilities take all."""
         return self.config.num_layers if self.settings.include_answer else self.layers[-1] + 1
 
-    def program(self, mesh: Mesh | AbstractMesh, platform: str) -> Program:
+    def program(self, mesh: Mesh | AbstractMesh, platform: str) -> Program[StepShape]:
         """The step of this run on the devices of `mesh`; ConfigError for an attention that they do not have."""
         settings, rows = self.settings, mesh.shape["data"]
         name = resolve_attention(settings.attention, self.dtype, platform)
@@ -73,7 +74,7 @@ class Outline:
             taps=settings.taps,
             dtype=self.dtype,
             stored_dtype=self.activation_dtype,
-            mesh=mesh,
+            mesh=cast(Mesh, mesh),  # to lower a program no device need be there
             shape=StepShape.of(tokens, settings.max_seq_length, rows, form.page),
             form=form,
             with_answers=settings.include_answer,
@@ -85,7 +86,7 @@ class Job(Outline):
     """An outline on this machine, its checkpoint opened."""
 
     checkpoint: Checkpoint
-    step: Program
+    step: Program[StepShape]
 
     @property
     def resolved(self) -> Settings:

@@ -178,10 +178,10 @@ def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence)
 def _refuse_a_moving_bucket(places: Places, fence: Fence) -> None:
     """Nothing is lost or unexplained where another writer is at work while this one looks."""
     for name, generation in fence.generations.items():
-        present = places.store.stat(name)
+        present = places.bucket.stat(name)
         if (present.generation if present else 0) != generation:
             raise WriterConflictError(
-                f"{name} in {places.store.url} was changed by another writer while it was read; stop one of the two "
+                f"{name} in {places.bucket.url} was changed by another writer while it was read; stop one of the two "
                 "and start again"
             )
 
@@ -204,11 +204,11 @@ def _bucket_claim(run: RunIdentity, places: Places, fence: Fence) -> _Claim:
     """Reads the bucket's markers and remembers their generations: the fencing token of this writer."""
     contents: dict[str, bytes | None] = {}
     for name in (places.checkpoint_name, METADATA_NAME):
-        stored = places.store.get_bytes(name)
+        stored = places.bucket.get_bytes(name)
         contents[name] = stored[0] if stored else None
         fence.generations[name] = stored[1].generation if stored else 0
     checkpoint = contents[places.checkpoint_name] if places.checkpoint_path else None
-    return _claim(run, places.store.url, checkpoint, contents[METADATA_NAME])
+    return _claim(run, places.bucket.url, checkpoint, contents[METADATA_NAME])
 
 
 def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: bytes | None) -> _Claim:
@@ -259,7 +259,7 @@ ShardCheck = Callable[[list[ShardEntry]], list[bool]]
 
 def _bucket_check(places: Places) -> ShardCheck:
     def check(entries: list[ShardEntry]) -> list[bool]:
-        present = {info.name: (info.size, info.crc32c) for info in places.store.list("shard_")}
+        present = {info.name: (info.size, info.crc32c) for info in places.bucket.list("shard_")}
         return [present.get(entry.filename) == (entry.bytes, entry.crc32c) for entry in entries]
 
     return check
@@ -331,7 +331,7 @@ def _marker_names(places: Places) -> tuple[str, str]:
 
 
 def _name_what_goes(local: list[Path], stored: list[str], places: Places) -> None:
-    names = [*map(str, local), *(f"{places.store.url}/{name}" for name in stored)]
+    names = [*map(str, local), *(f"{places.bucket.url}/{name}" for name in stored)]
     if names:
         shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
         log.warning("--force_restart: deleting %d files: %s", len(names), shown)
@@ -342,7 +342,7 @@ def _empty_bucket(run: RunIdentity, places: Places, markers: dict[str, int], dat
     fence = Fence({name: markers.get(name, 0) for name in _marker_names(places)})
     Committer(run, places, (), Ledger(), fence).start_over()
     for info in data:
-        places.store.delete(info.name, info.generation)
+        places.bucket.delete(info.name, info.generation)
 
 
 def _delete_local(paths: list[Path]) -> None:

@@ -7,9 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import BinaryIO, Protocol, Self
 
+isal_zlib: ModuleType | None
 try:
     from isal import isal_zlib
 except ImportError:  # no wheel for this platform; the bytes differ from isal's, the content does not

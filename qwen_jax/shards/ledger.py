@@ -149,7 +149,7 @@ class Ledger:
         def upto(notes: Sequence[dict]) -> tuple[dict, ...]:
             return tuple(note for note in notes if note["sample_idx"] <= last)
 
-        return Ledger(
+        return type(self)(
             self.shards[:shards], upto(self.skipped), upto(self.truncated), upto(self.shortened), last
         )
 

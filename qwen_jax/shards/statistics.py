@@ -15,6 +15,7 @@ import numpy as np
 
 from qwen_jax.errors import BadDataError
 from qwen_jax.shards.format import EMBEDDING, record_keys
+from qwen_jax.shards.ledger import shard_number
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,14 @@ _PARTS = {"mean": 2, "variance": 2, "max_abs": 2, "norm_mean": 1, "norm_max": 1}
 def shard_stats_name(number: int) -> str:
     """The statistics file of the `number`th shard, counted from 1."""
     return f"stats_{number:04d}.safetensors"
+
+
+def stats_name_beside(shard: str) -> str:
+    """The statistics file that belongs to a shard's file."""
+    number = shard_number(shard)
+    if number is None:
+        raise ValueError(f"{shard} is no shard's name")
+    return shard_stats_name(number)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[st
 
     kinds: the names of its kinds, the main one first (`activation_types` in metadata.json).
     """
-    layers = [layer for layer in shard if layer != EMBEDDING]
+    layers = [layer for layer in shard if isinstance(layer, int)]
     records = [shard[layer] for layer in layers]
     stats = {kind: _recompute(layers, records, key) for kind, key in record_keys(kinds).items()}
     if EMBEDDING in shard:
