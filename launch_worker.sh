@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV_DIR=${VENV_DIR:-.venv}
+PINS=deploy/constraints.txt
 
 fail() { # exit code, message
     echo "launch_worker.sh: error: $2" >&2
@@ -55,12 +56,17 @@ is_installed() { # what is wanted
     [ -x "$VENV_DIR/bin/python" ] && [ "$(cat "$VENV_DIR/.installed" 2>/dev/null)" = "$1" ]
 }
 
+install_packages() { # what pip takes; uv, where it is there, may know less of pip's own settings
+    if command -v uv >/dev/null && uv pip install --quiet --python "$VENV_DIR/bin/python" "$@" 2>/dev/null; then return; fi
+    "$VENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2
+}
+
 # The marker is written last, so an installation that was cut off is done again; it names what was
-# installed, so a changed requirements.txt is installed too.
+# installed, so a changed requirements.txt or another version is installed too.
 set_up_environment() {
     local python package wanted
     package=$(jax_package)
-    wanted="$package $(cksum <requirements.txt)"
+    wanted="$package $(cat requirements.txt "$PINS" | cksum)"
     if is_installed "$wanted"; then return; fi
     python=$(find_python)
     mkdir -p "$VENV_DIR" || fail 78 "cannot create $VENV_DIR; set VENV_DIR to a folder that can be written"
@@ -69,7 +75,7 @@ set_up_environment() {
     if is_installed "$wanted"; then return; fi
     echo "installing $package and requirements.txt into $VENV_DIR" >&2
     "$python" -m venv "$VENV_DIR" || fail 78 "cannot create $VENV_DIR with $python; install its venv module (for example: apt-get install python3-venv)"
-    "$VENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check "$package" -r requirements.txt >&2 ||
+    install_packages "$package" -r requirements.txt -c "$PINS" ||
         fail 75 "pip could not install the requirements; check the network and start again"
     echo "$wanted" >"$VENV_DIR/.installed"
 }

@@ -17,7 +17,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from qwen_jax.data.prompts import TokenizedSample
-    from qwen_jax.data.steps import StepShape
+    from qwen_jax.data.steps import Step, StepShape
     from qwen_jax.model.capture import Capture
     from qwen_jax.model.program import Program
 
@@ -28,6 +28,12 @@ DEMO_MODEL = ROOT / "examples" / "demo" / "model"
 TOKENIZER = REAL_TOKENIZER if REAL_TOKENIZER.is_dir() else DEMO_MODEL
 LONG_ROWS = ROOT.parent / "shared" / "data" / "barc_long_100.jsonl"
 _PAIRS = 15
+_COPIED_BYTES, _COPIES = 1 << 28, 5
+WORKER_PLATFORMS = os.environ.get("WORKER_PLATFORMS", "cpu")
+"""JAX_PLATFORMS of the processes that a benchmark starts ("": what jax finds); accelerator.sh sets it. The benchmark
+itself then stays on the CPU, since an accelerator belongs to one process."""
+WORKER_DTYPE = "float32" if WORKER_PLATFORMS == "cpu" else "bfloat16"
+"""What --dtype auto is in these processes."""
 
 
 def interleave(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -76,8 +82,8 @@ def run(command: list[str], **variables: str) -> tuple[float, float, float]:
 
 
 def output(command: list[str], **variables: str) -> str:
-    """The last line that a command prints, which must succeed; it runs on the CPU, without the hub."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | variables
+    """The last line that a command prints, which must succeed; it runs on WORKER_PLATFORMS, without the hub."""
+    environment = os.environ | {"JAX_PLATFORMS": WORKER_PLATFORMS, "HF_HUB_OFFLINE": "1"} | variables
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stderr}")
@@ -107,7 +113,7 @@ def worker_command(stream: Path, model: Path, folder: Path, *flags: str, checkou
 
 def published(size: str, layers: int | None = None) -> tuple:
     """The shape of a published model, for save_model, perhaps with fewer layers."""
-    from tests.published import PUBLISHED
+    from qwen_jax.model.published import PUBLISHED
 
     shape = PUBLISHED[size]
     return (*shape[:2], layers or shape[2], *shape[3:])
@@ -154,6 +160,35 @@ def load_capture(program: "Program", model: Path) -> "Capture":
     dtype = np.dtype(program.dtype)
     loaded = load_model(open_checkpoint(model), program.config, program.num_layers, dtype, program.mesh)
     return Capture(Compilation(program), loaded)
+
+
+def on_device(capture: "Capture", steps: "Iterable[Step]") -> None:
+    """Runs the steps one behind the other, and copies nothing to the host: what a device takes that never waits."""
+    import jax
+
+    before: Any = None
+    for step in steps:
+        captured = capture.compute(step)
+        jax.block_until_ready(before)
+        before = captured.stored
+    jax.block_until_ready(before)
+
+
+def device_to_host() -> str:
+    """How fast one device's memory comes to the host, as a figure."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        return "the same memory"
+    make, seconds = jax.jit(lambda number: jnp.full(_COPIED_BYTES, number, jnp.uint8)), []
+    for number in range(_COPIES + 1):
+        array = make(number).block_until_ready()
+        started = time.perf_counter()
+        np.asarray(array)
+        if number:
+            seconds.append(time.perf_counter() - started)
+    return f"{_COPIED_BYTES / statistics.median(seconds) / 1e9:.1f} GB/s"
 
 
 def plain_sample(number: int, token_ids: np.ndarray) -> "TokenizedSample":

@@ -1,7 +1,7 @@
 """Real ARC prompts to durable shards: ours, an older commit, a straightforward Hugging Face script, TransformerLens.
 
     python benchmarks/end_to_end.py [--samples 12] [--long] [--layers 4] [--rounds 3] [--base FOLDER]
-        [--skip_transformer_lens]
+        [--skip_transformer_lens] [--skip_peers]
 
 Each runs in a process of its own, in turn; wall and CPU seconds and peak memory are the kernel's figures for
 that process, imports, loading and a warm compilation cache included. Prompts are those of real ARC tasks, up to
@@ -19,6 +19,7 @@ from typing import Any
 
 from common import (
     ROOT,
+    WORKER_DTYPE,
     arc_rows,
     interleave_commands,
     long_rows,
@@ -62,7 +63,8 @@ def commands(root: Path, stream: Path, model: Path, args: argparse.Namespace) ->
         for name, checkout in checkouts.items()
     }
     skip_last = args.skip_transformer_lens or args.long
-    for peer in ("hugging_face", "transformer_lens")[: 1 if skip_last else 2]:
+    peers = 0 if args.skip_peers else 1 if skip_last else 2
+    for peer in ("hugging_face", "transformer_lens")[:peers]:
         found[peer] = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), peer, str(stream), str(model)]
         found[peer] += [str(root / peer / "out"), str(args.shard_size_gb), length, str(BATCH_ROWS[args.long])]
     return found
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--shard_size_gb", type=float, default=0.25)
     parser.add_argument("--base", type=Path, help="a worktree of an older commit, to compare with")
     parser.add_argument("--skip_transformer_lens", action="store_true")
+    parser.add_argument("--skip_peers", action="store_true", help="all but an older commit")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -101,7 +104,7 @@ def main() -> None:
         if name != "ours"
     ]
     kind = f"of {LONG[0]:,} to {LONG[1]:,} tokens" if args.long else f"up to {MAX_SEQ_LENGTH[False]:,} tokens"
-    report(f"End to end, {count} prompts {kind}, {args.size} shape, {shape[2]} layers, float32", rows)
+    report(f"End to end, {count} prompts {kind}, {args.size} shape, {shape[2]} layers, {WORKER_DTYPE}", rows)
 
 
 if __name__ == "__main__":

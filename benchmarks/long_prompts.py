@@ -1,12 +1,13 @@
 """A worker on long prompts: tokens/s and real positions at --max_seq_length 32,768, and peak memory against 2,048.
 
-    python benchmarks/long_prompts.py [--samples 100] [--layers 4] [--rounds 1] [--base FOLDER] [--positions_only]
+    python benchmarks/long_prompts.py [--samples 100] [--layers 4] [--size 7B] [--rounds 1] [--base FOLDER]
+        [--positions_only]
 
-A small random model (width 256) on tasks whose prompts are long (common.long_rows), end to end, the start included, a
-warm compilation cache. At both lengths a step takes as many tokens. The growth of memory that run/memory.py allows is
-that of its bound and of the carried keys and values, which a CPU holds in the same memory; a layer's keys once more and
-the tables of sines and cosines come besides. Real positions are also counted for 200 ARC tasks at 2,048, and for the
-steps of accelerators. --base is a worktree of an older commit, which gets the same flags.
+A small random model (width 256, or of a published --size) on tasks whose prompts are long (common.long_rows), end to
+end, the start included, a warm compilation cache. At both lengths a step takes as many tokens. The growth of memory
+that run/memory.py allows is that of its bound and of the carried keys and values, which a CPU holds in the same memory;
+a layer's keys once more and the tables of sines and cosines come besides. Real positions are also counted for 200 ARC
+tasks at 2,048, and for the steps of accelerators. --base is a worktree of an older commit, which gets the same flags.
 """
 
 import argparse
@@ -15,10 +16,13 @@ from pathlib import Path
 
 from common import (
     ROOT,
+    WORKER_DTYPE,
+    WORKER_PLATFORMS,
     arc_rows,
     interleave_commands,
     long_rows,
     make_program,
+    published,
     real_positions,
     report,
     save_model,
@@ -59,13 +63,20 @@ def position_rows(samples: int) -> list[tuple[str, str]]:
     return found
 
 
+def model_shape(args: argparse.Namespace) -> tuple:
+    """As save_model takes it."""
+    if args.size:
+        return published(args.size, args.layers)
+    return (WIDTH, 4 * WIDTH, args.layers or 4, 4, 2, VOCABULARY, True)
+
+
 def run_rows(args: argparse.Namespace) -> list[tuple[str, str]]:
     rows = long_rows(args.samples)
     tokens = {length: sum(len(s.token_ids) for s in tokenized_rows(rows, length)) for length in (LONG, SHORT)}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         stream = write_stream(root / "stream.jsonl", rows)
-        model = save_model(root / "model", (WIDTH, 4 * WIDTH, args.layers, 4, 2, VOCABULARY, True))
+        model = save_model(root / "model", model_shape(args))
         programs = {length: make_program(model, length) for length in (LONG, SHORT)}
 
         def worker(name: str, length: int, checkout: Path = ROOT) -> list[str]:
@@ -84,9 +95,10 @@ def run_rows(args: argparse.Namespace) -> list[tuple[str, str]]:
 
     def allowed(length: int) -> float:
         """MB by the formula."""
-        bytes_per_token = args.layers * WIDTH * 4
-        bound = activation_bytes_bound(programs[length].shape, bytes_per_token, int(SHARD_GB * 2**30))
-        return (bound + programs[length].carried_bytes) / 2**20
+        program = programs[length]
+        bytes_per_token = program.num_layers * program.config.hidden_size * 4
+        bound = activation_bytes_bound(program.shape, bytes_per_token, int(SHARD_GB * 2**30))
+        return (bound + program.carried_bytes) / 2**20
 
     carried = programs[LONG].carried_bytes / 2**20
     (wall, _, peak), (_, _, short_peak) = figures["ours"], figures["short"]
@@ -97,6 +109,8 @@ def run_rows(args: argparse.Namespace) -> list[tuple[str, str]]:
             (f"base at {LONG:,}", line("base", LONG)),
             (f"base / ours at {LONG:,}", f"{base_wall / wall:.2f} wall, {base_peak / peak:.2f} memory"),
         ]
+    if WORKER_PLATFORMS != "cpu":
+        return found  # where the carried keys lie in the device's memory
     return [
         *found,
         (f"carried keys and values at {LONG:,}", f"{carried:.0f} MB"),
@@ -113,14 +127,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=100)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, help="4, or those of --size")
+    parser.add_argument("--size", help="of a published model")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--base", type=Path, help="a worktree of an older commit, to compare with")
     parser.add_argument("--positions_only", action="store_true", help="run no worker")
     args = parser.parse_args()
     rows = [] if args.positions_only else run_rows(args)
     report(
-        f"{args.samples} long prompts, {args.layers} layers of width {WIDTH}, float32",
+        f"{args.samples} long prompts, {model_shape(args)[2]} layers of width {model_shape(args)[0]}, {WORKER_DTYPE}",
         rows + position_rows(args.samples),
     )
 

@@ -18,10 +18,10 @@ from qwen_jax.cli import FlagParser
 from qwen_jax.model.chips import ACCELERATORS, Accelerator
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import parse_config
+from qwen_jax.model.published import PUBLISHED, config_fields
 from qwen_jax.run.job import Outline
 from qwen_jax.run.roof import Roof, complaint, device_memory, machine_mesh, outline_of_config
 from qwen_jax.settings import add_settings, take_settings
-from tests.published import PUBLISHED, config_fields
 
 MACHINES = [each.name for each in ACCELERATORS.values() if each.topology]
 LENGTHS = (2048, 8192, 32768)

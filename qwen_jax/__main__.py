@@ -1,4 +1,5 @@
-"""python -m qwen_jax COMMAND: look into shards, check them, and pass them on."""
+"""python -m qwen_jax COMMAND, or qwen-jax COMMAND where it is installed: look into shards, check them, and pass them
+on."""
 
 import importlib
 import sys
@@ -30,5 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.run(parser.parse_args(argv[1:]))
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """qwen-jax."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    console()

@@ -159,7 +159,10 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "qwen_jax":
             raise
-        advice = "run this with .venv/bin/python, or pip install -r requirements.txt"
+        advice = (
+            "run this with .venv/bin/python, or pip install -r requirements.txt; where this is no checkout, "
+            "pip install 'qwen-jax[worker,gcs]'"
+        )
         print(
             f"{name}: error: the package {error.name} is missing; {advice}",
             file=sys.stderr,

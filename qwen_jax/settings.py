@@ -3,7 +3,7 @@ of it and what a fleet passes on follow. Standard library only: a fleet's contro
 
 import os
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -220,7 +220,9 @@ class Settings:
     @cached_property
     def bucket_url(self) -> str | None:
         """None where nothing is uploaded."""
-        return bucket_url(self.gcs_bucket, self.gcs_prefix, self.worker_id) if self.upload_to_gcs else None
+        if not self.upload_to_gcs or self.gcs_bucket is None:
+            return None
+        return bucket_url(self.gcs_bucket, self.gcs_prefix, self.worker_id)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -336,7 +338,7 @@ def variables(*, local: bool) -> list[str]:
     return [variable for variable, entry in named if variable and entry.local == local]
 
 
-def resolve_worker_id(flag: str | None, environment: dict[str, str]) -> int:
+def resolve_worker_id(flag: str | None, environment: MutableMapping[str, str]) -> int:
     """The id from the flag, else from the first variable that is set; raises UsageError when there is none.
 
     Takes TPU_WORKER_ID out of `environment`: libtpu would read it as this host's rank in a pod slice and

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is a script
-from tests.published import PUBLISHED
+from qwen_jax.model.published import PUBLISHED
 
 
 def make_reference(

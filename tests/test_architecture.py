@@ -116,5 +116,6 @@ def test_top_level_holds_only_what_the_design_names():
         *("launch_worker.sh", "launch_all_workers.sh", "check_all_workers.sh"),
         *("qwen_jax", "tests", "deploy", "examples", "benchmarks", "docs"),
         *("requirements.txt", "README.md", "pyproject.toml"),
+        *("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"),
     }
     assert {name for name in top if not name.startswith(".")} <= allowed

@@ -10,7 +10,7 @@ COMMANDS = {
     "inspect": "what is in a shard or a run, or in one sample, token by token",
     "verify": "whether everything is there, once, as recorded; --repair makes bad shards again",
     "plan": "what a run would write and take, before it is started",
-    "certify": "how close stored samples are to a float32 run, recorded in metadata.json",
+    "certify": "how close stored samples are to a float32 run; --self: whether the devices keep the promises",
     "export": "shards as safetensors, NumPy arrays or Hugging Face datasets",
     "plot": "one picture of a run",
     "launch": "start every worker: launch_all_workers.sh",

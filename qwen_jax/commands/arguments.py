@@ -1,12 +1,14 @@
 """Arguments that several commands take."""
 
+from typing import Any
+
 from qwen_jax.cli import FlagParser, non_negative_int
 from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
 
-def add_path(parser: FlagParser) -> None:
+def add_path(parser: FlagParser, **kwargs: Any) -> None:
     """One place, as `args.path`."""
-    parser.add_argument("path", help="shard, worker's folder, folder of these, or gs:// address")
+    parser.add_argument("path", help="shard, worker's folder, folder of these, or gs:// address", **kwargs)
 
 
 def add_paths(parser: FlagParser) -> None:

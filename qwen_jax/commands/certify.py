@@ -2,7 +2,11 @@
 Hugging Face's, and compares every layer: largest difference, relative error, cosine. Writes the result into
 metadata.json under `fidelity`, with the tolerance of the dtype. Exit code 1 if a layer is beyond it.
 
+With --self it looks at this machine's devices instead, without any run: random models, one of them as wide as
+--model_path, against float32 on the CPU; and whether a sample's bits are its own among other samples.
+
   python -m qwen_jax certify activations/worker_0 --samples 8
+  python -m qwen_jax certify --self --model_path Qwen/Qwen2.5-7B
 """
 
 import logging
@@ -11,27 +15,63 @@ from typing import Any
 
 from qwen_jax.cli import FlagParser, non_negative_int, positive_int, say
 from qwen_jax.commands.arguments import add_path
+from qwen_jax.errors import UsageError
 from qwen_jax.reading.fidelity import drawn_samples, record_fidelity, why_not_recorded
-from qwen_jax.reading.runs import Run, open_runs
+from qwen_jax.reading.runs import DescribedRun, described, open_runs
 
 BEYOND_TOLERANCE = 1
 
 
 def add_flags(parser: FlagParser) -> None:
-    add_path(parser)
+    add_path(parser, nargs="?")
+    parser.switch("self", "check this machine's devices instead of a run")
     parser.flag("samples", "stored samples to recompute, of each worker", default=8, type=positive_int)
     parser.flag("seed", "which samples", default=0, type=non_negative_int)
-    parser.flag("model_path", "the model, where it is no longer where the run had it")
+    parser.flag(
+        "model_path", "the model, where it is no longer where the run had it; with --self one that is as wide"
+    )
+    parser.flag("model_parallel", "with --self: devices that share the weights", default=1, type=positive_int)
     parser.flag("dataset_path", "the stream, likewise")
 
 
 def run(args: Namespace) -> int:
+    if (args.path is not None) == args.self:
+        raise UsageError("give the path of a run, or --self for this machine's devices")
     logging.getLogger("qwen_jax").setLevel(logging.INFO)
-    passed = [_certify(each, args) for each in open_runs(args.path)]
+    if args.self:
+        return 0 if _certify_devices(args) else BEYOND_TOLERANCE
+    passed = [_certify(described(each), args) for each in open_runs(args.path)]
     return 0 if all(passed) else BEYOND_TOLERANCE
 
 
-def _certify(run: Run, args: Namespace) -> bool:
+def _certify_devices(args: Namespace) -> bool:
+    from qwen_jax.model.program import resolve_dtype
+    from qwen_jax.run.device_check import check_devices
+    from qwen_jax.run.devices import device_errors, find_devices
+
+    devices = find_devices()
+    say(f"{len(devices)} x {devices[0].device_kind}")
+    passed = True
+    with device_errors():
+        for verdict in check_devices(_widths(args.model_path), resolve_dtype("auto"), args.model_parallel):
+            say(f"  {verdict}")
+            passed = passed and not verdict.faults
+    say("  passed" if passed else "  FAILED")
+    return passed
+
+
+def _widths(model_path: str | None) -> Any:
+    """The model's Qwen2Config, else that of the smallest published one."""
+    from qwen_jax.model.config import parse_config, read_config
+    from qwen_jax.model.published import config_fields
+    from qwen_jax.model.source import fetch_model
+
+    if model_path is None:
+        return parse_config(config_fields("0.5B"))
+    return read_config(fetch_model(model_path, weights=False).folder)
+
+
+def _certify(run: DescribedRun, args: Namespace) -> bool:
     from qwen_jax.run.certify import certify
     from qwen_jax.run.recorded import reference_job
 
@@ -47,7 +87,7 @@ def _certify(run: Run, args: Namespace) -> bool:
     return record["passed"]
 
 
-def _show(run: Run, record: dict[str, Any]) -> None:
+def _show(run: DescribedRun, record: dict[str, Any]) -> None:
     say(f"{run.where}: {len(record['samples'])} samples, tolerance {record['tolerance']:.2g}")
     for name, kinds in record["references"].items():
         say(f"  against {name}")

@@ -121,6 +121,10 @@ def gcloud_flags(text: str) -> tuple[str, ...]:
 
 
 def run(args: Namespace) -> int:
+    if not (local.CHECKOUT / "launch_worker.sh").exists():
+        raise UsageError(
+            "workers are launched from a checkout of the toolkit; this is the package without one"
+        )
     settings = _check_settings(upload=args.engine != "local" or bool(os.environ.get("GCS_BUCKET")))
     if settings is not None and args.engine == "gcloud":
         _warn_of_memory(settings, args.accelerator_type)

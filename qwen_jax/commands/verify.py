@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qwen_jax.cli import FlagParser, positive_int, say
 from qwen_jax.commands.arguments import add_paths
-from qwen_jax.reading.runs import Bucket, Run, open_runs
+from qwen_jax.reading.runs import Bucket, DescribedRun, Folder, Run, open_runs
 from qwen_jax.reading.verify import Fault, Verified, verify_runs
 
 FAULTS_FOUND = 1
@@ -54,8 +54,8 @@ def _verify(args: Namespace) -> tuple[list[Run], Verified]:
 def _repair(runs: list[Run], faults: list[Fault], args: Namespace) -> bool:
     """Makes the bad shards again; says whether there were any."""
     repaired = False
-    for each in runs:
-        bad = sorted({fault.shard for fault in faults if fault.run is each and each.entry(fault.shard)})
+    for each in [run for run in runs if isinstance(run, DescribedRun)]:
+        bad = sorted({fault.shard for fault in faults if fault.run is each and fault.shard in each.entries})
         if bad:
             say(f"extracting again: {', '.join(_with_samples(each, name) for name in bad)}")
             _repair_run(each, bad, args)
@@ -63,18 +63,19 @@ def _repair(runs: list[Run], faults: list[Fault], args: Namespace) -> bool:
     return repaired
 
 
-def _with_samples(run: Run, name: str) -> str:
-    entry = run.entry(name)
+def _with_samples(run: DescribedRun, name: str) -> str:
+    entry = run.entries[name]
     return f"{name} (samples {entry['first_sample_idx']} to {entry['last_sample_idx']})"
 
 
-def _repair_run(run: Run, bad: list[str], args: Namespace) -> None:
+def _repair_run(run: DescribedRun, bad: list[str], args: Namespace) -> None:
     from qwen_jax.run.repair import repair
 
-    if not isinstance(run.place, Bucket):
-        repair(run.place.path, run.metadata, bad, args.model_path, args.dataset_path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        repair(Path(folder), run.metadata, bad, args.model_path, args.dataset_path)
-        for name in bad:
-            run.place.replace_file(name, Path(folder) / name)
+    place = run.place
+    if isinstance(place, Folder):
+        repair(place.path, run.metadata, bad, args.model_path, args.dataset_path)
+    elif isinstance(place, Bucket):
+        with tempfile.TemporaryDirectory() as folder:
+            repair(Path(folder), run.metadata, bad, args.model_path, args.dataset_path)
+            for name in bad:
+                place.replace_file(name, Path(folder) / name)

@@ -152,7 +152,7 @@ class Prompt:
         shown = [number for number, segment in enumerate(self._segments) if segment.cells is not None]
         if not shown:
             return None
-        cells = [self._segments[number].cells() for number in shown]
+        cells = [segment.cells() for segment in self._segments if segment.cells is not None]
         joined = np.concatenate(cells)
         joined[:, 0] += np.repeat(self._starts[shown], [len(each) for each in cells])
         return joined
@@ -208,4 +208,4 @@ def _part(segment: Segment, first: int, last: int) -> Segment:
 
 def _cells_between(cells: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
     found = cells()
-    return found[(found[:, 0] >= first) & (found[:, 0] < last)] - np.int32([first, 0, 0, 0, 0])
+    return found[(found[:, 0] >= first) & (found[:, 0] < last)] - np.array([first, 0, 0, 0, 0], np.int32)

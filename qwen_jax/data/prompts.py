@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -67,6 +67,11 @@ class TokenizedSample:
     def n_kept(self) -> int:
         return len(self.token_ids) if self.positions is None else len(self.positions)
 
+    @property
+    def kept_positions(self) -> np.ndarray:
+        """int32 [n_kept]: the same, spelled out where all are kept."""
+        return np.arange(self.n_kept, dtype=np.int32) if self.positions is None else self.positions
+
     def kept(self, values: np.ndarray) -> np.ndarray:
         """The entries of `values`, one a token, that are kept."""
         return values if self.positions is None else values[self.positions]
@@ -110,7 +115,7 @@ class _Making:
 
     def go_on(self, tokens: Tokens | None) -> None:
         try:
-            self.wanted = self._steps.send(tokens)
+            self.wanted = next(self._steps) if tokens is None else self._steps.send(tokens)
         except StopIteration as end:
             self.wanted, self._result = None, end.value
         except ConfigError as error:
@@ -119,6 +124,7 @@ class _Making:
     def result(self) -> TokenizedSample | SkippedSample:
         if self._error is not None:
             raise self._error
+        assert self._result is not None  # nothing is wanted any more
         return self._result
 
 
@@ -181,7 +187,7 @@ class PromptEncoder:
         for chunk in _chunks(records):
             makings = [_Making(self._making(sample_idx, record)) for sample_idx, record in chunk]
             while waiting := [making for making in makings if making.wanted is not None]:
-                tokens = self._tokens([making.wanted for making in waiting])
+                tokens = self._tokens([making.wanted or "" for making in waiting])
                 for making, found in zip(waiting, tokens, strict=True):
                     making.go_on(found)
             for making in makings:
@@ -212,7 +218,7 @@ class PromptEncoder:
             dropped, prompt, tokens = shorter
         return self._sample(sample_idx, record, prompt, tokens, dropped, n_tokens)
 
-    def _drops_of(self, record: Task | Text) -> bool:
+    def _drops_of(self, record: Task | Text) -> TypeGuard[Task]:
         """Whether examples may be left out of it."""
         return self._overlong == "drop_examples" and isinstance(record, Task)
 
@@ -303,7 +309,7 @@ class PromptEncoder:
         if isinstance(record, Text) and record.messages is not None:
             return self._in_template(record.messages, [[_message_segment(each)] for each in record.messages])
         if isinstance(record, Text):
-            return self._as_user([Segment(TEXT, record.text)])
+            return self._as_user([Segment(TEXT, record.text or "")])
         segments = self._as_user(task_segments(record, self._layout, dropped))
         answer = answer_segment(record, self._layout) if self._include_answer else None
         return segments if answer is None else [*segments, answer]
@@ -359,7 +365,7 @@ def _bytes(record: Task | Text | BadRecord) -> int:
         return sum(len(grid) * len(grid[0]) for grid in grids)
     if record.messages is not None:
         return sum(_utf8(message["content"]) + _MESSAGE_BYTES for message in record.messages)
-    return _utf8(record.text)
+    return _utf8(record.text or "")
 
 
 def _utf8(text: str) -> int:

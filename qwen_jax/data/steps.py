@@ -178,7 +178,7 @@ class Step:
         if all(part.sample.positions is None for part in self.parts):
             return None
         size = next(size for size in self.shape.kept_sizes if size >= self.kept_counts.max())
-        return self._rows(lambda part: part.places(part.sample.positions, part.kept), size)
+        return self._rows(lambda part: part.places(part.sample.kept_positions, part.kept), size)
 
     def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The log-probabilities that are wanted: int32 [rows, tokens] tokens of the step and what should follow each,

@@ -228,7 +228,8 @@ def write_streams(
     """
     _refuse_further_streams(output_dir, num_streams)
     _allow_open_files(num_streams)
-    rejected, listed = 0, []
+    rejected = 0
+    listed: list[Rejected] = []
 
     def reject(row: Rejected) -> None:
         nonlocal rejected

@@ -226,14 +226,14 @@ def mark_slow(states: Sequence[WorkerState]) -> list[WorkerState]:
             state=SLOW,
             message=f"{duration(state.eta_s)} left, the median worker has {duration(usual)}",
         )
-        if state.state == IN_PROGRESS and _is_far_above(state.eta_s, usual)
+        if state.state == IN_PROGRESS and state.eta_s is not None and _is_far_above(state.eta_s, usual)
         else state
         for state in states
     ]
 
 
-def _is_far_above(left: float | None, usual: float) -> bool:
-    return left is not None and left > _SLOW_FACTOR * usual and left > usual + _SLOW_BY_S
+def _is_far_above(left: float, usual: float) -> bool:
+    return left > _SLOW_FACTOR * usual and left > usual + _SLOW_BY_S
 
 
 def _progress(data: bytes | None, worker: int) -> ProgressRecord | None:

@@ -4,7 +4,6 @@ Each round looks at the machines and at the bucket, and acts on workers that nee
 `completed` is never touched, and where the bucket cannot be read nobody is.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -265,5 +264,6 @@ def _failed_since(started_at: float | None, record: Mapping[str, Any]) -> bool:
 
 def _number(record: Mapping[str, Any], key: str) -> float:
     value = record.get(key)
-    is_number = isinstance(value, int | float) and abs(value) < 1e15 and math.isfinite(value)
-    return float(value) if is_number else 0.0
+    if not isinstance(value, int | float) or not abs(value) < 1e15:  # nan is not
+        return 0.0
+    return float(value)

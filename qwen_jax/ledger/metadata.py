@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from qwen_jax import __version__
+from qwen_jax.errors import BadDataError
 from qwen_jax.ledger.checks import DamagedError, parse
-from qwen_jax.ledger.names import shard_name
+from qwen_jax.ledger.names import METADATA_NAME, shard_name
 from qwen_jax.ledger.schema import (
     COMPLETED,
     DESCRIBED_METADATA,
@@ -17,10 +19,14 @@ from qwen_jax.ledger.schema import (
     METADATA,
     MOST_SUM,
     SEEN_METADATA,
+    WRITER,
 )
 
 Fingerprint = dict[str, Any]
 """Everything that decides which bytes a run writes, by name (run/fingerprint.py)."""
+
+FORMAT_VERSION = 1
+"""Of metadata.json; goes up where a reader of the one before would misread it."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,14 @@ class Ledger:
         def upto(notes: Sequence[dict]) -> tuple[dict, ...]:
             return tuple(note for note in notes if note["sample_idx"] <= last)
 
-        return Ledger(
+        return type(self)(
             self.shards[:shards], upto(self.skipped), upto(self.truncated), upto(self.shortened), last
         )
 
     def metadata(self, run: RunIdentity) -> dict[str, Any]:
         """The content of metadata.json: the same ledger gives the same bytes, whatever run wrote it."""
         return {
+            "format_version": FORMAT_VERSION,
             "worker_id": run.worker_id,
             "status": self.status,
             "last_processed_sample_idx": self.last_processed_sample_idx,
@@ -199,24 +206,30 @@ class Ledger:
 
 @dataclass(frozen=True)
 class StoredMetadata:
-    """What a stored metadata.json says. settings: those that may change on a resume. fields: all of it."""
+    """What a stored metadata.json says. settings: those that may change on a resume; written_by: {} where it does not
+    say. fields: all of it."""
 
     ledger: Ledger
     worker_id: int
     fingerprint: Fingerprint
     settings: dict[str, Any]
+    written_by: dict[str, str | int]
     fields: dict[str, Any] = field(repr=False)
 
 
-def parse_metadata(data: bytes, *, described: bool = False) -> StoredMetadata:
-    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote.
+def parse_metadata(data: bytes, source: str = METADATA_NAME, *, described: bool = False) -> StoredMetadata:
+    """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote, and BadDataError, which
+    calls it `source`, for the format of a newer toolkit.
 
     described: whether model, layers and what else readers need must be there, too.
     """
+    _refuse_newer(parse(data, WRITER), source)
     fields = parse(data, DESCRIBED_METADATA if described else METADATA)
     ledger = Ledger(
         tuple(_shard_entry(entry, number) for number, entry in enumerate(fields["shards"], 1)),
-        *(tuple(fields[notes]) for notes in ("skipped", "truncated", "shortened")),
+        tuple(fields["skipped"]),
+        tuple(fields["truncated"]),
+        tuple(fields["shortened"]),
         fields["last_processed_sample_idx"],
         fields["status"],
         fields["statistics"],
@@ -226,7 +239,14 @@ def parse_metadata(data: bytes, *, described: bool = False) -> StoredMetadata:
         raise DamagedError("its shards hold more than any disk")
     if len({frozenset(shard.layer_norms) for shard in ledger.shards}) > 1:
         raise DamagedError("its shards have different layers")
-    return StoredMetadata(ledger, fields["worker_id"], fields["fingerprint"], fields["settings"], fields)
+    return StoredMetadata(
+        ledger,
+        fields["worker_id"],
+        fields["fingerprint"],
+        fields["settings"],
+        fields.get("written_by", {}),
+        fields,
+    )
 
 
 def seen_metadata(data: bytes) -> tuple[int, dict[str, float]]:
@@ -241,6 +261,16 @@ def _shard_entry(entry: dict[str, Any], number: int) -> ShardEntry:
     if entry["filename"] != shard_name(number):
         raise DamagedError(f"shard {number} is called {entry['filename']!r}")
     return ShardEntry(**entry)
+
+
+def _refuse_newer(fields: Mapping[str, Any], source: str) -> None:
+    found = fields.get("format_version", FORMAT_VERSION)
+    if found > FORMAT_VERSION:
+        writer = fields.get("written_by", {}).get("toolkit", "a newer version")
+        raise BadDataError(
+            f"{source} has format {found} and was written by toolkit {writer}; this is toolkit {__version__}, which "
+            f"reads up to format {FORMAT_VERSION}: use that one or a newer one"
+        )
 
 
 def _check_order(ledger: Ledger) -> None:

@@ -26,6 +26,14 @@ def shard_stats_name(number: int) -> str:
     return f"{STATS_PREFIX}_{number:04d}{STATS_SUFFIX}"
 
 
+def stats_name_beside(shard: str) -> str:
+    """The statistics file that belongs to a shard's file; raises ValueError for another file's name."""
+    number = shard_number(shard)
+    if number is None:
+        raise ValueError(f"{shard} is no shard's name")
+    return shard_stats_name(number)
+
+
 def checkpoint_name(worker_id: int) -> str:
     return CHECKPOINT_PATTERN.replace("*", str(worker_id))
 

@@ -73,7 +73,10 @@ _LEDGER = {
     "truncated": list_of(record(_NOTE, optional={"full_length": _count})),
     "shortened": list_of(record(_NOTE, optional={"full_length": _count})),
 }
-METADATA = record(_LEDGER, others=None)
+_WRITER = {"format_version": whole(1, 10**6), "written_by": map_of(text(), plain)}
+WRITER = record({}, optional=_WRITER, others=None)
+"""metadata.json as far as it says what can read it; those from before 0.2.0 do not."""
+METADATA = record(_LEDGER, optional=_WRITER, others=None)
 """metadata.json as far as a start goes on from it."""
 DESCRIBED_METADATA = record(
     {

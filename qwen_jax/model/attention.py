@@ -30,9 +30,14 @@ class Form(Protocol):
     page: a sample must start at a multiple of so many tokens of its row, and T and P be multiples of it.
     """
 
-    name: str
-    page: int
-    head_axes: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def page(self) -> int: ...
+
+    @property
+    def head_axes(self) -> tuple[int, ...]: ...
 
     def carried_shapes(self, positions: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
         """The shapes of what a layer carries, kv heads on an axis that `head_axes` names."""

@@ -32,9 +32,14 @@ def use_compilation_cache(folder: str | Path | None) -> None:
 class StepInput(Protocol):
     """What a program needs of data.steps.Step."""
 
-    tokens_XT: np.ndarray
-    positions_XT: np.ndarray
-    kept_counts: np.ndarray
+    @property
+    def tokens_XT(self) -> np.ndarray: ...
+
+    @property
+    def positions_XT(self) -> np.ndarray: ...
+
+    @property
+    def kept_counts(self) -> np.ndarray: ...
 
     @property
     def kept_XR(self) -> np.ndarray | None: ...
@@ -144,6 +149,12 @@ class Capture:
 
         Parameters never leave the devices.
         """
+        captured = self.compute(step)
+        captured.start_copying()
+        return captured
+
+    def compute(self, step: StepInput) -> "Captured":
+        """The same, without the copy."""
         program, kept = self._program, step.kept_XR
         answers = step.answers() if program.with_answers else None
         inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts)
@@ -152,9 +163,7 @@ class Capture:
         stored, log_probs, self._carried = compiled(self._params, self._tables, self._carried, *inputs)
         sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
         self._rows = sums[-1][1]
-        captured = Captured(stored, [found for found, _ in sums], log_probs, program.taps)
-        captured.start_copying()
-        return captured
+        return Captured(stored, [found for found, _ in sums], log_probs, program.taps)
 
     def _sum_up(self, stored: dict[str, jax.Array], counts: jax.Array, *blocks: np.ndarray) -> Any:
         by_row = NamedSharding(self._program.mesh, P("data"))

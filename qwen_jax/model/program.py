@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,27 @@ def resolve_dtype(name: str) -> str:
 class StepShape(Protocol):
     """What a program needs of data.steps.StepShape."""
 
-    tokens: int
-    positions: int
-    rows: int
-    block_tokens: int
-    blocks: int
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def positions(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def block_tokens(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+
+Shape = TypeVar("Shape", bound=StepShape, covariant=True)
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Generic[Shape]):
     """A run's step without its weights: all that decides what is compiled.
 
     num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Qwen2; stored_dtype: of
@@ -53,7 +65,7 @@ class Program:
     dtype: str
     stored_dtype: str
     mesh: Mesh
-    shape: StepShape
+    shape: Shape
     form: Form
     with_answers: bool = False
 
@@ -103,7 +115,7 @@ class Program:
         return rope_tables(self.config, self.shape.positions)
 
     @cached_property
-    def step(self) -> Callable:
+    def step(self) -> jax.stages.Wrapped:
         """(params, rope tables, carried, tokens_XT, positions_XT, kept_XR, answers) -> ({tap: [X, C, R, D]}, [X, T]
         log-probabilities or None, carried). Each device works on its own row; carried is donated."""
         graph, params = self.model
@@ -138,13 +150,13 @@ class Program:
     ) -> tuple[dict[str, jax.Array], jax.Array | None, Carried]:
         """What a device does with its row."""
         carried, (tokens_T, positions_T, kept_R, answers) = jax.tree.map(lambda x: x[0], (carried, inputs))
-        rope_TH = (table_PH[positions_T] for table_PH in tables)
+        cos_TH, sin_TH = (table_PH[positions_T] for table_PH in tables)
         # On TPU and GPU float32 products run in fewer bits unless told otherwise.
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
             model: Qwen2 = nnx.merge(graph, params)
             captured, last_TD, carried = model(
                 tokens_T,
-                Shared(*rope_TH, self.form(positions_T), self.parts),
+                Shared(cos_TH, sin_TH, self.form(positions_T), self.parts),
                 carried,
                 self.layers,
                 self.taps,
@@ -155,7 +167,7 @@ class Program:
         return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
 
     @cached_property
-    def sum_up(self) -> Callable:
+    def sum_up(self) -> jax.stages.Wrapped:
         """(carried rows, {tap: [X, C, R, D]}, kept counts [X], block starts and counts [X, E]) -> ({tap: (norms_XCR,
         mean_XCED, squares_XCED, max_abs_XCED)}, rows to carry).
 

@@ -74,8 +74,8 @@ class Attention(nnx.Module):
         cos_TH, sin_TH, attend, parts = shared
 
         def project(weight_KHD: nnx.Param, bias_KH: nnx.Param) -> jax.Array:
-            weight_KHD, bias_KH = (parts.own_kv_heads(x[...], self.kv_heads) for x in (weight_KHD, bias_KH))
-            return jnp.einsum("TD,KHD->TKH", x_TD, weight_KHD) + bias_KH
+            own_KHD, own_KH = (parts.own_kv_heads(x[...], self.kv_heads) for x in (weight_KHD, bias_KH))
+            return jnp.einsum("TD,KHD->TKH", x_TD, own_KHD) + own_KH
 
         q_TNH = jnp.einsum("TD,NHD->TNH", x_TD, self.q_NHD[...]) + self.q_bias_NH[...]
         k_TKH = project(self.k_KHD, self.k_bias_KH)

@@ -155,7 +155,7 @@ def abstract_parameters(
     """The model's graph and its parameters as shapes, each with the sharding that load_model gives it."""
     graph, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
 
-    def placed(path: tuple[str, ...], leaf: Any) -> Any:
+    def placed(path: tuple[Any, ...], leaf: Any) -> Any:
         sharding = _sharding(path, config, mesh)
         return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
 
@@ -163,25 +163,27 @@ def abstract_parameters(
     return graph, nnx.from_flat_state(flat)
 
 
-def _is_stacked(path: tuple[str, ...]) -> bool:
+def _is_stacked(path: tuple[Any, ...]) -> bool:
     return path[0] == "blocks"
 
 
-def _sharding(path: tuple[str, ...], config: Qwen2Config, mesh: Mesh | AbstractMesh) -> NamedSharding:
+def _sharding(path: tuple[Any, ...], config: Qwen2Config, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where one of our parameters lies."""
     _, axes = _sources(path, 0)
     return sharding_of(mesh, "L" * _is_stacked(path) + axes.replace(" ", ""), config.dims)
 
 
-_SINGLE_TENSORS = {
+_SINGLE_TENSORS: dict[tuple[Any, ...], tuple[str, str]] = {
     ("embed_VD",): (EMBEDDING, "V D"),
     ("final_norm", "scale_D"): (FINAL_NORM, "D"),
     ("head_VD",): (LM_HEAD, "V D"),
 }
-_PATH_TO_TENSOR = {path: (suffix, axes) for suffix, (path, axes) in LAYER_TENSORS.items()}
+_PATH_TO_TENSOR: dict[tuple[Any, ...], tuple[str, str]] = {
+    path: (suffix, axes) for suffix, (path, axes) in LAYER_TENSORS.items()
+}
 
 
-def _sources(path: tuple[str, ...], num_layers: int) -> tuple[list[str], str]:
+def _sources(path: tuple[Any, ...], num_layers: int) -> tuple[list[str], str]:
     """The checkpoint names behind one of our parameters, and their axes."""
     if path in _SINGLE_TENSORS:
         name, axes = _SINGLE_TENSORS[path]
@@ -241,8 +243,8 @@ def _place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Inde
     """Reads each distinct part once and puts it on every device that holds it."""
     parts: dict[tuple, np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
-        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
+    def part(index: Index | None) -> np.ndarray:
+        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), shape, strict=True))
         key = tuple((b.start, b.stop) for b in bounds)
         if key not in parts:
             parts[key] = read(bounds)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.reading.runs import Run
+from qwen_jax.reading.runs import DescribedRun, Run
 
 _SNIPPETS = {
     "safetensors": """from safetensors import safe_open
@@ -65,12 +65,12 @@ def _facts(runs: Sequence[Run], layers: Sequence[int | str], rows: int, meanings
         *(f"- {meaning}" for meaning in meanings),
         f"- rows of each layer: {rows:,}, one a kept token",
     ]
-    described = [run.metadata for run in runs if run.metadata]
+    described = [run for run in runs if isinstance(run, DescribedRun)]
     if described:
-        first = described[0]
-        samples = sum(run.entry(name)["samples"] for run in runs if run.metadata for name in run.shards)
+        first = described[0].metadata
+        samples = sum(run.entries[name]["samples"] for run in described for name in run.shards)
         facts += [
-            f"- samples: {samples:,} from workers {', '.join(str(each['worker_id']) for each in described)}",
+            f"- samples: {samples:,} from workers {', '.join(str(run.worker_id) for run in described)}",
             f"- kept tokens: {first['fingerprint']['keep_tokens']}; prompts of at most "
             f"{first['fingerprint']['max_seq_length']} tokens",
             f"- computed in {first['compute_dtype']}, stored in {first['activation_dtype']}",

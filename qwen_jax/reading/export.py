@@ -17,7 +17,14 @@ from qwen_jax.ledger.names import METADATA_NAME, SHARD_SUFFIX
 from qwen_jax.ledger.schema import EXPORTED_PARTS
 from qwen_jax.reading.card import write_card
 from qwen_jax.reading.manifest import Manifest
-from qwen_jax.reading.runs import Run, local_output, open_runs, runs_with_layer, stored_layers
+from qwen_jax.reading.runs import (
+    DescribedRun,
+    Run,
+    local_output,
+    open_runs,
+    runs_with_layer,
+    stored_layers,
+)
 from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
 from qwen_jax.shards import EMBEDDING
 from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors
@@ -192,7 +199,7 @@ def hook_name(layer: Layer, kind: str) -> str:
 
 def _meaning(run: Run, layer: Layer, kind: str) -> str:
     """What a row of a layer is, in words."""
-    if run.metadata is None:
+    if not isinstance(run, DescribedRun):
         return f"`{layer_folder(layer)}`: no metadata.json says what its rows are"
     meaning = run.metadata["layer_meanings"].get(EMBEDDING if layer == EMBEDDING else kind, "not recorded")
     return f"`{layer_folder(layer)}`: {meaning}; `{hook_name(layer, kind)}` in TransformerLens"
@@ -365,7 +372,7 @@ class HfDatasetWriter:
             files = sorted(path.name for path in folder.glob("*.arrow"))
             info = DatasetInfo(features=Dataset.from_file(str(folder / files[0])).features)
             info.write_to_directory(str(folder))
-            state = {
+            state: dict[str, Any] = {
                 "_data_files": [{"filename": name} for name in files],
                 "_fingerprint": layer_folder(layer),
                 "_format_columns": None,

@@ -6,23 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.errors import UsageError
 from qwen_jax.ledger.names import METADATA_NAME
 from qwen_jax.ledger.schema import COMPLETED
-from qwen_jax.reading.runs import Run
+from qwen_jax.reading.runs import DescribedRun
 from qwen_jax.reading.samples import listed_shard
 from qwen_jax.shards import EMBEDDING, record_keys
 
 
-def drawn_samples(run: Run, count: int, seed: int) -> Iterator[dict[str, Any]]:
+def drawn_samples(run: DescribedRun, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """At most `count` stored samples in order, drawn by `seed` from all of the run's; one shard is in memory at a time.
 
     A sample: `sample_idx`, `token_ids` and `kinds`, `{kind: {layer: [n, hidden] in the stored dtype}}`; the embedding
-    stands under `{"embedding": {"embedding": ...}}`. Raises UsageError for a run without metadata.json or shards.
+    stands under `{"embedding": {"embedding": ...}}`.
     """
-    if run.metadata is None or not run.shards:
-        raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
-    counts = [run.entry(name)["samples"] for name in run.shards]
+    counts = [run.entries[name]["samples"] for name in run.shards]
     ends = list(accumulate(counts))
     drawn = np.random.default_rng(seed).choice(ends[-1], min(count, ends[-1]), replace=False)
     for name, count_here, end in zip(run.shards, counts, ends, strict=True):
@@ -45,7 +42,7 @@ def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
     return {"sample_idx": first["sample_idx"], "token_ids": first["token_ids"], "kinds": of_kind}
 
 
-def why_not_recorded(run: Run) -> str | None:
+def why_not_recorded(run: DescribedRun) -> str | None:
     """Why metadata.json cannot take the fidelity of what was looked at; None where it can."""
     if run.ledger.status != COMPLETED:
         return "the run is unfinished, so metadata.json is its worker's to write"
@@ -54,7 +51,7 @@ def why_not_recorded(run: Run) -> str | None:
     return None
 
 
-def record_fidelity(run: Run, record: dict[str, Any]) -> None:
+def record_fidelity(run: DescribedRun, record: dict[str, Any]) -> None:
     """Puts `record` (run.certify.certify) into the run's metadata.json under `fidelity`; the rest stays as it is."""
     from qwen_jax.storage.local import json_bytes
 

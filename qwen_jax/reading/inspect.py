@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import UsageError
-from qwen_jax.reading.runs import Run, runs_with_layer, stored_layers
+from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
 from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
@@ -15,12 +15,12 @@ from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
 def describe(runs: Sequence[Run]) -> Iterator[str]:
     """Model, layers, samples, tokens, dtype and size of runs and shards, and of several runs together."""
     for run in runs:
-        if run.metadata is None or run.is_part:
+        if isinstance(run, DescribedRun) and not run.is_part:
+            yield from _describe_run(run)
+        else:
             for name in run.shards:
                 yield from _describe_shard(run, name)
-        else:
-            yield from _describe_run(run)
-    whole = [run.ledger.totals() for run in runs if run.ledger is not None and not run.is_part]
+    whole = [run.ledger.totals() for run in runs if isinstance(run, DescribedRun) and not run.is_part]
     if len(whole) > 1:
         totals = {key: sum(each[key] for each in whole) for key in whole[0]}
         yield f"together: {len(whole)} workers"
@@ -29,7 +29,7 @@ def describe(runs: Sequence[Run]) -> Iterator[str]:
         yield f"  size     {_size(totals)}"
 
 
-def _describe_run(run: Run) -> Iterator[str]:
+def _describe_run(run: DescribedRun) -> Iterator[str]:
     metadata, totals, fingerprint = run.metadata, run.ledger.totals(), run.metadata["fingerprint"]
     kinds = list(metadata["activation_types"])
     kinds += [EMBEDDING] if fingerprint["include_embedding"] else []
@@ -65,7 +65,7 @@ def _describe_shard(run: Run, name: str) -> Iterator[str]:
         shard = load_shard(path)
     first = next(iter(shard.values()))
     raw = sum(array.nbytes for records in shard.values() for record in records for array in _arrays(record))
-    layers = [layer for layer in shard if layer != EMBEDDING]
+    layers = [layer for layer in shard if isinstance(layer, int)]
     kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
     besides = [EMBEDDING] if EMBEDDING in shard else []
     yield f"{run.where}/{name}"

@@ -69,7 +69,8 @@ def _draw(runs: Sequence[Run], kind: str) -> _Drawn:
     chosen = rng.permutation(len(shards))[:MAX_SHARDS]
     drawn = _Drawn(shards=len(chosen))
     for number in sorted(chosen):
-        for sample in shard_samples(*shards[number], kind=kind):
+        run, name = shards[number]
+        for sample in shard_samples(run, name, kind=kind):
             n_rows = len(sample["token_ids"])
             drawn.lengths.append(n_rows)
             rows = rng.choice(n_rows, min(_ROWS_A_SAMPLE, n_rows), replace=False)

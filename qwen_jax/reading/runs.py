@@ -130,22 +130,14 @@ class Run:
         is_part: whether the run is one shard of a worker who may have more.
     """
 
-    def __init__(self, place: Place, only: str | None = None):
+    metadata: dict[str, Any] | None = None
+    ledger: Ledger | None = None
+
+    def __init__(self, place: Place, shards: Sequence[str], *, is_part: bool = False, damage: str = ""):
         self.place = place
-        self.metadata: dict[str, Any] | None = None
-        self.ledger: Ledger | None = None
-        self.damage = ""
-        self.is_part = only is not None
-        self._read_metadata()
-        self._entries = {shard.filename: vars(shard) for shard in self.ledger.shards} if self.ledger else {}
-        if only is not None and only not in self._entries:
-            self.metadata = self.ledger = None  # of somebody else's shard it says nothing
-        if only is not None:
-            self.shards = [only]
-        elif self.ledger is not None:
-            self.shards = list(self._entries)
-        else:
-            self.shards = [name for name in place.names() if shard_number(name) is not None]
+        self.shards = list(shards)
+        self.is_part = is_part
+        self.damage = damage
 
     @property
     def where(self) -> str:
@@ -153,26 +145,63 @@ class Run:
 
     @property
     def worker_id(self) -> int | None:
-        return self.metadata["worker_id"] if self.metadata else None
+        return None
 
     @property
     def kinds(self) -> list[str]:
         """What is stored of a layer, the main kind first; UNKNOWN_KIND without metadata."""
-        return self.metadata["activation_types"] if self.metadata else [UNKNOWN_KIND]
+        return [UNKNOWN_KIND]
 
     def entry(self, name: str) -> dict[str, Any] | None:
         """What metadata.json says of a shard."""
-        return self._entries.get(name)
+        return None
 
-    def _read_metadata(self) -> None:
-        data = self.place.read(METADATA_NAME)
-        if data is None:
-            return
+
+class DescribedRun(Run):
+    """A run whose metadata.json is there and whole. entries: what it says of each shard, by name."""
+
+    metadata: dict[str, Any]
+    ledger: Ledger
+
+    def __init__(self, place: Place, metadata: dict[str, Any], ledger: Ledger, only: str | None):
+        """only: the one shard that is looked at; None for all."""
+        self.entries = {shard.filename: vars(shard) for shard in ledger.shards}
+        super().__init__(place, list(self.entries) if only is None else [only], is_part=only is not None)
+        self.metadata = metadata
+        self.ledger = ledger
+
+    @property
+    def worker_id(self) -> int:
+        return self.metadata["worker_id"]
+
+    @property
+    def kinds(self) -> list[str]:
+        return self.metadata["activation_types"]
+
+    def entry(self, name: str) -> dict[str, Any] | None:
+        return self.entries.get(name)
+
+
+def described(run: Run) -> DescribedRun:
+    """The run, which must have a metadata.json and a shard; raises UsageError."""
+    if isinstance(run, DescribedRun) and run.shards:
+        return run
+    raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
+
+
+def read_run(place: Place, only: str | None = None) -> Run:
+    """The run at a place, or one shard of it, of which metadata.json says nothing where it is somebody else's."""
+    data, damage = place.read(METADATA_NAME), ""
+    if data is not None:
         try:
-            stored = parse_metadata(data, described=True)
-            self.metadata, self.ledger = stored.fields, stored.ledger
+            stored = parse_metadata(data, f"{place.where}/{METADATA_NAME}", described=True)
+            if only is None or only in [shard.filename for shard in stored.ledger.shards]:
+                return DescribedRun(place, stored.fields, stored.ledger, only)
         except DamagedError as error:
-            self.damage = f"is damaged: {error}"
+            damage = f"is damaged: {error}"
+    if only is not None:
+        return Run(place, [only], is_part=True, damage=damage)
+    return Run(place, [name for name in place.names() if shard_number(name) is not None], damage=damage)
 
 
 def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
@@ -212,7 +241,7 @@ def stored_layers(run: Run) -> list[int | str]:
     """The layers of a run, "embedding" last; without metadata those of its first shard."""
     from qwen_jax.shards import EMBEDDING, load_shard
 
-    if run.metadata is not None:
+    if isinstance(run, DescribedRun):
         with_embedding = run.metadata["fingerprint"]["include_embedding"]
         return [*run.metadata["layers"], *([EMBEDDING] if with_embedding else [])]
     with run.place.local(run.shards[0]) as path:
@@ -265,10 +294,12 @@ def plain(path: str | Path) -> str:
 
 def _local_runs(path: Path) -> list[Run]:
     if path.is_file():
-        return [Run(Folder(path.parent), path.name)]
+        return [read_run(Folder(path.parent), path.name)]
     if not path.is_dir():
         raise StorageError(f"{path} is not there; give an existing file, folder or gs:// address")
-    return [Run(folder) for folder in map(Folder, _folders(path, _FOLDERS_DEEP)) if _has_run(folder.names())]
+    return [
+        read_run(folder) for folder in map(Folder, _folders(path, _FOLDERS_DEEP)) if _has_run(folder.names())
+    ]
 
 
 def _folders(path: Path, deep: int) -> Iterator[Path]:
@@ -285,13 +316,15 @@ def _runs_in_bucket(url: str) -> list[Run]:
 
     above, _, name = url.rpartition("/")
     if shard_number(name) is not None:
-        return [Run(Bucket(open_store(above)), name)]
+        return [read_run(Bucket(open_store(above)), name)]
     names: dict[str, list[str]] = {}
     for info in open_store(url).list():
         folder, _, name = info.name.rpartition("/")
         names.setdefault(folder, []).append(name)
     folders = sorted((Path(folder) for folder in names if _has_run(names[folder])), key=_by_number)
-    return [Run(Bucket(open_store(f"{url.rstrip('/')}/{folder}".removesuffix("/.")))) for folder in folders]
+    return [
+        read_run(Bucket(open_store(f"{url.rstrip('/')}/{folder}".removesuffix("/.")))) for folder in folders
+    ]
 
 
 def _has_run(names: Iterable[str]) -> bool:

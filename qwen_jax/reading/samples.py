@@ -58,7 +58,8 @@ def shard_samples(
     """The samples of one shard, as iter_samples gives them."""
     with run.place.local(name) as file:
         shard = shards.load_shard(file, layers=layers)
-    key = shards.record_keys(run.kinds).get(kind or run.kinds[0], kind)
+    wanted = kind or run.kinds[0]
+    key = shards.record_keys(run.kinds).get(wanted, wanted)
     for records in zip(*shard.values(), strict=True):
         yield _sample(dict(zip(shard, records, strict=True)), run.worker_id, key)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.ledger.names import STATS_NAME, shard_number, shard_stats_name
+from qwen_jax.ledger.names import STATS_NAME, stats_name_beside
 from qwen_jax.reading.runs import Run
 from qwen_jax.reading.samples import listed_shard
 from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats
@@ -41,7 +41,7 @@ def _of_run(run: Run) -> Iterator[Stats]:
 def _of_shard(run: Run, name: str) -> Stats:
     entry = run.entry(name)
     if entry is not None:
-        stats = first_whole(_copies(run, shard_stats_name(shard_number(name))), entry["tokens"])
+        stats = first_whole(_copies(run, stats_name_beside(name)), entry["tokens"])
         if stats is not None:
             return stats
     return shard_stats(listed_shard(run, name), run.kinds)

@@ -13,9 +13,9 @@ from qwen_jax.data.streams import stream_summary
 from qwen_jax.errors import BadDataError
 from qwen_jax.ledger.checkpoint import parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError, parse
-from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, checkpoint_name, shard_number, shard_stats_name
+from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, checkpoint_name, shard_number, stats_name_beside
 from qwen_jax.ledger.schema import COMPLETED, STREAMS
-from qwen_jax.reading.runs import Run, is_bucket_url, plain, read_any
+from qwen_jax.reading.runs import DescribedRun, Run, is_bucket_url, plain, read_any
 from qwen_jax.reading.verify_shard import ShardFaults
 from qwen_jax.shards.statistics import Stats, merge_stats, parse_stats, stats_bytes
 
@@ -55,7 +55,7 @@ def verify_runs(runs: Sequence[Run], streams: str | Path | None = None, jobs: in
     checks = [_RunCheck(run) for run in runs]
     with ThreadPoolExecutor(jobs) as pool:
         faults = [fault for check in checks for fault in check.faults(pool)]
-    described = [run for run in runs if run.metadata is not None]
+    described = [run for run in runs if isinstance(run, DescribedRun)]
     faults += _unlike_workers(described)
     if streams is not None:
         faults += _against_streams(described, streams)
@@ -81,9 +81,9 @@ class _RunCheck:
             self.samples += len(check.indices)
         if run.is_part:
             return faults
-        if run.metadata is None:
+        if not isinstance(run, DescribedRun):
             return [self._without_metadata(), *faults]
-        return [*self._files(), *faults, *_bookkeeping(run, stored), *_sums(run), *_statistics(run)]
+        return [*_files(run), *faults, *_bookkeeping(run, stored), *_sums(run), *_statistics(run)]
 
     def _of_shards(self, pool: Executor) -> tuple[list[ShardFaults], Iterator[list[str]]]:
         checks = [ShardFaults(self._run, name) for name in self._run.shards]
@@ -95,20 +95,21 @@ class _RunCheck:
             what = f"{self._run.damage}; start the worker again, which mends it"
         return Fault(f"{self._run.where}/{METADATA_NAME}", what)
 
-    def _files(self) -> Iterator[Fault]:
-        """Shards that nobody lists, and a checkpoint that says something else."""
-        run, names = self._run, self._run.place.names()
-        for name in names:
-            if shard_number(name) is not None and run.entry(name) is None:
-                yield Fault(
-                    f"{run.where}/{name}", "is not listed in metadata.json; a restarted worker replaces it"
-                )
-        name = checkpoint_name(run.worker_id)
-        if name in names:
-            yield from _checkpoint(run, name)
+
+def _files(run: DescribedRun) -> Iterator[Fault]:
+    """Shards that nobody lists, and a checkpoint that says something else."""
+    names = run.place.names()
+    for name in names:
+        if shard_number(name) is not None and run.entry(name) is None:
+            yield Fault(
+                f"{run.where}/{name}", "is not listed in metadata.json; a restarted worker replaces it"
+            )
+    name = checkpoint_name(run.worker_id)
+    if name in names:
+        yield from _checkpoint(run, name)
 
 
-def _checkpoint(run: Run, name: str) -> Iterator[Fault]:
+def _checkpoint(run: DescribedRun, name: str) -> Iterator[Fault]:
     where = f"{run.where}/{name}"
     try:
         record = parse_checkpoint(run.place.read(name) or b"")
@@ -121,7 +122,7 @@ def _checkpoint(run: Run, name: str) -> Iterator[Fault]:
         yield Fault(where, f"says {said}, metadata.json {known}")
 
 
-def _bookkeeping(run: Run, stored: list[range]) -> Iterator[Fault]:
+def _bookkeeping(run: DescribedRun, stored: list[range]) -> Iterator[Fault]:
     """Every line of the stream is stored or skipped, once."""
     metadata, ledger, where = run.metadata, run.ledger, f"{run.where}/{METADATA_NAME}"
     limit, lines = metadata["fingerprint"]["max_samples"], metadata["dataset"]["lines"]
@@ -193,7 +194,7 @@ def _shorten(spans: Sequence[range], most: int = 10) -> str:
     return shown if count <= most else f"{shown} and {count - most} more"
 
 
-def _sums(run: Run) -> Iterator[Fault]:
+def _sums(run: DescribedRun) -> Iterator[Fault]:
     """What metadata.json adds up from the entries of the shards."""
     for key, sums in (("totals", run.ledger.totals()), ("layer_norms", run.ledger.layer_norms())):
         said = run.metadata[key]
@@ -202,7 +203,7 @@ def _sums(run: Run) -> Iterator[Fault]:
             yield Fault(f"{run.where}/{METADATA_NAME}", what)
 
 
-def _statistics(run: Run) -> Iterator[Fault]:
+def _statistics(run: DescribedRun) -> Iterator[Fault]:
     """stats.safetensors is the sum of the shards' statistics, and metadata.json shows its summary."""
     if run.ledger.status != COMPLETED or not run.shards:
         return
@@ -227,14 +228,14 @@ def _statistics(run: Run) -> Iterator[Fault]:
 def _shards_stats(run: Run) -> Iterator[Stats]:
     """The statistics files of the shards that are there and whole; ShardFaults names the others."""
     for name in run.shards:
-        stats_name = shard_stats_name(shard_number(name))
+        stats_name = stats_name_beside(name)
         data = run.place.read(stats_name)
         if data is not None:
             with suppress(BadDataError):
                 yield parse_stats(data, stats_name)
 
 
-def _unlike_workers(runs: Sequence[Run]) -> Iterator[Fault]:
+def _unlike_workers(runs: Sequence[DescribedRun]) -> Iterator[Fault]:
     """What must be the same in all workers of one dataset, and what no two may have."""
     whole = [run for run in runs if not run.is_part]
     for run, other in combinations(whole, 2):
@@ -254,17 +255,17 @@ def _unlike_workers(runs: Sequence[Run]) -> Iterator[Fault]:
                 )
 
 
-def _shared_layers(run: Run, other: Run) -> bool:
+def _shared_layers(run: DescribedRun, other: DescribedRun) -> bool:
     """Whether both store some layer's rows of one kind."""
     kinds = set(run.kinds) & set(other.kinds)
     return bool(kinds) and not set(run.metadata["layers"]).isdisjoint(other.metadata["layers"])
 
 
-def _stream(run: Run) -> Any:
+def _stream(run: DescribedRun) -> Any:
     return run.metadata["fingerprint"]["stream_sha256"]
 
 
-def _against_streams(runs: Sequence[Run], path: str | Path) -> Iterator[Fault]:
+def _against_streams(runs: Sequence[DescribedRun], path: str | Path) -> Iterator[Fault]:
     try:
         streams = parse(read_any(path), STREAMS)["streams"]
     except DamagedError as error:

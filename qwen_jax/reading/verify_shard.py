@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.ledger.names import shard_number, shard_stats_name
-from qwen_jax.reading.runs import Run
+from qwen_jax.ledger.names import stats_name_beside
+from qwen_jax.reading.runs import DescribedRun, Run
 from qwen_jax.roles import role_name
 from qwen_jax.shards import (
     EMBEDDING,
@@ -43,7 +43,7 @@ class ShardFaults:
         """The samples found in it, else those that its entry stands for, however many it says."""
         if self.indices:
             return [range(index, index + 1) for index in self.indices]
-        if self._entry is None:
+        if self._entry is None or not isinstance(self._run, DescribedRun):
             return []
         span = range(self._entry["first_sample_idx"], self._entry["last_sample_idx"] + 1)
         skipped = {note["sample_idx"] for note in self._run.ledger.skipped}
@@ -64,9 +64,10 @@ class ShardFaults:
         first = next(iter(shard.values()))
         self.indices = [record["sample_idx"] for record in first]
         faults = [*_of_records(shard)]
-        if self._entry is not None:
-            faults += [*self._against_entry(shard), *self._against_settings(shard)]
-            faults += self._against_statistics(shard)
+        entry, run = self._entry, self._run
+        if entry is not None and isinstance(run, DescribedRun):
+            faults += [*self._against_entry(shard, entry), *self._against_settings(shard, run.metadata)]
+            faults += self._against_statistics(shard, entry["layer_norms"])
         return faults
 
     def _of_bytes(self) -> list[str]:
@@ -82,7 +83,7 @@ class ShardFaults:
             return [f"has crc32c {crc32c}, metadata.json says {self._entry['crc32c']}"]
         return []
 
-    def _against_entry(self, shard: Shard) -> Iterator[str]:
+    def _against_entry(self, shard: Shard, entry: Mapping[str, Any]) -> Iterator[str]:
         first = next(iter(shard.values()))
         found = {
             "samples": len(first),
@@ -92,12 +93,12 @@ class ShardFaults:
             "raw_bytes": _raw_bytes(shard),
         }
         for key, value in found.items():
-            if value != self._entry[key]:
-                yield f"has {key} {value}, metadata.json says {self._entry[key]}"
+            if value != entry[key]:
+                yield f"has {key} {value}, metadata.json says {entry[key]}"
 
-    def _against_settings(self, shard: Shard) -> Iterator[str]:
+    def _against_settings(self, shard: Shard, metadata: Mapping[str, Any]) -> Iterator[str]:
         """What a shard of such a run holds."""
-        metadata, first = self._run.metadata, next(iter(shard.values()))[0]
+        first = next(iter(shard.values()))[0]
         fingerprint, activation = metadata["fingerprint"], first["activation"]
         for what, found, said in (
             ("layers", [layer for layer in shard if layer != EMBEDDING], metadata["layers"]),
@@ -117,9 +118,9 @@ class ShardFaults:
             if wanted is not None and there != wanted:
                 yield f"has {what}, which such a run does not store" if there else f"has no {what}"
 
-    def _against_statistics(self, shard: Shard) -> Iterator[str]:
-        """Against the norms in metadata.json, and the file of the shard's statistics."""
-        name = shard_stats_name(shard_number(self.name))
+    def _against_statistics(self, shard: Shard, norms: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+        """Against the norms of the main kind in metadata.json, and the file of the shard's statistics."""
+        name = stats_name_beside(self.name)
         data = self._run.place.read(name)
         stats: Mapping[str, KindStats] = {}
         try:
@@ -129,7 +130,6 @@ class ShardFaults:
         else:
             if data is None:
                 yield f"has no {name} beside it"
-        norms = self._entry["layer_norms"]  # of the main kind
         for kind, key in {**record_keys(self._run.kinds), EMBEDDING: "activation"}.items():
             if (kind in stats or norms) and key in next(iter(shard.values()))[0]:
                 yield from _of_kind(shard, kind, key, stats.get(kind), norms)
@@ -159,8 +159,11 @@ def _of_kind(
 ) -> Iterator[str]:
     """Mean and largest norm of each layer's rows as stated, and the channels' means and variances. key: of a record,
     where it has the kind's rows."""
-    layers = [EMBEDDING] if kind == EMBEDDING else [layer for layer in shard if layer != EMBEDDING]
-    if stats is not None and (list(stats.layers) or [EMBEDDING]) != layers:
+    layers: list[int | str] = (
+        [EMBEDDING] if kind == EMBEDDING else [layer for layer in shard if layer != EMBEDDING]
+    )
+    of_layers: list[int | str] = [] if stats is None else [*stats.layers] or [EMBEDDING]
+    if stats is not None and of_layers != layers:
         yield f"the statistics of {kind} are of layers {list(stats.layers)}"
         return
     for place, layer in enumerate(layers):

@@ -45,7 +45,9 @@ class Closeness:
 
     def within(self, tolerance: float) -> bool:
         """Whether all is finite and the relative error at most `tolerance`."""
-        return None not in (self.max_abs, self.relative, self.min_cosine) and self.relative <= tolerance
+        if self.max_abs is None or self.relative is None or self.min_cosine is None:
+            return False
+        return self.relative <= tolerance
 
 
 def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
@@ -87,7 +89,13 @@ def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample | Sk
     make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
     for sample_idx, record in read_stream(job.settings.stream_path):
         if sample_idx in wanted:
-            prompts[sample_idx] = make_prompt(sample_idx, record)
+            made = make_prompt(sample_idx, record)
+            if not isinstance(made, TokenizedSample):
+                raise BadDataError(
+                    f"sample {sample_idx} is stored, but its line in {job.settings.dataset_path} gives no prompt now: "
+                    f"{made.reason}; give the stream that the shards were made from"
+                )
+            prompts[sample_idx] = made
         if len(prompts) == len(wanted):
             break
     return prompts
@@ -116,14 +124,14 @@ def _compare(
     run: Reference,
 ) -> dict[tuple[str, int | str], Closeness]:
     """By kind and layer, over all samples."""
-    sums = {(kind, layer): _Sum() for kind, layer in _entries(job)}
+    sums = {(kind, layer): ClosenessSum() for kind, layer in _entries(job)}
     for sample in stored:
         prompt = _prompt_of(sample, prompts, job)
         log.info("sample %d: %d tokens", prompt.sample_idx, len(prompt.token_ids))
         reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
-            place = 0 if kind == EMBEDDING else _place(job, layer, len(expected))
+            place = 0 if isinstance(layer, str) else _place(job, layer, len(expected))
             rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
             sums[kind, layer].add(_stored_rows(sample, kind, layer, rows.shape), rows)
     return {entry: total.closeness() for entry, total in sums.items()}
@@ -172,8 +180,9 @@ def _place(job: Job, layer: int, available: int) -> int:
     return layer if available > len(job.layers) else job.layers.index(layer)
 
 
-class _Sum:
-    """Collects what Closeness needs. NumPy's maximum and minimum keep what is not a number; Python's may drop it."""
+class ClosenessSum:
+    """Collects what Closeness needs, of `[rows, hidden]` arrays. NumPy's maximum and minimum keep what is not a number;
+    Python's may drop it."""
 
     def __init__(self) -> None:
         self._max_abs = self._difference = self._size = 0.0

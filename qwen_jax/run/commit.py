@@ -9,7 +9,8 @@ import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
@@ -82,6 +83,10 @@ class Committer:
         self._commit_markers(self.ledger)
         failpoint("opened")
 
+    def describe(self, **header: Any) -> None:
+        """Puts entries of the header of metadata.json in the place of others, from the next commit on."""
+        self._run = replace(self._run, header={**self._run.header, **header})
+
     def start_over(self) -> None:
         """Puts the markers of an empty run in the place of those in the bucket, the checkpoint first."""
         if self._places.checkpoint_path is not None:
@@ -100,10 +105,10 @@ class Committer:
         """
         ledger = self.ledger
         if ledger.status == COMPLETED:
-            behind = stored is not None and stored.status != COMPLETED
-            if behind:
-                self.ledger = stored  # until the statistics are there, no marker may say that all is done
-            self._commit_stats(ledger, upload=behind)
+            behind = stored if stored is not None and stored.status != COMPLETED else None
+            if behind is not None:
+                self.ledger = behind  # until the statistics are there, no marker may say that all is done
+            self._commit_stats(ledger, upload=behind is not None)
         self._commit_markers(ledger, bucket=stored is not None)
 
     def write(self, shard: FilledShard) -> WrittenShard:
@@ -207,7 +212,7 @@ class Committer:
         path, generation = self._places.output_dir / name, 0
         while True:
             try:
-                self._places.store.put_file(name, path, if_generation=generation, writer=self._fence.writer)
+                self._places.bucket.put_file(name, path, if_generation=generation, writer=self._fence.writer)
                 return
             except PreconditionFailedError as refused:
                 # Gone again between the refusal and the look: then nothing may be there next time either.
@@ -236,10 +241,10 @@ class Committer:
     def _put_marker(self, name: str, data: bytes) -> None:
         known = self._fence.generations.get(name, 0)
         try:
-            info = self._places.store.put_bytes(name, data, if_generation=known, writer=self._fence.writer)
+            info = self._places.bucket.put_bytes(name, data, if_generation=known, writer=self._fence.writer)
         except PreconditionFailedError as refused:
             raise WriterConflictError(
-                f"{name} in {self._places.store.url} was changed by another writer with worker id "
+                f"{name} in {self._places.bucket.url} was changed by another writer with worker id "
                 f"{self._run.worker_id}; stop one of the two and start again"
             ) from refused
         self._fence.generations[name] = info.generation

@@ -31,18 +31,8 @@ from qwen_jax.storage.store import PreconditionFailedError
 
 PASS, NOTE, FAIL = "pass", "note", "fail"
 PACKAGES = (
-    *(
-        "jax",
-        "flax",
-        "transformers",
-        "datasets",
-        "google.cloud.storage",
-        "numpy",
-        "tqdm",
-        "isal",
-        "safetensors",
-    ),
-    *("ml_dtypes", "huggingface_hub", "google_crc32c"),
+    *("jax", "flax", "transformers", "jinja2", "datasets", "google.cloud.storage", "numpy", "tqdm", "isal"),
+    *("safetensors", "ml_dtypes", "huggingface_hub", "google_crc32c"),
 )
 _PLANNED_LINES = 200
 _SHARDS_IN_FLIGHT = 3
@@ -238,6 +228,22 @@ def _model(settings: Settings) -> str:
     )
 
 
+def _self_check(settings: Settings) -> str:
+    from qwen_jax.run.device_check import COMMAND, checked
+    from qwen_jax.run.job import prepare
+    from qwen_jax.run.written_by import DEVICE_CHECK, FAILED, written_by
+
+    job = prepare(settings)
+    devices = list(job.step.mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        return f"not made on a CPU; {COMMAND} makes it"
+    writer = checked(job, written_by(devices, settings.compilation_cache_dir), {})
+    text = f"{writer['device_kind']}: {writer[DEVICE_CHECK]}"
+    if writer[DEVICE_CHECK] == FAILED:
+        raise ToolkitError(f"{text}; {COMMAND} says what differs: do not trust values from here")
+    return text
+
+
 def _disk(settings: Settings) -> str:
     from qwen_jax.run.plan import Assumptions, make_plan
 
@@ -262,7 +268,7 @@ def _disk(settings: Settings) -> str:
 
 
 def _credentials(settings: Settings) -> str:
-    if not (settings.bucket_url or "").startswith("gs://"):
+    if settings.bucket_url is None or not settings.bucket_url.startswith("gs://"):
         raise Doubt("no Cloud Storage bucket: none needed")
     open_store(settings.bucket_url)  # complains where there are none
     if os.environ.get("STORAGE_EMULATOR_HOST"):
@@ -300,7 +306,7 @@ def _bucket(settings: Settings) -> str:
 
 
 def _region(settings: Settings) -> str:
-    if not (settings.bucket_url or "").startswith("gs://"):
+    if settings.bucket_url is None or not settings.bucket_url.startswith("gs://"):
         raise Doubt("no Cloud Storage bucket to compare with")
     from qwen_jax.storage.gcs import GcsStore
 
@@ -367,6 +373,7 @@ THOROUGH: dict[str, Check] = {
     "folders": _folders,
     "devices": _devices,
     "model": _model,
+    "self-check": _self_check,
     "disk": _disk,
     "credentials": _credentials,
     "bucket": _bucket,

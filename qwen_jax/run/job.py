@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import cast
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
@@ -19,6 +20,7 @@ from qwen_jax.model.source import ModelSource, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
+from qwen_jax.run.written_by import written_by
 from qwen_jax.settings import BYTES, HOW, Settings, recorded
 
 _TOKENIZER_FILES = (
@@ -59,7 +61,7 @@ class Outline:
         """Layers that are loaded and run: up to the deepest one asked for, but log-probabilities take all."""
         return self.config.num_layers if self.settings.include_answer else self.layers[-1] + 1
 
-    def program(self, mesh: Mesh | AbstractMesh, platform: str) -> Program:
+    def program(self, mesh: Mesh | AbstractMesh, platform: str) -> Program[StepShape]:
         """The step of this run on the devices of `mesh`; ConfigError for an attention that they do not have."""
         settings, rows = self.settings, mesh.shape["data"]
         name = resolve_attention(settings.attention, self.dtype, platform)
@@ -72,7 +74,7 @@ class Outline:
             taps=settings.taps,
             dtype=self.dtype,
             stored_dtype=self.activation_dtype,
-            mesh=mesh,
+            mesh=cast(Mesh, mesh),  # to lower a program no device need be there
             shape=StepShape.of(tokens, settings.max_seq_length, rows, form.page),
             form=form,
             with_answers=settings.include_answer,
@@ -84,7 +86,7 @@ class Job(Outline):
     """An outline on this machine, its checkpoint opened."""
 
     checkpoint: Checkpoint
-    step: Program
+    step: Program[StepShape]
 
     @property
     def resolved(self) -> Settings:
@@ -169,7 +171,7 @@ def identify(job: Job) -> RunIdentity:
         "layer_meanings": {tap: ALL_KINDS[tap].meaning for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
-        "devices": job.step.mesh.size,
+        "written_by": written_by(list(job.step.mesh.devices.flat), settings.compilation_cache_dir),
         "settings": recorded(job.resolved, HOW) | {"tokens_per_step": job.step.shape.tokens},
     }
     return RunIdentity(

@@ -21,6 +21,12 @@ class Places:
     store: Store | None
 
     @property
+    def bucket(self) -> Store:
+        """The store, for what is done only where there is one."""
+        assert self.store is not None
+        return self.store
+
+    @property
     def metadata_path(self) -> Path:
         return self.output_dir / METADATA_NAME
 

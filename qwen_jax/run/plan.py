@@ -8,6 +8,7 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
+from qwen_jax.data.steps import StepShape
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import UsageError
 from qwen_jax.model.chips import Accelerator, accelerator
@@ -63,7 +64,7 @@ class Plan:
     prompt_tokens: int
     kept_tokens: int
     lengths: np.ndarray
-    step: Program
+    step: Program[StepShape]
     roof: Roof | None = None
     compiled: tuple[str, ...] = ()
 

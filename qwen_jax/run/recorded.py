@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import __version__
 from qwen_jax.errors import ConfigError
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import METADATA_NAME
@@ -24,8 +25,10 @@ def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_
     try:
         RECORDED(metadata, "")
     except DamagedError as error:
+        writer = metadata.get("written_by", {}).get("toolkit", "0.1.0 or before")
         raise ConfigError(
-            f"{METADATA_NAME} does not record a whole run: {error}; it was written by another version of the toolkit"
+            f"{METADATA_NAME} does not record a whole run: {error}; it was written by toolkit {writer}, this is "
+            f"{__version__}: use the one that wrote it"
         ) from error
     return Settings(
         **recalled(metadata["fingerprint"], BYTES),

@@ -15,6 +15,7 @@ from qwen_jax.run.pipeline import CapturedSample, captured_samples
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.recorded import recorded_job
 from qwen_jax.run.worker import load_capture
+from qwen_jax.run.written_by import in_words, written_by
 from qwen_jax.shards import write_shard
 from qwen_jax.storage.local import AtomicFile
 
@@ -47,10 +48,11 @@ def repair(
         maker = _Extraction(job)
         failed = [name for name in shards if not maker.replace(folder / name, entries[name])]
     if failed:
+        then, now = metadata.get("written_by", {}), written_by(list(job.step.mesh.devices.flat))
         raise ConfigError(
             f"{folder}: this machine computes other bytes of {', '.join(failed)} than the run did (their last places "
-            "depend on the processor and on the versions of jax and isal); repair them on a machine like the run's, "
-            "or restart the worker with --force_restart"
+            f"depend on the processor and on versions; the run was written by {in_words(then)}; here is "
+            f"{in_words(now)}); repair them on a machine like the run's, or restart the worker with --force_restart"
         )
 
 

@@ -34,7 +34,7 @@ class Resumed:
 
     bucket_lags, local_lags: the markers there do not say what is durable, and no adoption will write them.
     stored: what the bucket's metadata.json says, or may say until all of `ledger` is in place; None without one.
-    settings: those of the run before that may change (job.identify), {} for a new run.
+    settings, written_by: those of the run before (job.identify), {} for a new run.
     """
 
     ledger: Ledger
@@ -45,6 +45,7 @@ class Resumed:
     bucket_lags: bool
     local_lags: bool
     settings: dict[str, Any]
+    written_by: dict[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,11 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         not adopt and not claim.agrees(ledger, checkpointing=places.checkpoint_path is not None)
         for claim in claims
     ]
-    settings = next((claim.metadata.settings for claim in claims if claim.metadata is not None), {})
+    before = next((claim.metadata for claim in claims if claim.metadata is not None), None)
+    settings, writer = (before.settings, before.written_by) if before is not None else ({}, {})
     in_bucket = places.store is not None
     stored = (claims[0].ledger or ledger.reopened(len(ledger.shards))) if in_bucket else None
-    return Resumed(ledger, adopt, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings)
+    return Resumed(ledger, adopt, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings, writer)
 
 
 def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence) -> None:
@@ -168,10 +170,10 @@ def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence)
 def _refuse_a_moving_bucket(places: Places, fence: Fence) -> None:
     """Nothing is lost or unexplained where another writer is at work while this one looks."""
     for name, generation in fence.generations.items():
-        present = places.store.stat(name)
+        present = places.bucket.stat(name)
         if (present.generation if present else 0) != generation:
             raise WriterConflictError(
-                f"{name} in {places.store.url} was changed by another writer while it was read; stop one of the two "
+                f"{name} in {places.bucket.url} was changed by another writer while it was read; stop one of the two "
                 "and start again"
             )
 
@@ -194,11 +196,11 @@ def _bucket_claim(run: RunIdentity, places: Places, fence: Fence) -> _Claim:
     """Reads the bucket's markers and remembers their generations: the fencing token of this writer."""
     contents: dict[str, bytes | None] = {}
     for name in (places.checkpoint_name, METADATA_NAME):
-        stored = places.store.get_bytes(name)
+        stored = places.bucket.get_bytes(name)
         contents[name] = stored[0] if stored else None
         fence.generations[name] = stored[1].generation if stored else 0
     checkpoint = contents[places.checkpoint_name] if places.checkpoint_path else None
-    return _claim(run, places.store.url, checkpoint, contents[METADATA_NAME])
+    return _claim(run, places.bucket.url, checkpoint, contents[METADATA_NAME])
 
 
 def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: bytes | None) -> _Claim:
@@ -213,7 +215,7 @@ def _claim(run: RunIdentity, place: str, checkpoint: bytes | None, metadata: byt
             _refuse_foreign(run, record.worker_id, record.fingerprint, f"the checkpoint of {place}")
     if metadata is not None:
         try:
-            stored = parse_metadata(metadata)
+            stored = parse_metadata(metadata, f"metadata.json of {place}")
         except DamagedError as error:
             problems.append(f"metadata.json is damaged ({error})")
         else:
@@ -249,7 +251,7 @@ ShardCheck = Callable[[list[ShardEntry]], list[bool]]
 
 def _bucket_check(places: Places) -> ShardCheck:
     def check(entries: list[ShardEntry]) -> list[bool]:
-        present = {info.name: (info.size, info.crc32c) for info in places.store.list(SHARD_PREFIX)}
+        present = {info.name: (info.size, info.crc32c) for info in places.bucket.list(SHARD_PREFIX)}
         return [present.get(entry.filename) == (entry.bytes, entry.crc32c) for entry in entries]
 
     return check
@@ -321,7 +323,7 @@ def _marker_names(places: Places) -> tuple[str, str]:
 
 
 def _name_what_goes(local: list[Path], stored: list[str], places: Places) -> None:
-    names = [*map(str, local), *(f"{places.store.url}/{name}" for name in stored)]
+    names = [*map(str, local), *(f"{places.bucket.url}/{name}" for name in stored)]
     if names:
         shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
         log.warning("--force_restart: deleting %d files: %s", len(names), shown)
@@ -332,7 +334,7 @@ def _empty_bucket(run: RunIdentity, places: Places, markers: dict[str, int], dat
     fence = Fence({name: markers.get(name, 0) for name in _marker_names(places)})
     Committer(run, places, (), Ledger(), fence).start_over()
     for info in data:
-        places.store.delete(info.name, info.generation)
+        places.bucket.delete(info.name, info.generation)
 
 
 def _delete_local(paths: list[Path]) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from qwen_jax.data.steps import StepShape
 from qwen_jax.data.streams import StreamSummary
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.chips import Accelerator
@@ -50,7 +52,7 @@ class Roof:
     context: keys that a query sees, on average. kept: share of the tokens that are kept.
     """
 
-    program: Program
+    program: Program[StepShape]
     machine: Accelerator
     context: float
     kept: float = 1.0
@@ -185,7 +187,9 @@ def what_would_fit(outline: Outline, machine: Accelerator) -> Iterator[str]:
         "model_parallel": range(now.model_parallel + 1, machine.devices + 1),
         "max_seq_length": [now.max_seq_length >> n for n in range(1, 6)],
     }
-    changes = [[{name: value} for value in values] for name, values in nearest.items()]
+    changes: list[list[dict[str, Any]]] = [
+        [{name: value} for value in values] for name, values in nearest.items()
+    ]
     found = [change for change in (_first_that_fits(outline, machine, each) for each in changes) if change]
     if not found:
         both = [{"model_parallel": n, "batch_size": 1} for n in nearest["model_parallel"]]
@@ -194,7 +198,7 @@ def what_would_fit(outline: Outline, machine: Accelerator) -> Iterator[str]:
         yield " ".join(f"--{name} {value}" for name, value in change.items())
 
 
-def _first_that_fits(outline: Outline, machine: Accelerator, changes: list[dict[str, int]]) -> dict[str, int]:
+def _first_that_fits(outline: Outline, machine: Accelerator, changes: list[dict[str, Any]]) -> dict[str, Any]:
     for change in changes:
         if _fits(replace(outline, settings=replace(outline.settings, **change)), machine):
             return change

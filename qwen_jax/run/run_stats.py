@@ -48,15 +48,16 @@ class StoredStats:
             data = path.read_bytes()
             if wanted is None or (len(data), crc32c_of(data)) == (wanted.size, wanted.crc32c):
                 yield data, str(path)
-        if wanted is not None and (stored := self._places.store.get_bytes(name)) is not None:
-            yield stored[0], f"{self._places.store.url}/{name}"
+        if wanted is not None and (stored := self._places.bucket.get_bytes(name)) is not None:
+            yield stored[0], f"{self._places.bucket.url}/{name}"
 
     def _recomputed(self, shard: ShardEntry) -> Stats:
         path = self._places.output_dir / shard.filename
         if path.exists() and file_crc32c(path) == (shard.bytes, shard.crc32c):
             return shard_stats(load_shard(path), self._kinds)
         copy = path.with_name(path.name + TEMP_SUFFIX)
-        found = self._places.store and self._places.store.download_file(shard.filename, copy)
+        store = self._places.store
+        found = None if store is None else store.download_file(shard.filename, copy)
         if found is None or (found.size, found.crc32c) != (shard.bytes, shard.crc32c):
             raise WriterConflictError(
                 f"{shard.filename} was changed or deleted by somebody else while this worker was at work; start again"

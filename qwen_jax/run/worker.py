@@ -20,6 +20,7 @@ from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
 from qwen_jax.run.cache import why_not_used
 from qwen_jax.run.commit import BackgroundCommitter, Committer
+from qwen_jax.run.device_check import checked
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive
 from qwen_jax.run.failpoints import arm
@@ -32,6 +33,7 @@ from qwen_jax.run.progress import Progress
 from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import take_up
+from qwen_jax.run.written_by import differences
 from qwen_jax.settings import Settings
 from qwen_jax.storage.opening import open_store
 
@@ -74,6 +76,10 @@ def open_committer(job: Job, stop: Event) -> Committer:
     _report_start(job, places, committer.ledger, resumed.is_new)
     if committer.ledger.status != COMPLETED:
         _report_changes(resumed.settings, identity.header["settings"])
+        writer = identity.header["written_by"]
+        if not resumed.is_new:
+            _report_writer(resumed.written_by, writer)
+        committer.describe(written_by=checked(job, writer, resumed.written_by))
     return committer
 
 
@@ -178,6 +184,17 @@ def _report_changes(before: dict, now: dict) -> None:
     if changed:
         log.warning(
             "%s: samples from here on agree with an undisturbed run within the dtype's precision, not bit for bit",
+            "; ".join(changed),
+        )
+
+
+def _report_writer(before: dict, now: dict) -> None:
+    """Names versions and devices that differ on a resume."""
+    changed = differences(before, now) if before else ["they are not recorded"]
+    if changed:
+        log.warning(
+            "the run so far had other versions or devices (%s): the bits of shards from here on may differ from an "
+            "undisturbed run's",
             "; ".join(changed),
         )
 

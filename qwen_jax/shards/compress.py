@@ -6,9 +6,11 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from importlib.metadata import version
+from types import ModuleType, TracebackType
 from typing import BinaryIO, Protocol, Self
 
+isal_zlib: ModuleType | None
 try:
     from isal import isal_zlib
 except ImportError:  # no wheel for this platform; the bytes differ from isal's, the content does not
@@ -49,6 +51,11 @@ class Writable(Protocol):
     """What the writer needs of a file."""
 
     def write(self, data: Buffer, /) -> int | None: ...
+
+
+def isal_version() -> str | None:
+    """None where zlib takes its place, which gives other bytes."""
+    return None if isal_zlib is None else version("isal")
 
 
 def compress_block(block: Buffer) -> bytes:

@@ -6,6 +6,7 @@ import pickle
 import struct
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -324,7 +325,8 @@ def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample]) -> Iterator
     if samples[0].embedding is not None:
         yield _encode(EMBEDDING) + pickle.EMPTY_LIST
         for sample in samples:
-            yield from _record_pieces(memo, sample, EMBEDDING, sample.embedding, {})
+            if sample.embedding is not None:
+                yield from _record_pieces(memo, sample, EMBEDDING, sample.embedding, {})
         yield pickle.SETITEM
     yield pickle.STOP
 
@@ -376,15 +378,19 @@ def _record_pieces(
         else:
             yield from _array_pieces(memo, activation)
     for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds]:
-        yield from memo.once(key, lambda key=key: [_encode(key)])
+        yield from memo.once(key, partial(_one_piece, key))
         yield from array_once(key, kinds[key] if key in kinds else shared[key])
     yield pickle.SETITEMS + pickle.APPEND
+
+
+def _one_piece(key: str) -> list[Piece]:
+    return [_encode(key)]
 
 
 def _array_pieces(memo: _Memo, array: np.ndarray | Rows) -> Iterator[Piece]:
     """What numpy's own pickling means, with the data as views of the array."""
     arrays = array.pieces if isinstance(array, Rows) else [array]
-    data = [memoryview(np.ascontiguousarray(each).reshape(-1).view(np.uint8)) for each in arrays]
+    data: list[Buffer] = [np.ascontiguousarray(each).reshape(-1).view(np.uint8).data for each in arrays]
     size = array.nbytes
     length = (
         pickle.BINBYTES + struct.pack("<I", size)
@@ -465,7 +471,9 @@ def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
     budget.charge(_RECORD_COST)
     if type(record) is not dict or not set(RECORD_KEYS) <= record.keys() or EMBEDDING in record:
         raise MalformedError(f"has a record without all of {', '.join(RECORD_KEYS)}, or with others")
-    result = {key: value.array if type(value) is ArrayShell else value for key, value in record.items()}
+    result: dict[str, Any] = {
+        key: value.array if type(value) is ArrayShell else value for key, value in record.items()
+    }
     for key, kind in (("sample_idx", int), ("shape", tuple), ("text_preview", str), ("task_id", str)):
         if type(result[key]) is not kind:
             raise MalformedError(f"has a record whose {key} is no {kind.__name__}")

@@ -146,7 +146,7 @@ def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[st
 
     kinds: the names of its kinds, the main one first (`activation_types` in metadata.json).
     """
-    layers = [layer for layer in shard if layer != EMBEDDING]
+    layers = [layer for layer in shard if isinstance(layer, int)]
     records = [shard[layer] for layer in layers]
     stats = {kind: _recompute(layers, records, key) for kind, key in record_keys(kinds).items()}
     if EMBEDDING in shard:

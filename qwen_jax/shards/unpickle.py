@@ -10,7 +10,7 @@ this file. No numpy code sees the file's bytes until sizes have been checked.
 import pickletools
 import struct
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import IO, Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -219,7 +219,7 @@ class Unpickler:
             return self._counted(info.arg.n)
         if info.arg.n == pickletools.UP_TO_NEWLINE:
             return self._line(), self._line()
-        return info.arg.reader(self._stream)
+        return info.arg.reader(cast(IO[bytes], self._stream))  # it has what is read with
 
     def _counted(self, kind: int) -> bytearray | _Skipped:
         """Bytes behind their length; a false length costs no more memory than the bytes that are there."""
@@ -373,7 +373,7 @@ class Unpickler:
     def set_state(self) -> None:
         state = self.pop()
         target = self._stack[-1] if self._stack else None
-        if type(target) not in (_Dtype, ArrayShell):
+        if not isinstance(target, _Dtype | ArrayShell):
             raise MalformedError("sets the state of something that has none")
         target.set_state(state)
 

@@ -109,8 +109,11 @@ def accept_or_conflict(
 
     `wanted` describes the bytes to be written; its generation is not looked at.
     """
-    same_writer = present is not None and wanted.writer in (None, present.writer)
-    if same_writer and (present.size, present.crc32c) == (wanted.size, wanted.crc32c):
+    if (
+        present is not None
+        and wanted.writer in (None, present.writer)
+        and (present.size, present.crc32c) == (wanted.size, wanted.crc32c)
+    ):
         return present
     raise conflict(wanted.name, if_generation, present, where)
 

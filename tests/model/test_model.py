@@ -10,9 +10,9 @@ from qwen_jax.data.steps import StepShape
 from qwen_jax.model.capture import Compilation
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.program import Program, block_sums, rows_from
+from qwen_jax.model.published import config_fields
 from qwen_jax.model.qwen2 import abstract_model, parameter_count
 from tests.model.conftest import program_of, run
-from tests.published import config_fields
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {

@@ -454,8 +454,10 @@ def test_repair_goes_on_after_a_shard_that_this_machine_cannot_make(copy, clean,
     for number in (1, 2):
         (copy.folder / f"shard_000{number}.pkl.gz").unlink()
     copy.metadata(lambda m: m["shards"][0].update(crc32c="AAAAAA=="))
-    with pytest.raises(ConfigError, match="other bytes of shard_0001.pkl.gz than the run did"):
+    copy.metadata(lambda m: m["written_by"].update(jax="0.0.1"))
+    with pytest.raises(ConfigError, match="other bytes of shard_0001.pkl.gz than the run did") as raised:
         main(["verify", str(copy.folder), "--repair"])
+    assert re.search(r"written by .*jax 0\.0\.1, .*here is .*jax \d[.\d]*, ", str(raised.value))
     assert not (copy.folder / "shard_0001.pkl.gz").exists()
     assert (copy.folder / "shard_0002.pkl.gz").read_bytes() == (clean / "shard_0002.pkl.gz").read_bytes()
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_jax.errors import ConfigError, StorageError
+from qwen_jax.errors import BadDataError, ConfigError, StorageError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.run.commit import Committer
@@ -59,9 +59,12 @@ class Prepared:
         return resume(self.run, self.places)
 
     def assert_whole_or_refused(self) -> None:
-        """Everything is found again and the markers can be mended, or a ConfigError says why not."""
+        """Everything is found again and the markers can be mended, or an error says why not."""
         try:
             resumed = self.resume()
+        except BadDataError as error:
+            assert "has format" in str(error)
+            return
         except ConfigError as error:
             assert "--force_restart" in str(error)
             return

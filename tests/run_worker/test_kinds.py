@@ -182,7 +182,7 @@ def test_eight_devices_store_the_same_kinds_rows_and_answers(workspace):
     one, eight = workspace.elsewhere("one"), workspace.elsewhere("eight")
     one.run(*flags)
     eight.having(XLA_FLAGS="--xla_force_host_platform_device_count=8").run(*flags, "--model_parallel", "2")
-    assert eight.metadata()["devices"] == 8
+    assert eight.metadata()["written_by"]["devices"] == 8
     for layer, stored in records(one).items():
         for ours, theirs in zip(records(eight)[layer], stored, strict=True):
             assert list(ours) == list(theirs)

@@ -95,7 +95,7 @@ def test_the_guides_table_is_what_the_settings_say():
 def test_no_flag_that_does_not_exist():
     known = SHELL_FLAGS.union(*(script_flags(script) for script in PAGES))
     assert set(FLAG.findall(page("guide.md"))) - known == set()
-    known |= script_flags("plan").keys() | {"--streams", "--quick"}  # of verify and doctor
+    known |= script_flags("plan").keys() | {"--streams", "--quick", "--self"}  # of verify, doctor and certify
     assert set(FLAG.findall(FOREIGN.sub("", page("fleet.md")))) - known == set()
 
 

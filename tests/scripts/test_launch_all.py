@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.published import config_fields
+from qwen_jax.model.published import config_fields
 from tests.scripts.conftest import ROOT, Call, Fakes, setting_variables, write_script
 from tests.waiting import until
 

@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.settings import WORKER_ID_VARIABLES
 from tests.scripts.conftest import ROOT, Fakes, setting_variables
 
+PINS = "deploy/constraints.txt"
 # Sourced by bash before the script: decides whether the machine has a TPU's device files.
 NO_TPU = "compgen() { return 1; }"
 # A Python that is new enough and can make an environment whose Python is the recording fake.
@@ -67,7 +68,8 @@ class Machine:
 def machine(tmp_path, fakes) -> Machine:
     checkout = tmp_path / "check out"
     checkout.mkdir()
-    for name in ("launch_worker.sh", "requirements.txt"):
+    (checkout / "deploy").mkdir()
+    for name in ("launch_worker.sh", "requirements.txt", "deploy/constraints.txt"):
         shutil.copy(ROOT / name, checkout / name)
     (checkout / "machine.bash").write_text(NO_TPU)
     for name in ("python3", "python3.13", "python3.12", "python3.11"):
@@ -171,8 +173,23 @@ def test_a_tpu_vm_gets_jax_for_tpu(machine, device):
     machine.fakes.add("nvidia-smi", "exit 0", record=False)
     machine.run("5")
     assert machine.installed() == [
-        ["--quiet", "--disable-pip-version-check", "jax[tpu]", "-r", "requirements.txt"]
+        ["--quiet", "--disable-pip-version-check", "jax[tpu]", "-r", "requirements.txt", "-c", PINS]
     ]
+
+
+def test_uv_installs_the_same_where_it_is_there(machine):
+    machine.fakes.add("uv", "")
+    assert machine.run("5").returncode == 0
+    (call,) = machine.fakes.calls("uv")
+    assert call.arguments[:4] == ["pip", "install", "--quiet", "--python"]
+    assert call.arguments[4:] == [".venv/bin/python", "jax", "-r", "requirements.txt", "-c", PINS]
+    assert machine.installed() == []
+
+
+def test_where_uv_cannot_pip_does(machine):
+    machine.fakes.add("uv", "exit 1")
+    assert machine.run("5").returncode == 0
+    assert machine.installed()[0][2:] == ["jax", "-r", "requirements.txt", "-c", PINS]
 
 
 def test_a_gpu_machine_gets_jax_for_cuda(machine):
@@ -201,11 +218,13 @@ def test_the_environment_is_made_once(machine):
     assert (done.stdout, done.stderr) == ("", "")
 
 
-@pytest.mark.parametrize("change", ["requirements", "machine", "python"])
+@pytest.mark.parametrize("change", ["requirements", "versions", "machine", "python"])
 def test_the_environment_is_made_again_when_it_no_longer_fits(machine, change):
     machine.run("5")
     if change == "requirements":
         (machine.checkout / "requirements.txt").write_text("numpy\n")
+    elif change == "versions":
+        (machine.checkout / PINS).write_text("numpy==2.0\n")
     elif change == "machine":
         machine.has_device("/dev/accel*")
     else:

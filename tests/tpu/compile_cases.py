@@ -19,7 +19,7 @@ from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.program import Program
-from tests.published import config_fields
+from qwen_jax.model.published import config_fields
 
 
 def program_of(

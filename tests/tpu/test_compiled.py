@@ -13,6 +13,7 @@ import pytest
 from qwen_jax.cli import FlagParser
 from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.config import parse_config
+from qwen_jax.model.published import PUBLISHED, config_fields
 from qwen_jax.run.roof import (
     captured_bytes,
     complaint,
@@ -21,7 +22,6 @@ from qwen_jax.run.roof import (
     outline_of_config,
 )
 from qwen_jax.settings import add_settings, take_settings
-from tests.published import PUBLISHED, config_fields
 from tests.scripts.conftest import ROOT
 from tests.tpu.compile_cases import program_of
 

@@ -1,4 +1,4 @@
-"""The sizes that Qwen2.5 is published in, for tests and benchmarks; needs neither torch nor jax."""
+"""The sizes that Qwen2.5 is published in."""
 
 from typing import Any
 
