@@ -5,6 +5,7 @@ A check takes a value and what to call it, and raises DamagedError for what no w
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,9 +29,10 @@ class DamagedError(ValueError):
 
 
 def read_bounded(path: Path) -> bytes:
-    """A file's bytes, and not many more than MOST_BYTES of them; raises OSError."""
+    """A file's bytes, at most one more than MOST_BYTES; raises OSError."""
     with path.open("rb") as file:
-        return file.read(MOST_BYTES + 1)
+        size = os.fstat(file.fileno()).st_size  # a read takes as much memory as it is asked for
+        return file.read(min(size, MOST_BYTES) + 1)
 
 
 def parse_json(data: bytes) -> Any:

@@ -11,7 +11,14 @@ import pytest
 
 from qwen_jax.data import prompts, tokens
 from qwen_jax.data.arc import BadRecord, Task, Text, parse_line, parse_record, parse_row_line, task_from_row
-from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt, answer_segment, place_in_template, task_segments
+from qwen_jax.data.layouts import (
+    PROMPT_FORMATS,
+    Prompt,
+    answer_segment,
+    least_characters,
+    place_in_template,
+    task_segments,
+)
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.errors import ConfigError
 from tests.data.test_tokens import Asked
@@ -225,6 +232,18 @@ def test_what_is_far_too_long_is_skipped_without_a_look(demo_tokenizer, monkeypa
     if overlong == "drop_examples" and isinstance(record, Text):
         words = "more than 1,048,576 bytes"
     assert words in skipped.reason
+
+
+def test_no_more_examples_are_dropped_unseen_than_have_too_many_bytes(demo_tokenizer, monkeypatch):
+    task = drawn_task(random.Random(7), 30, 9)
+    encoder = PromptEncoder(demo_tokenizer)
+    sizes = least_characters(task, PROMPT_FORMATS["rows"])
+    for limit in (sum(sizes), sum(sizes) - 1, sum(sizes[7:]), sum(sizes[7:]) - 1, sizes[-1]):
+        monkeypatch.setattr(encoder, "_most_bytes", limit)
+        dropped = encoder._surely_dropped(task)
+        assert sum(sizes[dropped:]) <= limit and (not dropped or sum(sizes[dropped - 1 :]) > limit)
+    monkeypatch.setattr(encoder, "_most_bytes", sizes[-1] - 1)
+    assert encoder._surely_dropped(task) is None
 
 
 @pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)

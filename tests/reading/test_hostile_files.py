@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen_jax.ledger.checks import DamagedError, parse_json
+from qwen_jax.ledger import checks
+from qwen_jax.ledger.checks import DamagedError, parse_json, read_bounded
 from tests.fleet.fleets import record
 from tests.reading import hostile_files
 from tests.reading.conftest import STREAMS
@@ -60,6 +62,20 @@ def test_readers_refuse_a_damaged_description_with_65(lines):
     for line in lines:
         if line["file"] in refused and line["command"] in ("stats", "plot", "export", "certify"):
             assert refused[line["file"]] in line["outcome"] and line["outcome"].startswith("exit 65: "), line
+
+
+def test_a_small_file_takes_little_memory_and_a_large_one_is_not_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    tracemalloc.start()
+    assert read_bounded(path) == b"0123456789"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    monkeypatch.setattr(checks, "MOST_BYTES", 4)
+    assert read_bounded(path) == b"01234"
+    with pytest.raises(DamagedError, match="more than 4 bytes"):
+        parse_json(read_bounded(path))
 
 
 def nested(levels: int) -> bytes:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from qwen_jax.errors import StorageError
+from qwen_jax.errors import BadDataError, StorageError
 from qwen_jax.storage import ObjectInfo, PreconditionFailedError
 from qwen_jax.storage.checksum import crc32c_of
 
@@ -23,6 +23,14 @@ class StoreContract:
         assert info.generation > 0
         assert store.get_bytes("tpu_0/a.json") == (b"one", info)
         assert store.stat("tpu_0/a.json") == info
+
+    def test_what_is_too_large_to_be_held_is_not_read(self, store, monkeypatch):
+        store.put_bytes("a", b"0123")
+        store.put_bytes("b", b"01234")
+        monkeypatch.setattr("qwen_jax.storage.store.MOST_BYTES", 4)
+        assert store.get_bytes("a")[0] == b"0123"
+        with pytest.raises(BadDataError, match="b has 5 bytes"):
+            store.get_bytes("b")
 
     def test_nothing_there(self, store, tmp_path):
         assert store.get_bytes("none") is None
