@@ -17,9 +17,15 @@ from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.model.attention import make_form, resolve_attention
 from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.compiled import absent_mesh, compile_now
-from qwen_jax.model.config import parse_config
+from qwen_jax.model.config import Qwen2Config, parse_config
 from qwen_jax.model.program import Program
 from qwen_jax.model.published import config_fields
+from qwen_jax.run.device_check import TINY
+
+
+def config_of(size: str) -> Qwen2Config:
+    """Of a published size, or of the tiny model that `certify --self` computes."""
+    return TINY if size == "tiny" else parse_config(config_fields(size))
 
 
 def program_of(
@@ -33,7 +39,7 @@ def program_of(
     batch_size: int = 4,
 ) -> Program:
     """The step of a published size on the TPUs of that mesh, as run/job.py makes it. layers: the first ones only."""
-    config = parse_config(config_fields(size))
+    config = config_of(size)
     tokens, layers = step_tokens(batch_size, positions, False), layers or config.num_layers
     form = make_form(resolve_attention("auto", dtype, "tpu"), "tpu", tokens, positions)
     shape = StepShape.of(tokens, positions, mesh.shape["data"], form.page)

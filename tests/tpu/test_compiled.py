@@ -23,7 +23,7 @@ from qwen_jax.run.roof import (
 )
 from qwen_jax.settings import add_settings, take_settings
 from tests.scripts.conftest import ROOT
-from tests.tpu.compile_cases import program_of
+from tests.tpu.compile_cases import config_of, program_of
 
 # Two layers where the depth does not matter: the program is a scan, so it is as long.
 CASES = {
@@ -36,6 +36,8 @@ CASES = {
         "answers": True,
         "kept": 512,
     },
+    # Wider, a product of float32 at the highest precision compiles for up to 25 s (test_float32).
+    "float32": {"size": "tiny", "machine": "v6e-4", "dtype": "float32", "batch_size": 1},
     "split": {"size": "7B", "machine": "v5litepod-4", "model_parallel": 4},
     "sums": {"size": "0.5B", "machine": "v6e-4", "what": "sum_up"},
 }
@@ -66,18 +68,23 @@ class Compiled:
         return set(re.findall(r"body=%?([\w.-]+)", self.text))
 
 
-def compile_all(folder: Path, cases: dict[str, dict]) -> None:
-    """In one process of the environment that has libtpu, which lets one in at a time."""
+def run_with_libtpu(*arguments: str, given: str = "") -> str:
+    """What a Python of the environment that has libtpu prints; it lets one process in at a time."""
     python = os.environ.get("TPU_PYTHON")
     if python is None:
         pytest.skip("TPU_PYTHON names no Python that has libtpu; tests/run makes one")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     if subprocess.run([python, "-c", "import libtpu"], env=environment, capture_output=True).returncode:
         pytest.skip("libtpu cannot be imported there: it is published for Linux on x86_64 only")
-    given = json.dumps([{"name": name, **case} for name, case in cases.items()])
-    command = [python, "-m", "tests.tpu.compile_cases", str(folder)]
+    command = [python, *arguments]
     done = subprocess.run(command, input=given, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def compile_all(folder: Path, cases: dict[str, dict]) -> None:
+    given = json.dumps([{"name": name, **case} for name, case in cases.items()])
+    run_with_libtpu("-m", "tests.tpu.compile_cases", str(folder), given=given)
 
 
 def read(folder: Path, name: str, case: dict) -> Compiled:
@@ -97,8 +104,11 @@ def check_program(found: Compiled) -> None:
     check_collectives(found)
     assert not HOST.search(found.text), "moves something between host and device"
     tokens, positions = found.case.get("batch_size", 4) * 2048, found.case.get("positions", 2048)
-    sizes = PUBLISHED[found.case["size"]]
-    if tokens not in sizes:  # else [tokens, hidden] looks the same; the other sizes have the same code
+    config = config_of(found.case["size"])
+    if tokens not in (
+        config.hidden_size,
+        config.intermediate_size,
+    ):  # else [tokens, hidden] looks the same; the other sizes have the same code
         assert largest_square(found.text, {tokens, tokens + positions}) < 2
     check_arguments(found)
 
@@ -131,8 +141,9 @@ def check_arguments(found: Compiled) -> None:
     aliases = re.search(r"input_output_alias=\{(.*?) \}, entry", found.text)
     assert aliases, "nothing is donated"
     kept = sum(arguments[int(place)] for place in re.findall(r"\((\d+), \{\}", aliases[1]))
-    rows = 256 * PUBLISHED[found.case["size"]][0]  # carried by the other program, for the statistics
-    depth = found.case.get("layers") or PUBLISHED[found.case["size"]][2]
+    config = config_of(found.case["size"])
+    rows = 256 * config.hidden_size  # carried by the other program, for the statistics
+    depth = found.case.get("layers") or config.num_layers
     taps = found.case.get("taps", ["residual"])
     counts = sum(1 if tap == "embedding" else depth for tap in taps)
     bytes_each = 4 if found.case.get("dtype") == "float32" else 2
@@ -142,6 +153,13 @@ def check_arguments(found: Compiled) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_compiles_without_what_it_does_not_need(compiled, name):
     check_program(compiled[name])
+
+
+def test_a_plan_can_ask_the_compiler():
+    demo = ["--dataset_path", "examples/demo/streams/stream_000.jsonl", "--model_path", "examples/demo/model"]
+    flags = ["--max_seq_length", "1024", "--accelerator", "v6e-4", "--compile"]
+    said = run_with_libtpu("-m", "qwen_jax", "plan", "--worker_id", "0", *demo, *flags)
+    assert re.search(r"^  compiler +\d+ s: .* of arguments, .* of temporaries, ", said, re.M), said
 
 
 def test_statistics_need_no_collective_and_no_copy_of_the_activations(compiled):
