@@ -369,7 +369,7 @@ def _bytes(record: Task | Text | BadRecord) -> int:
 
 
 def _utf8(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens, before: int = 0) -> np.ndarray:
