@@ -80,7 +80,8 @@ set_up_environment() {
     echo "$wanted" >"$VENV_DIR/.installed"
 }
 
-run_demo() { # in an environment of its own, so that no variable of the caller's changes what it shows
+# In an environment of its own, so that no variable of the caller's changes what it shows.
+run_demo() {
     local out=demo_output name kept=()
     for name in PATH HOME TMPDIR JAX_PLATFORMS XLA_FLAGS COMPILATION_CACHE_DIR; do
         [ -z "${!name:-}" ] || kept+=("$name=${!name}")

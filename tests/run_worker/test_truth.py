@@ -145,7 +145,7 @@ def test_eight_devices_store_what_one_does(workspace, finished):
     """Also with the weights split over two devices each; metadata names the devices."""
     many = workspace.having(XLA_FLAGS="--xla_force_host_platform_device_count=8")
     many.run("--max_samples", "6", "--model_parallel", "2")
-    assert many.metadata()["devices"] == 8
+    assert many.metadata()["written_by"]["devices"] == 8
     stored, expected = records(many), records(finished)
     for layer in range(3):
         assert stored[layer]
