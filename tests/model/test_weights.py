@@ -189,6 +189,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 model = load_model(checkpoint, config, config.num_layers, jnp.float32, mesh)
+jax.block_until_ready(jax.tree.leaves(model))
 done.set()
 watcher.join()
 held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
