@@ -223,8 +223,9 @@ def parse_metadata(data: bytes, source: str = METADATA_NAME, *, described: bool 
 
     described: whether model, layers and what else readers need must be there, too.
     """
-    _refuse_newer(parse(data, WRITER), source)
-    fields = parse(data, DESCRIBED_METADATA if described else METADATA)
+    fields = parse(data, WRITER)
+    _refuse_newer(fields, source)
+    (DESCRIBED_METADATA if described else METADATA)(fields, "")
     ledger = Ledger(
         tuple(_shard_entry(entry, number) for number, entry in enumerate(fields["shards"], 1)),
         tuple(fields["skipped"]),

@@ -62,7 +62,7 @@ _MARKER = {
     "last_processed_sample_idx": whole(-1),
     "fingerprint": record({}, others=None),
 }
-_CHOICES = (*("keep_tokens", "prompt_format", "overlong"),)
+_CHOICES = ("keep_tokens", "prompt_format", "overlong")
 _SWITCHES = ("include_embedding", "include_answer", "skip_special_tokens", "chat_template")
 _LEDGER = {
     **_MARKER,

@@ -38,6 +38,9 @@ class Shared(NamedTuple):
     attend: Attend
     parts: Parts = WHOLE
 
+    def cast(self, dtype: jnp.dtype) -> "Shared":
+        return self._replace(cos_TH=self.cos_TH.astype(dtype), sin_TH=self.sin_TH.astype(dtype))
+
 
 def _param(config: Qwen2Config, letters: str, dtype: jnp.dtype) -> nnx.Param:
     """A placeholder of the right shape: values always come from a checkpoint (weights.py)."""
@@ -156,9 +159,7 @@ class Qwen2(nnx.Module):
         """
         x_TD = self.embed_VD[...][tokens_T]
         graph, params = nnx.split(self.blocks)
-        shared = shared._replace(
-            cos_TH=shared.cos_TH.astype(x_TD.dtype), sin_TH=shared.sin_TH.astype(x_TD.dtype)
-        )
+        shared = shared.cast(x_TD.dtype)
 
         def kept(x_TD: jax.Array) -> jax.Array:
             return (x_TD if kept_R is None else x_TD[kept_R]).astype(dtype or x_TD.dtype)

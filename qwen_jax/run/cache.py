@@ -1,10 +1,23 @@
 """The folder of compiled programs. They are code: one that somebody else can write to, or a bucket, is not used."""
 
+import logging
 import os
 import stat
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 _MOUNTS = Path("/proc/self/mounts")
+
+
+def use_cache(folder: Path) -> None:
+    """Takes compiled programs from the folder and keeps them there, or says why not."""
+    from qwen_jax.model.capture import use_compilation_cache  # doctor looks at the folder without jax
+
+    obstacle = why_not_used(folder)
+    if obstacle is not None:
+        log.warning("compiled programs are neither taken from %s nor kept there: %s", folder, obstacle)
+    use_compilation_cache(folder if obstacle is None else None)
 
 
 def why_not_used(folder: Path) -> str | None:

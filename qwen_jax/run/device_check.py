@@ -20,12 +20,13 @@ from qwen_jax.data.steps import StepShape, lay_into_steps
 from qwen_jax.errors import ConfigError
 from qwen_jax.kinds import ALL_KINDS
 from qwen_jax.model.attention import Blocked, Form, make_form, resolve_attention
-from qwen_jax.model.capture import Capture, Compilation, use_compilation_cache
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import Qwen2Config
 from qwen_jax.model.program import Program
 from qwen_jax.model.qwen2 import Qwen2
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import expected_shapes
+from qwen_jax.run.cache import use_cache
 from qwen_jax.run.certify import Closeness, ClosenessSum, tolerance_of
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import CapturedSample, SampleTap, captured_samples
@@ -114,7 +115,7 @@ def checked(job: Job, writer: dict[str, Any], before: Mapping[str, Any]) -> dict
         return writer
     if not says_passed(before, writer):
         log.info("%s is new here: looking whether it keeps the promises (%s)", writer["device_kind"], COMMAND)
-        use_compilation_cache(job.settings.compilation_cache_dir)
+        use_cache(job.settings.compilation_cache_dir)
         try:
             faults = list(_faults(check_devices(job.config, job.dtype, job.settings.model_parallel)))
         except NoCpuError as error:

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from threading import Event
 
 import jax.numpy as jnp
@@ -15,10 +14,10 @@ from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.errors import BadDataError, TerminatedError
 from qwen_jax.ledger.metadata import Ledger
 from qwen_jax.ledger.schema import COMPLETED
-from qwen_jax.model.capture import Capture, Compilation, use_compilation_cache
+from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
-from qwen_jax.run.cache import why_not_used
+from qwen_jax.run.cache import use_cache
 from qwen_jax.run.commit import BackgroundCommitter, Committer
 from qwen_jax.run.device_check import checked
 from qwen_jax.run.devices import device_errors
@@ -134,13 +133,6 @@ def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event)
         yield sample
 
 
-def _use_cache(folder: Path) -> None:
-    obstacle = why_not_used(folder)
-    if obstacle is not None:
-        log.warning("compiled programs are neither taken from %s nor kept there: %s", folder, obstacle)
-    use_compilation_cache(folder if obstacle is None else None)
-
-
 def load_capture(job: Job) -> Capture:
     """Loads the weights up to the deepest layer, each device its part, and returns the capture step.
 
@@ -148,7 +140,7 @@ def load_capture(job: Job) -> Capture:
     Log-probabilities of answers need all layers and the LM head.
     """
     settings = job.settings
-    _use_cache(settings.compilation_cache_dir)
+    use_cache(settings.compilation_cache_dir)
     compilation = Compilation(job.step)
     if settings.keeps_all_tokens:
         compilation.begin()

@@ -1,7 +1,6 @@
 """Who wrote a run: the versions and the devices that the bits of its shards may depend on, and whether these devices
 are known to keep the promises (run/device_check.py)."""
 
-import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from qwen_jax import __version__
+from qwen_jax.ledger.checks import DamagedError, parse_json, read_bounded
 from qwen_jax.shards.compress import isal_version
 from qwen_jax.storage.local import write_json
 
@@ -71,8 +71,8 @@ def remember_check(folder: Path, writer: Mapping[str, Any]) -> None:
 def _remembered(folder: Path, writer: Mapping[str, Any]) -> dict[str, Any]:
     """What remember_check kept of that kind of device; {} for what cannot be read."""
     try:
-        found = json.loads(_check_file(folder, writer).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(read_bounded(_check_file(folder, writer)))
+    except (OSError, DamagedError):
         return {}
     return found if isinstance(found, dict) else {}
 

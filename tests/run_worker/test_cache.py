@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.cli import FlagParser
-from qwen_jax.run import cache, worker
+from qwen_jax.model import capture
+from qwen_jax.run import cache
 from qwen_jax.run.cache import why_not_used
 from qwen_jax.settings import add_settings
 
@@ -54,9 +55,9 @@ def test_a_place_where_no_folder_can_be(tmp_path):
 @pytest.mark.parametrize("mode, used", [(0o700, True), (0o770, False)])
 def test_the_worker_goes_on_without_it(tmp_path, monkeypatch, caplog, mode, used):
     given: list[Path | None] = []
-    monkeypatch.setattr(worker, "use_compilation_cache", given.append)
+    monkeypatch.setattr(capture, "use_compilation_cache", given.append)
     tmp_path.chmod(mode)
-    worker._use_cache(tmp_path)
+    cache.use_cache(tmp_path)
     assert given == [tmp_path if used else None]
     assert ("others may write into it" in caplog.text) is not used
 

@@ -113,7 +113,7 @@ class Machine:
     def __init__(self, folder, monkeypatch):
         self.folder, self.made, self.faults = folder, 0, []
         monkeypatch.setattr(device_check, "check_devices", self._check)
-        monkeypatch.setattr(device_check, "use_compilation_cache", lambda folder: None)
+        monkeypatch.setattr(device_check, "use_cache", lambda folder: None)
 
     def _check(self, *args):
         self.made += 1
