@@ -83,6 +83,7 @@ WRITE_FAULTS = [
     Fault("lose_reply", "POST"),
     Fault("lose_reply", "POST", times=3),
     Fault("corrupt", "POST"),
+    Fault("garble", "POST"),
     Fault("cut", "POST"),
     Fault("status", "PUT", status=408, nth=2),
     Fault("status", "PUT", status=429, nth=2),
@@ -102,6 +103,7 @@ WRITE_FAULTS = [
     Fault("expire", "PUT", nth=3),
     Fault("expire", "PUT", nth=2, times=2),
     Fault("corrupt", "PUT", nth=4),
+    Fault("garble", "PUT", nth=4),
     Fault("cut", "PUT", nth=4),
 ]
 
