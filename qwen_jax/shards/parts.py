@@ -41,7 +41,7 @@ class Part(NamedTuple):
 def index_member(keys: Iterable[int | str], spans: Iterable[Span]) -> bytes:
     """The index of the parts that these spans are, in order; nothing where there are more than an index can hold."""
     entries = b"".join(
-        _ENTRY.pack(_CODES.get(key, key), span.crc32, span.size)
+        _ENTRY.pack(key if isinstance(key, int) else _CODES[key], span.crc32, span.size)
         for key, span in zip(keys, spans, strict=True)
     )
     field = _FIELD.size + len(entries) + _CHECK.size
