@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qwen_jax.bar import with_bar
 from qwen_jax.errors import BadDataError, StorageError, UsageError
+from qwen_jax.files import storage_errors
 from qwen_jax.kinds import ALL_KINDS
 from qwen_jax.ledger.checks import DamagedError, parse, read_bounded
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_SUFFIX
@@ -28,7 +30,7 @@ from qwen_jax.reading.runs import (
 )
 from qwen_jax.reading.samples import Layer, fetched, row_arrays, samples_in, shard_samples
 from qwen_jax.shards import EMBEDDING
-from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors
+from qwen_jax.storage.local import atomic_write, json_bytes
 
 _UNKNOWN_HOOK = "blocks.{}.activation"
 """What stands for what no metadata.json names."""
@@ -181,7 +183,8 @@ def _write_parts(
         (run, name): [layer for layer in layers if not writer.has(layer, part_name(run, name))]
         for run, name in shards
     }
-    for run, name, path in fetched((*shard, left) for shard, left in missing.items() if left):
+    wanted = [(*shard, left) for shard, left in missing.items() if left]
+    for run, name, path in with_bar(fetched(wanted), len(wanted)):
         shard = run, name
         for arrays, layer in _arrays(samples_in(path, run, name, missing[shard], kind), missing[shard]):
             _check_rows(run, name, rows[shard], len(arrays["activations"]))

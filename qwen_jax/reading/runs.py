@@ -23,6 +23,11 @@ _FOLDERS_DEEP = 3
 _MOST_RANGES = 4
 """Requests for a shard's parts, behind the two for what it is and where they lie."""
 _TRIES = 5
+HOW_TO_RESTORE = (
+    "a start of the worker restores it where a whole copy lies in its bucket or on its disk; else put a copy of "
+    "your own there, or start over with --force_restart"
+)
+"""What to do about a metadata.json that cannot be used."""
 
 log = logging.getLogger(__name__)
 
@@ -273,9 +278,7 @@ def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
         )
     damaged = [run for run in runs if run.damage and not damaged_too]
     if damaged:
-        raise BadDataError(
-            f"{damaged[0].where}/{METADATA_NAME} {damaged[0].damage}; start the worker again, which mends it"
-        )
+        raise BadDataError(f"{damaged[0].where}/{METADATA_NAME} {damaged[0].damage}; {HOW_TO_RESTORE}")
     return runs
 
 
