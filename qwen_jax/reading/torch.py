@@ -37,6 +37,11 @@ class ActivationDataset(IterableDataset):
         UsageError, BadDataError: as iter_activations; fewer shards than ranks.
     """
 
+    _next: dict[str, Any]
+    """Where the next `for` begins."""
+    _now: dict[str, Any]
+    """How far the one under way is."""
+
     def __init__(
         self,
         path: str | Path,
@@ -84,7 +89,7 @@ class ActivationDataset(IterableDataset):
         batches = self._reading.batches(shards, start.epoch + 1, start.as_dict())
         for batch in batches:
             self._now = batches.cursor
-            yield Rows(*map(_tensor, batch)) if isinstance(batch, Rows) else _tensor(batch)
+            yield _tensors(batch)
         self.set_epoch(start.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,7 +128,10 @@ def _rank_here() -> tuple[int, int]:
     return 0, 1
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _tensors(batch: np.ndarray | Rows) -> Any:
+    """Of an array a tensor, of Rows Rows of tensors."""
+    if isinstance(batch, Rows):
+        return Rows(*map(_tensors, batch))
+    if batch.dtype.name == "bfloat16":
+        return torch.from_numpy(batch.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(batch)
