@@ -51,7 +51,9 @@ class OnlyInstalled(PathFinder):
 
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
-        return None if fullname.partition(".")[0] in cls.foreign else super().find_spec(fullname, path, target)
+        return (
+            None if fullname.partition(".")[0] in cls.foreign else super().find_spec(fullname, path, target)
+        )
 
 
 sys.meta_path[:] = [OnlyInstalled if finder is PathFinder else finder for finder in sys.meta_path]
