@@ -107,6 +107,7 @@ DESCRIBED_METADATA = record(
             others=None,
         ),
     },
+    optional={"widths": map_of(text(r"[a-z_]+"), whole(1, 10**7))},
     others=None,
 )
 """metadata.json as far as readers take something from it."""
@@ -114,7 +115,9 @@ DESCRIBED_METADATA = record(
 RECORDED = record(
     {
         "worker_id": _worker,
-        "model": record({"name": _name, "revision": _name}),
+        "model": record(
+            {"name": _name, "revision": _name}, optional={"adapter": _name, "adapter_revision": _name}
+        ),
         "dataset": record({"path": _name}),
         "skipped": list_of(_object),
         "fingerprint": record(
@@ -122,7 +125,7 @@ RECORDED = record(
                 "layers": distinct(_layer),
                 **dict.fromkeys(_CHOICES, text()),
                 **dict.fromkeys(_SWITCHES, yes_or_no),
-                "activation_type": text(r"[a-z]+( [a-z]+)*"),
+                "activation_type": text(r"[a-z_]+( [a-z_]+)*"),
                 "compute_dtype": one_of(*STORED_DTYPES),
                 "activation_dtype": one_of(*STORED_DTYPES),
                 "skip_first": _count,

@@ -17,7 +17,12 @@ from qwen_jax.settings import BYTES, HOW, Settings, recalled
 _REFERENCE_BATCH = 8
 
 
-def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_path: str | None) -> Settings:
+def recorded_settings(
+    metadata: dict[str, Any],
+    model_path: str | None,
+    dataset_path: str | None,
+    adapter_path: str | None = None,
+) -> Settings:
     """The settings of the run that wrote `metadata`; paths as given, else as they were then.
 
     Raises ConfigError where they are not all recorded.
@@ -37,24 +42,41 @@ def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_
         dataset_path=Path(dataset_path or metadata["dataset"]["path"]),
         model_path=model_path or metadata["model"]["name"],
         revision=None if model_path else metadata["model"]["revision"],
+        adapter_path=adapter_path or _adapter_of(metadata["model"]),
         no_checkpointing=True,
         max_bad_records=len(metadata["skipped"]),
     )
 
 
-def recorded_job(metadata: dict[str, Any], model_path: str | None, dataset_path: str | None) -> Job:
+def _adapter_of(model: dict[str, Any]) -> str | None:
+    """As --adapter_path takes it; None where the run had none."""
+    name, revision = model.get("adapter"), model.get("adapter_revision")
+    return f"{name}@{revision}" if name and revision else name
+
+
+def recorded_job(
+    metadata: dict[str, Any],
+    model_path: str | None,
+    dataset_path: str | None,
+    adapter_path: str | None = None,
+) -> Job:
     """The same run once more, for the same bytes: model, stream and tokenizer are those of `metadata`, and this
     machine can compute as the run did, or ConfigError says what differs."""
-    return _job(metadata, recorded_settings(metadata, model_path, dataset_path))
+    return _job(metadata, recorded_settings(metadata, model_path, dataset_path, adapter_path))
 
 
-def reference_job(metadata: dict[str, Any], model_path: str | None, dataset_path: str | None) -> Job:
+def reference_job(
+    metadata: dict[str, Any],
+    model_path: str | None,
+    dataset_path: str | None,
+    adapter_path: str | None = None,
+) -> Job:
     """The same samples once more, on any machine, for a float32 reference that is exact however it is computed.
 
     So no fused kernel, and the weights are shared over several devices only where this machine has as many.
     Raises ConfigError where model, stream or tokenizer are not those of `metadata`.
     """
-    settings = recorded_settings(metadata, model_path, dataset_path)
+    settings = recorded_settings(metadata, model_path, dataset_path, adapter_path)
     parts = 1 if len(find_devices()) % settings.model_parallel else settings.model_parallel
     few = min(settings.batch_size, _REFERENCE_BATCH)
     return _job(metadata, replace(settings, attention="blocked", model_parallel=parts, batch_size=few))
