@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import UsageError
+from qwen_jax.kinds import NOTES
 from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
@@ -150,6 +151,7 @@ def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
     norms = np.linalg.norm(activations.astype(np.float32), axis=1)
     texts = [repr(tokenizer.decode([int(token)])) if tokenizer else "" for token in tokens]
     yield f"sample {sample['sample_idx']}, task {sample['task_id']}, layer {layer}, {len(tokens)} tokens"
+    yield from (f"{key}: {sample[key]}" for key in NOTES if key in sample)
     yield f"{'place':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
     for place, token, text, role, cell, norm in zip(
         positions, tokens, texts, roles, cells, norms, strict=True

@@ -20,7 +20,9 @@ to
 {% endfor %}
 {% endfor %}
 Now:
-{% for row in test_input %}{% for cell in row %}{% if cell == 0 %}{{ cell | shown(".") }}{% else %}{{ cell }}{% endif %} {% endfor %}|{% endfor %}
+{% for row in test_input %}{% for cell in row %}
+{% if cell == 0 %}{{ cell | shown(".") }} {% else %}{{ cell }} {% endif %}
+{% endfor %}|{% endfor %}
 """
 
 

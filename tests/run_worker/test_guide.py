@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import create_dataset_streams
+from qwen_jax.__main__ import main
 from qwen_jax.reading import iter_samples
 from tests.model.test_adapter import adapter_tensors, save_adapter
 from tests.run_worker.starts import ROOT, Start
@@ -64,7 +65,7 @@ def metadata(folder, worker: int) -> dict:
     return json.loads((folder / "activations" / f"worker_{worker}" / "metadata.json").read_text())
 
 
-def test_views_of_a_task_are_compared_cell_by_cell(folder):
+def test_views_of_a_task_are_compared_cell_by_cell(folder, capsys):
     scope: dict = {}
     exec(VIEWS, scope)
     views = scope["views"]
@@ -74,6 +75,8 @@ def test_views_of_a_task_are_compared_cell_by_cell(folder):
         assert all(row.shape == (64,) for row in first.values())
     notes = Counter("augmentation" in sample for sample in iter_samples("activations/worker_0", layers=[1]))
     assert notes == {False: 4, True: 4}
+    assert main(["inspect", "activations/worker_0", "--sample", "1"]) == 0
+    assert '\naugmentation: {"symmetry":' in capsys.readouterr().out
 
 
 def test_a_template_the_longest_prompt_and_a_transcoders_kinds(folder):
