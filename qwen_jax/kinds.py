@@ -87,3 +87,6 @@ NOTES: dict[str, type] = {"test_index": int, "augmentation": str, "piece": str}
 done to the task (data/augment.py) and which part of a text it is (data/spread.py), as JSON."""
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE_DTYPES = STORED_DTYPES[:2]
+
+KEEP_ALL = "all"
+"""The --keep_tokens that leaves no token out."""

@@ -36,6 +36,11 @@ def crc32c(data: bytes) -> str:
     return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
 
 
+def turned_over(data: bytes) -> bytes:
+    """The same with one bit changed."""
+    return bytes([data[0] ^ 1]) + data[1:]
+
+
 @dataclass
 class Fault:
     """What goes wrong with the requests it matches: the `nth` one and, `times` in all, those after it.
@@ -47,7 +52,8 @@ class Fault:
         short: a session stores only `keep` bytes of the chunk and says so in a 308.
         lose_reply: do it, then reset the connection instead of answering.
         expire: forget the upload session and answer 410.
-        corrupt: do it, with one bit of the body sent or stored turned over.
+        corrupt: do it, with one bit of what is sent in answer, or stored after the checks, turned over.
+        garble: turn over a bit of what was sent, before the checks that the bucket makes.
         cut: send half of the answer's body, then reset the connection.
         bare: answer 412 and nothing else, whatever the condition is.
         vanish: do it, and delete the object before the answer is sent.
@@ -198,7 +204,7 @@ class FakeGcs:
     def damage(self, bucket: str, name: str) -> dict[str, Any]:
         """Turns over a bit of what is stored; returns the resource as it is now."""
         stored = self.objects(bucket)[name]
-        stored.data = bytes([stored.data[0] ^ 1]) + stored.data[1:]
+        stored.data = turned_over(stored.data)
         return stored.resource(bucket, name)
 
 
@@ -331,6 +337,8 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {}, self._stored(bucket, resource, data, self.query)
 
     def _stored(self, bucket: str, resource: dict[str, Any], data: bytes, query: dict[str, str]) -> bytes:
+        if self.fault and self.fault.kind == "garble":
+            data = turned_over(data)
         stored = self.fake.store(bucket, resource, data, query)
         if self.fault and self.fault.kind == "corrupt":
             stored = self.fake.damage(bucket, resource["name"])

@@ -12,7 +12,7 @@ PACKAGES = {"ledger", "model", "data", "shards", "storage", "run", "reading", "f
 ALLOWED = {package: {package} for package in PACKAGES} | {
     "shards": {"shards", "ledger"},
     "storage": {"storage", "ledger"},
-    "run": PACKAGES - {"reading"},
+    "run": PACKAGES - {"reading", "fleet"},
     "reading": PACKAGES - {"run", "fleet"},
     "fleet": {"fleet", "storage", "data", "ledger"},
 }

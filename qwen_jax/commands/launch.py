@@ -7,7 +7,7 @@
 
 The worker's own variables (MODEL_PATH, BATCH_SIZE, ...) are passed on where they are set. Exit code 0 when every
 worker was started (with --supervise or locally: is complete), 1 when some were not, 2 for a wrong call, 75 when gcloud,
-kubectl or sky is of no use.
+kubectl or sky does not work.
 
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --dry_run
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --workers 3,7-9
@@ -26,14 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qwen_jax import hardware
 from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError
-from qwen_jax.fleet import hardware, kubernetes, local, skypilot
+from qwen_jax.fleet import kubernetes, local, skypilot
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.gcloud import QUEUED, VM, FirstAlone, Vms
 from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
 from qwen_jax.fleet.workers import (
-    SECONDS,
     bucket_name,
     listed,
     number_of_workers,
@@ -125,14 +125,15 @@ def run(args: Namespace) -> int:
         raise UsageError(
             "workers are launched from a checkout of the toolkit; this is the package without one"
         )
+    if args.engine != "local":
+        if not os.environ.get("GCS_BUCKET"):
+            raise UsageError("set GCS_BUCKET to the bucket that the workers upload to")
+        bucket_name(os.environ)
     settings = _check_settings(upload=args.engine != "local" or bool(os.environ.get("GCS_BUCKET")))
     if settings is not None and args.engine == "gcloud":
         _warn_of_memory(settings, args.accelerator_type)
     if args.engine == "local":
         return _run_local(args)
-    if not os.environ.get("GCS_BUCKET"):
-        raise UsageError("set GCS_BUCKET to the bucket that the workers upload to")
-    bucket_name(os.environ)
     if args.supervise and args.engine != "gcloud":
         raise UsageError(f"{args.engine} starts workers again by itself: leave --supervise out")
     tool, advice = _TOOLS[args.engine]
@@ -146,8 +147,6 @@ def run(args: Namespace) -> int:
 def _check_settings(*, upload: bool) -> Settings | None:
     """Reads the worker's variables as each worker would, before any machine is paid for; exits with 2. None where
     packages are missing."""
-    for name in SECONDS:
-        _check_seconds(name, os.environ.get(name) or "0")
     parser = FlagParser(prog="launch_all_workers.sh", env_for_all=True)
     try:
         add_settings(parser)
@@ -190,15 +189,6 @@ def _config_folder(settings: Settings) -> Path | None:
     except (ModuleNotFoundError, ValueError):
         return None
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def _check_seconds(name: str, text: str) -> None:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise UsageError(f"environment variable {name}: must be a number of seconds, got {text!r}")
 
 
 def _workers(args: Namespace) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from threading import Event
 from typing import Protocol
 
-from qwen_jax.errors import StorageError, UsageError, WriterConflictError
+from qwen_jax.errors import UsageError, WriterConflictError
+from qwen_jax.files import storage_errors
 from qwen_jax.fleet.supervise import FINAL_EXITS, LONGEST_WAIT_S, Clock, Policy
 
 CHECKOUT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def shares(slots: int, gpus: Sequence[str], tpu_chips: int, cores: Sequence[int]
 
 def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Path) -> Spawn:
     """Starts ./launch_worker.sh; what it prints is added to `logs`/worker_N.log."""
-    with _writing(logs):
+    with storage_errors("write", logs):
         logs.mkdir(parents=True, exist_ok=True)
 
     def spawn(worker: int, slot: int) -> subprocess.Popen:
@@ -73,7 +74,7 @@ def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Pat
         if environment.get("GCS_BUCKET"):
             own["UPLOAD_TO_GCS"] = "true"
         path = logs / f"worker_{worker}.log"
-        with _writing(path), path.open("ab") as log, _on(share.cores):
+        with storage_errors("write", path), path.open("ab") as log, _on(share.cores):
             return subprocess.Popen(
                 [CHECKOUT / "launch_worker.sh"],
                 env={**environment, **own},
@@ -84,17 +85,6 @@ def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Pat
             )
 
     return spawn
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What storage.local.storage_errors does, without the packages that this needs."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; start this where it can be"
-        ) from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_jax.errors import ConfigError, StorageError
+from qwen_jax.errors import ConfigError, StorageError, first_line
 from qwen_jax.model.adapter import CONFIG_NAME, TENSORS_NAME
 
 _SMALL_FILES = ("config.json", "tokenizer*", "chat_template*", "vocab.json", "merges.txt")
@@ -74,14 +74,10 @@ def _download(
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ConfigError(
             f"{flag} {model_id}: neither a local folder nor a model on the Hugging Face Hub "
-            f"(revision {revision or 'main'}): {_first_line(error)}"
+            f"(revision {revision or 'main'}): {first_line(error)}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise StorageError(
             f"{flag} {model_id}: not in the local cache, and the Hugging Face Hub cannot be reached "
-            f"({_first_line(error)}); try again, or give a local folder"
+            f"({first_line(error)}); try again, or give a local folder"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qwen_jax.bar import with_bar
 from qwen_jax.errors import BadDataError, StorageError, UsageError
+from qwen_jax.files import storage_errors
 from qwen_jax.kinds import ALL_KINDS
 from qwen_jax.ledger.checks import DamagedError, parse, read_bounded
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_SUFFIX
@@ -27,7 +29,7 @@ from qwen_jax.reading.runs import (
 )
 from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
 from qwen_jax.shards import EMBEDDING
-from qwen_jax.storage.local import atomic_write, json_bytes, storage_errors
+from qwen_jax.storage.local import atomic_write, json_bytes
 
 _UNKNOWN_HOOK = "blocks.{}.activation"
 """What stands for what no metadata.json names."""
@@ -172,7 +174,7 @@ def _write_parts(
 ) -> int:
     """Writes what is missing; returns how many parts were there."""
     kept = first_row = 0
-    for (run, name), rows in zip(shards, counts, strict=True):
+    for (run, name), rows in with_bar(zip(shards, counts, strict=True), len(shards)):
         part = part_name(run, name)
         missing = [layer for layer in layers if not writer.has(layer, part)]
         kept += len(layers) - len(missing)

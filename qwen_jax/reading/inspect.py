@@ -120,10 +120,21 @@ def find_sample(
         for sample in shard_samples(run, name, [stored_layers(run)[0] if layer is None else layer], kind)
         if sample["sample_idx"] == sample_idx
     ]
+    if not found and (notes := list(_skip_notes(runs, sample_idx))):
+        raise UsageError(f"sample {sample_idx} was skipped: {'; '.join(notes)}")
     if len(found) != 1:
         where = ", ".join(run.where for run, _ in found) or "no shard"
         raise UsageError(f"sample {sample_idx} is in {where}; name the folder of one worker that stores it")
     return found[0]
+
+
+def _skip_notes(runs: Sequence[Run], sample_idx: int) -> Iterator[str]:
+    """Why the workers skipped the line, each with its name where there are several."""
+    for run in runs:
+        for note in run.ledger.skipped if run.ledger else ():
+            if note["sample_idx"] == sample_idx:
+                reason = note.get("reason", "no reason is recorded")
+                yield reason if len(runs) == 1 else f"{reason} ({run.where})"
 
 
 def _shards_with(run: Run, sample_idx: int) -> list[str]:

@@ -16,6 +16,11 @@ from qwen_jax.ledger.names import METADATA_NAME, shard_number
 UNKNOWN_KIND = "activation"
 """The kind of what a shard holds where no metadata.json says it."""
 _FOLDERS_DEEP = 3
+HOW_TO_RESTORE = (
+    "a start of the worker restores it where a whole copy lies in its bucket or on its disk; else put a copy of "
+    "your own there, or start over with --force_restart"
+)
+"""What to do about a metadata.json that cannot be used."""
 
 
 class Place(Protocol):
@@ -220,9 +225,7 @@ def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
         )
     damaged = [run for run in runs if run.damage and not damaged_too]
     if damaged:
-        raise BadDataError(
-            f"{damaged[0].where}/{METADATA_NAME} {damaged[0].damage}; start the worker again, which mends it"
-        )
+        raise BadDataError(f"{damaged[0].where}/{METADATA_NAME} {damaged[0].damage}; {HOW_TO_RESTORE}")
     return runs
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.kinds import KEEP_ALL
 from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.ledger.names import stats_name_beside
 from qwen_jax.reading.runs import DescribedRun, Run
@@ -153,7 +154,7 @@ def _widths(shard: Shard, metadata: Mapping[str, Any]) -> Iterator[tuple[str, in
 
 def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
     """Whether not all tokens are kept; None where that depends on the tokenizer."""
-    if fingerprint["keep_tokens"] != "all" or fingerprint["skip_first"]:
+    if fingerprint["keep_tokens"] != KEEP_ALL or fingerprint["skip_first"]:
         return True
     return None if fingerprint["skip_special_tokens"] else False
 

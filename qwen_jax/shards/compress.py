@@ -1,6 +1,5 @@
 """gzip in blocks over all cores, and gzip from strangers within a budget."""
 
-import os
 import struct
 import zlib
 from collections import deque
@@ -9,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from types import ModuleType, TracebackType
 from typing import BinaryIO, Protocol, Self
+
+from qwen_jax.hardware import this_machines_cores
 
 isal_zlib: ModuleType | None
 try:
@@ -85,12 +86,6 @@ def _deflate(block: memoryview) -> list[bytes]:
     return [*head, deflate.compress(block[_HEAD_BYTES:]), deflate.flush()]
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # absent on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class ParallelGzipWriter:
     """A file-like that writes gzip, a member per block of at most BLOCK_BYTES, compressed on a thread pool.
 
@@ -107,7 +102,7 @@ class ParallelGzipWriter:
 
     def __init__(self, file: Writable, threads: int | None = None):
         self._file = file
-        self._threads = threads or _usable_cores()
+        self._threads = threads or len(this_machines_cores())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gzip")
         self._pending: deque[Future[bytes]] = deque()
         self._block = bytearray()

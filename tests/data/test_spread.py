@@ -108,7 +108,7 @@ def test_views_have_the_same_bytes_on_any_number_of_cores(monkeypatch):
     source = [(index, TASK | {"task_id": str(index)}) for index in range(300)]
 
     def lines(cores: int) -> list[bytes]:
-        monkeypatch.setattr(convert, "_usable_cores", lambda: cores)
+        monkeypatch.setattr(convert, "this_machines_cores", lambda: range(cores))
         return list(stream_lines(source, "examples", print, Spread("all", augment=2)))
 
     one = lines(1)

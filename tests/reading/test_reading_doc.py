@@ -26,6 +26,7 @@ def demo(tmp_path_factory):
     settings = re.search(
         r"run_demo\(\) \{(.+?)\n\}", (ROOT / "launch_worker.sh").read_text(), re.DOTALL
     ).group(1)
+    (folder / "demo_output" / "bucket").mkdir(parents=True)
     words = shlex.split(settings.replace("$PWD", str(folder)).replace("$out", "demo_output"))
     variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     here = os.getcwd()
