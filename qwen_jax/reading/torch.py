@@ -67,6 +67,8 @@ class ActivationDataset(IterableDataset):
         self._addresses = [_address(shard) for shard in share]
         workers = max(1, num_workers)
         self._lengths = [self._reading.known_batches(share[worker::workers]) for worker in range(workers)]
+        self._next: dict[str, Any]
+        self._now: dict[str, Any]
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ class ActivationDataset(IterableDataset):
         batches = self._reading.batches(shards, start.epoch + 1, start.as_dict())
         for batch in batches:
             self._now = batches.cursor
-            yield Rows(*map(_tensor, batch)) if isinstance(batch, Rows) else _tensor(batch)
+            yield Rows(*map(_tensor, batch)) if isinstance(batch, Rows) else _tensor(batch)  # type: ignore[arg-type]
         self.set_epoch(start.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:

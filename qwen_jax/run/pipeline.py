@@ -81,6 +81,7 @@ class CapturedSample:
             self._extras(),
             kinds if len(kinds) > 1 else {},
             None if embedding is None else embedding[0],
+            source.notes,
         )
 
     def _extras(self) -> dict[str, np.ndarray]:
