@@ -25,7 +25,7 @@ from qwen_jax.fleet.gcloud import (
 )
 from qwen_jax.fleet.workers import secrets_of
 from qwen_jax.ledger.names import CHECKPOINT_PATTERN, PROGRESS_NAME
-from qwen_jax.ledger.progress import one_line
+from qwen_jax.ledger.progress_record import one_line
 from qwen_jax.ledger.schema import COMPLETED, FAILED, RUNNING
 
 FINAL_EXITS = tuple(kind.exit_code for kind in (UsageError, BadDataError, ConfigError))

@@ -18,8 +18,8 @@ from qwen_jax.model.sharding import planned_mesh
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
-from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
 from qwen_jax.run.roof import Roof, as_on_an_accelerator, complaint, device_memory, machine_mesh
+from qwen_jax.run.sample_reader import BadRecordLimit, PromptMaker
 from qwen_jax.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}

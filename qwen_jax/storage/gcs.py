@@ -24,8 +24,8 @@ from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
 from qwen_jax.errors import RETRY_BUDGET_S, ConfigError, StorageError, TerminatedError, redacted
 from qwen_jax.files import storage_errors
+from qwen_jax.storage.atomic import atomic_write
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
-from qwen_jax.storage.local import atomic_write
 from qwen_jax.storage.resumable import NoProgressError, ResumableUpload, SessionLostError
 from qwen_jax.storage.store import ObjectInfo, ReplacedError, accept_or_conflict, check_small, conflict
 
