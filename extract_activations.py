@@ -9,7 +9,8 @@ Exit codes: 0 done, 2 usage, 65 bad data over the limit, 75 storage unreachable 
 import logging
 from collections.abc import Sequence
 
-from qwen_jax.cli import FlagParser, log_to_terminal, run_script
+from qwen_jax.cli import log_to_terminal, run_script
+from qwen_jax.run.refusal import WorkerParser, accept
 from qwen_jax.run.shutdown import run_until_stopped
 from qwen_jax.settings import add_settings, take_settings
 
@@ -17,20 +18,21 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = FlagParser(prog="extract_activations.py", description=__doc__, env_for_all=True)
+    parser = WorkerParser(prog="extract_activations.py", description=__doc__, env_for_all=True)
     add_settings(parser)
     parser.switch("dry_run", "say what the run would write and take, and end", env="")
     parser.switch("verbose", "say more")
     args = vars(parser.parse_args(argv))
-    settings = take_settings(args)
     log_to_terminal(LOG_FORMAT, "%H:%M:%S")
     logging.getLogger("qwen_jax").setLevel(logging.DEBUG if args["verbose"] else logging.INFO)
-    # What follows imports jax, only after TPU_WORKER_ID has left the environment.
     if args["dry_run"]:
+        settings = take_settings(args)
         from qwen_jax.run.plan import Assumptions, make_plan
 
         print("\n".join(make_plan(settings, Assumptions()).lines_of_text()))
         return 0
+    settings = accept(args)
+    # What follows imports jax, only after TPU_WORKER_ID has left the environment.
     from qwen_jax.run.worker import extract
 
     ledger = run_until_stopped(lambda stop: extract(settings, stop))

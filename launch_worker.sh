@@ -58,7 +58,9 @@ is_installed() { # what is wanted
 
 install_packages() { # what pip takes; uv, where it is there, may know less of pip's own settings
     if command -v uv >/dev/null && uv pip install --quiet --python "$VENV_DIR/bin/python" "$@" 2>/dev/null; then return; fi
-    "$VENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2
+    # A line a package, so that nobody takes minutes of downloads for a hang.
+    "$VENV_DIR/bin/python" -m pip install --no-color --disable-pip-version-check "$@" |
+        awk '/^(Collecting|Installing collected)/ { print "  " substr($0, 1, 100); fflush() }' >&2
 }
 
 # The marker is written last, so an installation that was cut off is done again; it names what was
@@ -83,6 +85,7 @@ set_up_environment() {
 # In an environment of its own, so that no variable of the caller's changes what it shows.
 run_demo() {
     local out=demo_output name kept=()
+    mkdir -p $out/bucket
     for name in PATH HOME TMPDIR JAX_PLATFORMS XLA_FLAGS COMPILATION_CACHE_DIR; do
         [ -z "${!name:-}" ] || kept+=("$name=${!name}")
     done
@@ -115,9 +118,5 @@ case "${1:-}" in
     exit
     ;;
 esac
-# What can be seen at once is said at once, with the exit code that the worker would end with.
-if [[ " $* " != *" -h "* && " $* " != *" --help "* ]]; then
-    "$VENV_DIR/bin/python" -m qwen_jax doctor --quick "$@"
-fi
 # exec: SIGTERM must reach the worker itself.
 exec "$VENV_DIR/bin/python" extract_activations.py "$@"

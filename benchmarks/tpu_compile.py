@@ -2,6 +2,9 @@
 
 Needs jax[tpu], no TPU: nothing here has run on one. `--only_formulas` leaves the compiler out (and needs no jax[tpu]).
 Each program at its smallest --model_parallel that fits, all layers kept in bfloat16, samples of the full length.
+Machines of one chip that differ in their number of copies of the weights share a program, since copies send each other
+nothing
+(tests/tpu): it is compiled once.
 
   JAX_PLATFORMS=cpu .venv-test-tpu/bin/python benchmarks/tpu_compile.py --sizes 0.5B 7B --machines v4-8 v5litepod-4
 """
@@ -9,6 +12,7 @@ Each program at its smallest --model_parallel that fits, all layers kept in bflo
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 from common import ROOT  # noqa: F401  (puts the package on the path)
@@ -16,6 +20,7 @@ from jax.errors import JaxRuntimeError
 
 from qwen_jax.accelerators import ACCELERATORS, Accelerator
 from qwen_jax.cli import FlagParser
+from qwen_jax.errors import first_line
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.published import PUBLISHED, config_fields
@@ -59,18 +64,33 @@ def figures(outline: Outline, size: str, machine: Accelerator, ask: bool) -> lis
     roof, memory = Roof(program, machine, context=length / 2), device_memory(program)
     seconds, temporaries = "not compiled", memory.temporaries
     if ask:
-        step = outline.program(absent_mesh(machine, parts), machine.platform)
+        machine_of_chip = next(
+            each
+            for each in ACCELERATORS.values()
+            if each.chip is machine.chip and each.topology and each.devices % parts == 0
+        )
         try:
-            compiled = compile_now(step.lower_step())
+            seconds, temporaries = compiled(size, machine_of_chip.name, length, parts)
         except JaxRuntimeError as error:
-            return [size, machine.name, f"{length:,}", f"does not compile: {str(error).splitlines()[0]}"]
-        seconds, temporaries = f"{compiled.seconds:.0f}", compiled.temporaries
+            return [size, machine.name, f"{length:,}", f"does not compile: {first_line(error)}"]
     memories = (memory.weights, memory.carried, memory.steps, temporaries, machine.chip.memory)
     return [
         *(size, machine.name, f"{length:,}", str(parts), seconds),
         *(f"{count / 1e9:.2f}" for count in memories),
         *(f"{roof.flops / 1e12:.1f}", f"{roof.moved / 1e9:.1f}", f"{roof.leaving / 1e9:.2f}", roof.bound),
     ]
+
+
+@cache
+def compiled(size: str, machine: str, length: int, parts: int) -> tuple[str, int]:
+    """Seconds, and bytes of temporaries on each device."""
+    of_machine = ACCELERATORS[machine]
+    outline = next(
+        each for each in outlines(size, of_machine, length) if each.settings.model_parallel == parts
+    )
+    step = outline.program(absent_mesh(of_machine, parts), of_machine.platform)
+    found = compile_now(step.lower_step())
+    return f"{found.seconds:.0f}", found.temporaries
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
     log_to_terminal("%(levelname)s %(message)s")
     command = importlib.import_module(f"qwen_jax.commands.{argv[0]}")
-    parser = getattr(command, "Parser", FlagParser)(
+    parser = FlagParser(
         prog=f"python -m qwen_jax {argv[0]}",
         description=command.__doc__,
         env_for_all=getattr(command, "ENV_FOR_ALL", False),

@@ -24,6 +24,11 @@ def parse_bool(text: str) -> bool:
     raise ValueError(f"expected true or false, got {text!r}")
 
 
+def variable_of(flag: str) -> str:
+    """The environment variable of a flag that names none of its own."""
+    return flag.upper()
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse whose flags may carry an environment variable, and whose --help shows it.
 
@@ -46,7 +51,7 @@ class FlagParser(argparse.ArgumentParser):
     ) -> None:
         """Adds `--name`; `env` names the variable that is read where the flag is absent ("": none)."""
         if env is None:
-            env = name.upper() if self._env_for_all else ""
+            env = variable_of(name) if self._env_for_all else ""
         shown = "off" if default is False else "none" if default in (None, "") else default
         if isinstance(default, list):
             shown = " ".join(default)
@@ -118,13 +123,25 @@ def _whole_number(text: str, least: int) -> int:
 
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a finite number of seconds, 0 or more."""
+    value = _number(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def say(line: object) -> None:

@@ -25,6 +25,11 @@ def shown(text: str, *, lines: bool = False) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Of what somebody else's error says; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ToolkitError(Exception):
     """A failure that the user can act on: the message says what, where and what to do next."""
 
@@ -45,6 +50,10 @@ class BadDataError(ToolkitError):
     """More bad input records than the user allows, or input that cannot be read at all."""
 
     exit_code = 65
+
+
+RETRY_BUDGET_S = 300.0
+"""Seconds that one operation of a bucket may go on failing, before that is a StorageError."""
 
 
 class StorageError(ToolkitError):

@@ -36,3 +36,6 @@ ALL_KINDS = KINDS | {
 }
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE_DTYPES = STORED_DTYPES[:2]
+
+KEEP_ALL = "all"
+"""The --keep_tokens that leaves no token out."""

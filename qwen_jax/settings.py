@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from qwen_jax.cli import FlagParser, non_negative_int, positive_float, positive_int
-from qwen_jax.errors import UsageError
-from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.cli import (
+    FlagParser,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seconds,
+    variable_of,
+)
+from qwen_jax.errors import RETRY_BUDGET_S, UsageError
+from qwen_jax.files import plain_path
+from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KEEP_ALL, KINDS, STORED_DTYPES
 from qwen_jax.ledger.names import bucket_folder, checkpoint_name, local_folder
 
 _LONGEST_ID = 9
@@ -25,7 +33,6 @@ WORKER_ID_VARIABLES = (
 )
 ATTENTIONS = ("auto", "blocked", "ragged")
 AUTO = "auto"
-KEEP_ALL = "all"
 
 BYTES, HOW = "fingerprint", "settings"
 """Where metadata.json records a setting: among what the shards' bytes depend on, which no resume may change, or
@@ -203,6 +210,10 @@ class Settings:
         _cache_dir,
         local=True,
     )
+    gcs_retry_budget_s: float = _setting(
+        RETRY_BUDGET_S, "seconds that one operation of the bucket may go on failing", seconds
+    )
+    progress_interval_s: float = _setting(60.0, "seconds between progress records; 0 writes none", seconds)
 
     @property
     def stream_path(self) -> Path:
@@ -276,6 +287,8 @@ def take_settings(args: dict[str, Any]) -> Settings:
 def _check(settings: Settings) -> None:
     if settings.upload_to_gcs and not settings.gcs_bucket:
         raise UsageError("--upload_to_gcs needs a bucket: pass --gcs_bucket NAME or set GCS_BUCKET")
+    if settings.upload_to_gcs and settings.gcs_bucket:
+        _check_folder(settings.gcs_bucket)
     if settings.delete_local_after_upload and not settings.upload_to_gcs:
         raise UsageError("--delete_local_after_upload needs --upload_to_gcs")
     if settings.enable_checkpointing and settings.no_checkpointing:
@@ -287,6 +300,12 @@ def _check(settings: Settings) -> None:
     for name in ("stream_path", "model_path"):
         _check_name(str(getattr(settings, name)))
     _ = settings.bucket_url  # complains of what cannot be a bucket's name
+
+
+def _check_folder(bucket: str) -> None:
+    """A folder that stands in for a bucket is there, as a bucket must be: it may be one that is not mounted."""
+    if bucket.startswith("file:///") and not Path(plain_path(bucket)).is_dir():
+        raise UsageError(f"--gcs_bucket {bucket}: there is no such folder; make it, or mount it")
 
 
 def _check_name(name: str) -> None:
@@ -339,7 +358,8 @@ def _from_json(value: Any, entry: Entry) -> Any:
 def variables(*, local: bool) -> list[str]:
     """The variables of all settings that are read from one; local: of folders of this machine, or of the others."""
     named = (
-        (name.upper() if entry.variable is None else entry.variable, entry) for name, entry in ENTRIES.items()
+        (variable_of(name) if entry.variable is None else entry.variable, entry)
+        for name, entry in ENTRIES.items()
     )
     return [variable for variable, entry in named if variable and entry.local == local]
 

@@ -47,6 +47,12 @@ def test_a_new_setting_is_a_flag_a_variable_recorded_and_passed_on(with_one_more
     assert "FAVOURITE_COLOURS" in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_variables(monkeypatch):
+    monkeypatch.delenv("PROGRESS_INTERVAL_S")
+
+
+@pytest.mark.usefixtures("no_variables")
 def test_what_is_recorded_makes_the_same_settings_again():
     settings = replace(
         parsed("--keep_tokens", "last:3", "--activation_type", "mlp", "attn"), layers_to_extract=(0, 2)
@@ -57,6 +63,7 @@ def test_what_is_recorded_makes_the_same_settings_again():
     assert again == settings
 
 
+@pytest.mark.usefixtures("no_variables")
 def test_defaults_are_read_as_words_are():
     """Also where no parser is: a folder is a Path, ~ is the home."""
     plain = Settings(worker_id=3)

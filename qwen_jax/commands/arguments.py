@@ -1,8 +1,10 @@
 """Arguments that several commands take."""
 
+from argparse import ArgumentTypeError
 from typing import Any
 
 from qwen_jax.cli import FlagParser, non_negative_int
+from qwen_jax.ledger.schema import MOST_LAYERS
 from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
 
@@ -26,3 +28,19 @@ def add_kind(parser: FlagParser) -> None:
 def layer_name(text: str) -> int | str:
     """An argparse type: a layer's index, or the embedding."""
     return text if text == EMBEDDING else non_negative_int(text)
+
+
+def add_layers(parser: FlagParser) -> None:
+    """Several layers, as `args.layers`: a list of lists; None is all."""
+    parser.flag("layers", f"layers, as 3 7-11, or {EMBEDDING}; without it all", nargs="+", type=layer_range)
+
+
+def layer_range(text: str) -> list[int | str]:
+    """An argparse type: one layer, or several as 7-11."""
+    first, dash, last = text.partition("-")
+    if not dash:
+        return [layer_name(text)]
+    between = range(non_negative_int(first), non_negative_int(last) + 1)
+    if not 0 < len(between) <= MOST_LAYERS:
+        raise ArgumentTypeError(f"layers from a lower to a higher one, as 7-11, got {text!r}")
+    return list(between)

@@ -8,7 +8,7 @@
 
 The worker's own variables (MODEL_PATH, BATCH_SIZE, ...) are passed on where they are set. Exit code 0 when every
 worker was started (with --supervise or locally: is complete), 1 when some were not, 2 for a wrong call, 75 when gcloud,
-kubectl, sky or sbatch is of no use.
+kubectl, sky or sbatch does not work.
 
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --dry_run
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --workers 3,7-9
@@ -28,14 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qwen_jax import hardware
 from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError
-from qwen_jax.fleet import hardware, kubernetes, local, skypilot, slurm
+from qwen_jax.fleet import kubernetes, local, skypilot, slurm
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.gcloud import INSTANCE, QUEUED, VM, Cloud, Vms
 from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
 from qwen_jax.fleet.workers import (
-    SECONDS,
     bucket_name,
     listed,
     number_of_workers,
@@ -154,12 +154,12 @@ def run(args: Namespace) -> int:
             "workers are launched from a checkout of the toolkit; this is the package without one"
         )
     needs_bucket = args.engine not in _WITHOUT_BUCKET
+    if needs_bucket:
+        _check_bucket()
     settings = _check_settings(upload=needs_bucket or bool(os.environ.get("GCS_BUCKET")))
     machine = args.accelerator_type or (Vms.accelerator_type if args.engine == "gcloud" else None)
     if settings is not None and machine is not None:
         _warn_of_memory(settings, machine)
-    if needs_bucket:
-        _check_bucket()
     if args.engine in _TOOLS:
         _check_engine(args)
     return _RUN[args.engine](args)
@@ -182,8 +182,6 @@ def _check_engine(args: Namespace) -> None:
 def _check_settings(*, upload: bool) -> Settings | None:
     """Reads the worker's variables as each worker would, before any machine is paid for; exits with 2. None where
     packages are missing."""
-    for name in SECONDS:
-        _check_seconds(name, os.environ.get(name) or "0")
     parser = FlagParser(prog="launch_all_workers.sh", env_for_all=True)
     try:
         add_settings(parser)
@@ -226,15 +224,6 @@ def _config_folder(settings: Settings) -> Path | None:
     except (ModuleNotFoundError, ValueError):
         return None
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def _check_seconds(name: str, text: str) -> None:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise UsageError(f"environment variable {name}: must be a number of seconds, got {text!r}")
 
 
 def _workers(args: Namespace) -> tuple[int, ...]:

@@ -32,7 +32,6 @@ from qwen_jax.fleet.monitor import (
     mark_slow,
     totals_line,
 )
-from qwen_jax.fleet.page import make_page
 from qwen_jax.fleet.workers import number_of_workers
 from qwen_jax.ledger.schema import NOT_STARTED
 
@@ -97,7 +96,9 @@ def _look_once(args: Namespace, source: Source, place: str, count: int) -> int:
     states = mark_slow(_look_at_all(source, count, now, args.stalled_after))
     _print(states, args.json)
     if args.html:
-        _write_page(Path(args.html), make_page(states, now, args.watch))
+        from qwen_jax.fleet.page import make_page  # jinja2 is not on every machine that looks
+
+        _write_page(Path(args.html), make_page(states, now, args.watch, place))
     if all(state.state == NOT_STARTED for state in states):
         advice = "other places: --bucket gs://BUCKET/PREFIX, or --checkpoint_dir"
         print(f"nothing of any worker was found in {place}; {advice}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 from qwen_jax.data.arc import BadRecord, Row, parse_row_line, task_from_row
 from qwen_jax.errors import StorageError
+from qwen_jax.hardware import this_machines_cores
 
 CHUNK_ROWS = 128
 
@@ -53,7 +53,7 @@ def _converted_chunks(rows: Iterator[Row], column_name: str) -> Iterator[list[by
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     # A small dataset is done before processes have started; so is the first chunk of a large one.
     yield _convert_chunk(next(chunks, []), column_name)
-    second, cores = next(chunks, None), _usable_cores()
+    second, cores = next(chunks, None), len(this_machines_cores())
     if second is None:
         return
     if cores == 1:
@@ -87,9 +87,3 @@ def _convert_row(index: int, row: dict[str, Any] | bytes | BadRecord, column_nam
 def encode_line(record: dict[str, Any]) -> bytes:
     """One record as a stream line: compact JSON, UTF-8, newline."""
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # absent on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

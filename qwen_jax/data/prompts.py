@@ -19,7 +19,7 @@ from qwen_jax.data.layouts import (
     task_segments,
 )
 from qwen_jax.data.tokens import Tokens, batch_tokenizer, keeps_digits_apart
-from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.errors import ConfigError, UsageError, first_line
 from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER, example_role
 
 OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
@@ -414,9 +414,8 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> Any:
             path_or_id, revision=revision, local_files_only=local, trust_remote_code=False, use_fast=True
         )
     except Exception as error:  # for a broken file the tokenizers library raises Exception itself
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"no tokenizer can be loaded from {path_or_id} ({reason}); the folder needs the model's own "
+            f"no tokenizer can be loaded from {path_or_id} ({first_line(error)}); the folder needs the model's own "
             "tokenizer.json and tokenizer_config.json"
         ) from error
     if not tokenizer.is_fast:

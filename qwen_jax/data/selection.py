@@ -7,9 +7,9 @@ import numpy as np
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import UsageError
+from qwen_jax.kinds import KEEP_ALL
 from qwen_jax.roles import RoleSet
 
-KEEP_ALL = "all"
 # Takes a sample and the positions that are left, ascending; returns those to keep.
 _Rule = Callable[[TokenizedSample, np.ndarray], np.ndarray]
 
@@ -56,10 +56,10 @@ class TokenSelection:
         return replace(sample, positions=kept)
 
     def _parse(self, text: str) -> _Rule:
+        if text == KEEP_ALL:
+            return lambda sample, positions: positions
         name, colon, value = text.partition(":")
         match name, bool(colon):
-            case "all", False:
-                return lambda sample, positions: positions
             case "last", _:
                 count = _whole(text, value) if colon else 1
                 return lambda sample, positions: positions[-count:]

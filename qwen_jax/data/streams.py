@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 from qwen_jax.data.arc import BadRecord, Row, Task, Text, parse_line
 from qwen_jax.data.convert import Rejected, stream_lines
-from qwen_jax.errors import BadDataError, ConfigError, StorageError, UsageError
+from qwen_jax.errors import BadDataError, ConfigError, UsageError
+from qwen_jax.files import storage_errors
 
 MAX_LINE_BYTES = 32 << 20
 _CHUNK_BYTES = 1 << 20
@@ -132,16 +133,6 @@ class _Unchanged(io.RawIOBase):
         return piece
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder"
-        ) from error
-
-
 class StreamFile:
     """A stream file being written: under a temporary name until it is whole.
 
@@ -153,7 +144,7 @@ class StreamFile:
         self.lines = 0
         self._digest = hashlib.sha256()
         self._temp = path.with_name(path.name + ".tmp")
-        with _writing(path):
+        with storage_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: io.BufferedWriter = open(self._temp, "wb")  # noqa: SIM115  (finish or discard closes it)
 
@@ -162,21 +153,21 @@ class StreamFile:
         return self._digest.hexdigest()
 
     def write(self, line: bytes) -> None:
-        with _writing(self.path):
+        with storage_errors("write", self.path):
             self._file.write(line)
         self._digest.update(line)
         self.lines += 1
 
     def finish(self) -> None:
         """Makes the bytes durable, still under the temporary name."""
-        with _writing(self.path):
+        with storage_errors("write", self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
 
     def publish(self) -> None:
         """Gives the finished file its name."""
-        with _writing(self.path):
+        with storage_errors("write", self.path):
             os.replace(self._temp, self.path)
 
     def discard(self) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from threading import Event
 from typing import Protocol
 
-from qwen_jax.errors import StorageError, UsageError, WriterConflictError
+from qwen_jax.errors import UsageError, WriterConflictError
+from qwen_jax.files import storage_errors
 from qwen_jax.fleet.supervise import FINAL_EXITS, LONGEST_WAIT_S, Clock, Policy
 
 CHECKOUT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Pat
         if environment.get("GCS_BUCKET"):
             own["UPLOAD_TO_GCS"] = "true"
         path = logs / f"worker_{worker}.log"
-        with _writing(path), path.open("ab") as log, _on(share.cores):
+        with storage_errors("write", path), path.open("ab") as log, _on(share.cores):
             return subprocess.Popen(
                 [CHECKOUT / "launch_worker.sh"],
                 env={**environment, **own},
@@ -87,19 +88,8 @@ def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Pat
 
 def make_logs(folder: Path) -> None:
     """Raises StorageError."""
-    with _writing(folder):
+    with storage_errors("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What storage.local.storage_errors does, without the packages that this needs."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; start this where it can be"
-        ) from error
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def _read(path: Path) -> bytes | None:
         return read_bounded(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:  # there, but of no use
+    except OSError:  # there, but it cannot be read
         return b""
 
 
@@ -104,7 +104,7 @@ class WorkerState:
     durable, shards: stream lines dealt with and shards, by the checkpoint. samples: lines dealt with, those on their
     way too. total: lines of the stream; None where nobody says. bytes: compressed, in the shards. since_shard_s:
     seconds since the last shard was handed over. message: of a problem, or what else there is to know.
-    layer_norms: mean norm by layer.
+    layer_norms: mean norm by layer. model: its name, as metadata.json has it.
     """
 
     worker: int
@@ -121,6 +121,7 @@ class WorkerState:
     message: str = ""
     history: list[list[float]] = field(default_factory=list)
     layer_norms: dict[str, float] = field(default_factory=dict)
+    model: str = ""
 
     @property
     def share(self) -> float | None:
@@ -158,7 +159,7 @@ def look(source: Source, worker: int, now: float, stalled_after_s: float = STALL
     `stalled_after_s`, or shows no sample in that time."""
     data = source.checkpoint(worker)
     record = _progress(source.progress(worker), worker)
-    size, norms = _metadata(source.metadata(worker))
+    size, norms, model = _metadata(source.metadata(worker))
     found = SeenCheckpoint(0, 0, "")
     if data is not None:
         try:
@@ -174,6 +175,7 @@ def look(source: Source, worker: int, now: float, stalled_after_s: float = STALL
         shards=found.shards,
         bytes=size,
         layer_norms=norms,
+        model=model,
     )
     return seen if record is None else _with_record(seen, record, now, stalled_after_s)
 
@@ -186,7 +188,7 @@ def _with_record(
     return replace(
         seen,
         state=state,
-        shown=seen.shown or IN_PROGRESS,
+        shown=seen.shown or (IN_PROGRESS if _has_begun(record) else ""),
         samples=seen.samples if state == COMPLETED else max(seen.samples, record.samples_done),
         total=record.samples_total or None,
         tokens_per_second=record.tokens_per_second if lively else None,
@@ -195,6 +197,11 @@ def _with_record(
         message=message,
         history=record.whole_history,
     )
+
+
+def _has_begun(record: ProgressRecord) -> bool:
+    """A worker that is refused at its start, or fails before it has its stream, has not."""
+    return record.status != FAILED or record.samples_total > 0
 
 
 def _judge(record: ProgressRecord, shown: str, now: float, stalled_after_s: float) -> tuple[str, str]:
@@ -245,12 +252,12 @@ def _progress(data: bytes | None, worker: int) -> ProgressRecord | None:
     return record if record is not None and record.worker_id == worker else None
 
 
-def _metadata(data: bytes | None) -> tuple[int | None, dict[str, float]]:
-    """Compressed bytes and mean norms; nothing where the file is not one of ours, whole."""
+def _metadata(data: bytes | None) -> tuple[int | None, dict[str, float], str]:
+    """Compressed bytes, mean norms and the model; nothing where the file is not one of ours, whole."""
     try:
-        return (None, {}) if data is None else seen_metadata(data)
+        return (None, {}, "") if data is None else seen_metadata(data)
     except DamagedError:
-        return None, {}
+        return None, {}, ""
 
 
 def totals_line(states: Sequence[WorkerState]) -> str:

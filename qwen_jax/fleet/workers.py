@@ -9,13 +9,11 @@ from qwen_jax.settings import variables
 
 SECRETS = ("HF_TOKEN",)
 """What nobody may read who reads a log."""
-SECONDS = ("GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S")
-"""What no flag of the worker's checks."""
 PLACES = tuple(variables(local=True))
 """Folders of this machine: for workers whose file system looks like it, not for containers."""
 PASSED_ON = (
     *(name for name in variables(local=False) if name != "UPLOAD_TO_GCS"),
-    *(*PLACES, *SECONDS, "VERBOSE", "JAX_PACKAGE", *SECRETS),
+    *(*PLACES, "VERBOSE", "JAX_PACKAGE", *SECRETS),
 )
 """Every variable of the worker's and of launch_worker.sh's, but for its id and UPLOAD_TO_GCS."""
 _MOST = 100_000

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from qwen_jax import __version__
-from qwen_jax.errors import BadDataError
+from qwen_jax.errors import BadDataError, shown
 from qwen_jax.ledger.checks import DamagedError, parse
 from qwen_jax.ledger.names import METADATA_NAME, shard_name
 from qwen_jax.ledger.schema import (
@@ -19,6 +19,7 @@ from qwen_jax.ledger.schema import (
     METADATA,
     MOST_SUM,
     SEEN_METADATA,
+    UPLOADED_TO,
     WRITER,
 )
 
@@ -216,6 +217,11 @@ class StoredMetadata:
     written_by: dict[str, str | int]
     fields: dict[str, Any] = field(repr=False)
 
+    @property
+    def uploaded_to(self) -> str | None:
+        """The bucket's folder that the run uploads to; None for a run of one machine, or where it does not say."""
+        return self.fields.get(UPLOADED_TO)
+
 
 def parse_metadata(data: bytes, source: str = METADATA_NAME, *, described: bool = False) -> StoredMetadata:
     """Reads metadata.json back; raises DamagedError for anything that no run of ours wrote, and BadDataError, which
@@ -250,12 +256,11 @@ def parse_metadata(data: bytes, source: str = METADATA_NAME, *, described: bool 
     )
 
 
-def seen_metadata(data: bytes) -> tuple[int, dict[str, float]]:
-    """Compressed bytes and mean norms by layer, for those who watch; raises DamagedError."""
+def seen_metadata(data: bytes) -> tuple[int, dict[str, float], str]:
+    """Compressed bytes, mean norms by layer and the model's name, for those who watch; raises DamagedError."""
     fields = parse(data, SEEN_METADATA)
-    return fields["totals"]["bytes"], {
-        layer: float(norm["mean"]) for layer, norm in fields["layer_norms"].items()
-    }
+    norms = {layer: float(norm["mean"]) for layer, norm in fields["layer_norms"].items()}
+    return fields["totals"]["bytes"], norms, shown(fields["model"]["name"]) if "model" in fields else ""
 
 
 def _shard_entry(entry: dict[str, Any], number: int) -> ShardEntry:

@@ -35,7 +35,6 @@ _layer = whole(most=MOST_LAYERS - 1)
 _layer_word = text(r"[0-9]{1,5}")
 _object = record({}, others=None)
 CRC32C, _sha256 = text(r"[A-Za-z0-9+/]{6}=="), text(r"[0-9a-f]{64}")
-_name = text(r"[^\0]*")
 _file_name = text(r"[^/\0]+", most=255)
 
 
@@ -62,8 +61,7 @@ _MARKER = {
     "last_processed_sample_idx": whole(-1),
     "fingerprint": record({}, others=None),
 }
-_CHOICES = ("keep_tokens", "prompt_format", "overlong")
-_SWITCHES = ("include_embedding", "include_answer", "skip_special_tokens", "chat_template")
+UPLOADED_TO = "uploaded_to"
 _LEDGER = {
     **_MARKER,
     "settings": _object,
@@ -76,7 +74,7 @@ _LEDGER = {
 _WRITER = {"format_version": whole(1, 10**6), "written_by": map_of(text(), plain)}
 WRITER = record({}, optional=_WRITER, others=None)
 """metadata.json as far as it says what can read it; those from before 0.2.0 do not."""
-METADATA = record(_LEDGER, optional=_WRITER, others=None)
+METADATA = record(_LEDGER, optional={**_WRITER, UPLOADED_TO: or_null(text())}, others=None)
 """metadata.json as far as a start goes on from it."""
 DESCRIBED_METADATA = record(
     {
@@ -111,36 +109,6 @@ DESCRIBED_METADATA = record(
 )
 """metadata.json as far as readers take something from it."""
 
-RECORDED = record(
-    {
-        "worker_id": _worker,
-        "model": record({"name": _name, "revision": _name}),
-        "dataset": record({"path": _name}),
-        "skipped": list_of(_object),
-        "fingerprint": record(
-            {
-                "layers": distinct(_layer),
-                **dict.fromkeys(_CHOICES, text()),
-                **dict.fromkeys(_SWITCHES, yes_or_no),
-                "activation_type": text(r"[a-z]+( [a-z]+)*"),
-                "compute_dtype": one_of(*STORED_DTYPES),
-                "activation_dtype": one_of(*STORED_DTYPES),
-                "skip_first": _count,
-                "max_seq_length": whole(1),
-                "shard_size_gb": number(0),
-                "max_samples": or_null(_count),
-            },
-            others=None,
-        ),
-        "settings": record(
-            {"attention": text(), **dict.fromkeys(("batch_size", "model_parallel"), whole(1, 10**6))},
-            others=None,
-        ),
-    },
-    others=None,
-)
-"""metadata.json as far as it says how to make the run's samples again."""
-
 CHECKPOINT = record({**_MARKER, "total_shards": _count}, others=None)
 """checkpoint_worker_N.json as far as a start goes on from it."""
 SEEN_CHECKPOINT = record(
@@ -153,6 +121,7 @@ SEEN_METADATA = record(
         "totals": record({"bytes": _sum}, others=None),
         "layer_norms": map_of(_layer_word, record({"mean": _norm}, others=None)),
     },
+    optional={"model": record({"name": text()}, others=None)},
     others=None,
 )
 """What those who watch a fleet take of them."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_jax.errors import ConfigError, StorageError
+from qwen_jax.errors import ConfigError, StorageError, first_line
 
 _SMALL_FILES = ("config.json", "tokenizer*", "chat_template*", "vocab.json", "merges.txt")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -52,14 +52,10 @@ def _download(model_id: str, revision: str | None, patterns: tuple[str, ...]) ->
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ConfigError(
             f"--model_path {model_id}: neither a local folder nor a model on the Hugging Face Hub "
-            f"(revision {revision or 'main'}): {_first_line(error)}"
+            f"(revision {revision or 'main'}): {first_line(error)}"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise StorageError(
             f"--model_path {model_id}: not in the local cache, and the Hugging Face Hub cannot be reached "
-            f"({_first_line(error)}); try again, or give a local folder"
+            f"({first_line(error)}); try again, or give a local folder"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

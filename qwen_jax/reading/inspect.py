@@ -9,7 +9,7 @@ from qwen_jax.errors import UsageError
 from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
+from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard, shard_layers
 
 
 def describe(runs: Sequence[Run]) -> Iterator[str]:
@@ -61,13 +61,16 @@ def _size(totals: Mapping[str, int]) -> str:
 
 
 def _describe_shard(run: Run, name: str) -> Iterator[str]:
-    with run.place.local(name) as path:
-        shard = load_shard(path)
-    first = next(iter(shard.values()))
-    raw = sum(array.nbytes for records in shard.values() for record in records for array in _arrays(record))
-    layers = [layer for layer in shard if isinstance(layer, int)]
+    """Of its layers the first is read: all have the same samples and shapes."""
+    with run.place.local(name, layers=()) as path:
+        stored = shard_layers(path)
+    with run.place.local(name, stored[:1]) as path:
+        first = load_shard(path, layers=stored[:1], name=f"{run.where}/{name}")[stored[0]]
+    layers = [layer for layer in stored if isinstance(layer, int)]
+    raw = len(layers) * sum(array.nbytes for record in first for array in _arrays(record))
+    raw += sum(record["activation"].nbytes for record in first) if EMBEDDING in stored else 0
     kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
-    besides = [EMBEDDING] if EMBEDDING in shard else []
+    besides = [EMBEDDING] if EMBEDDING in stored else []
     yield f"{run.where}/{name}"
     yield f"  model    {_model(run.metadata) if run.metadata else 'not known: there is no metadata.json beside it'}"
     yield f"  layers   {_ranges(layers)}: {', '.join([*kinds, *besides])}"
@@ -110,10 +113,21 @@ def find_sample(
         for sample in shard_samples(run, name, [stored_layers(run)[0] if layer is None else layer], kind)
         if sample["sample_idx"] == sample_idx
     ]
+    if not found and (notes := list(_skip_notes(runs, sample_idx))):
+        raise UsageError(f"sample {sample_idx} was skipped: {'; '.join(notes)}")
     if len(found) != 1:
         where = ", ".join(run.where for run, _ in found) or "no shard"
         raise UsageError(f"sample {sample_idx} is in {where}; name the folder of one worker that stores it")
     return found[0]
+
+
+def _skip_notes(runs: Sequence[Run], sample_idx: int) -> Iterator[str]:
+    """Why the workers skipped the line, each with its name where there are several."""
+    for run in runs:
+        for note in run.ledger.skipped if run.ledger else ():
+            if note["sample_idx"] == sample_idx:
+                reason = note.get("reason", "no reason is recorded")
+                yield reason if len(runs) == 1 else f"{reason} ({run.where})"
 
 
 def _shards_with(run: Run, sample_idx: int) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.bar import with_bar
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.reading.runs import Run
 from qwen_jax.reading.samples import shard_samples
@@ -17,6 +18,16 @@ from qwen_jax.shards.statistics import MASSIVE, KindStats
 MAX_SHARDS = 8
 _ROWS_A_SAMPLE = 64
 _SEED = 0
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "legend.frameon": False,
+    "lines.markersize": 3,
+    "lines.linewidth": 1.2,
+}
 
 
 @dataclass
@@ -36,6 +47,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path, kind: str | None = None) 
     matplotlib is missing, UsageError for a kind that is not stored.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plot needs matplotlib: pip install matplotlib") from error
@@ -44,23 +56,30 @@ def plot_runs(runs: Sequence[Run], output: str | Path, kind: str | None = None) 
     if kind not in merged:
         raise UsageError(f"kind {kind} is not stored; there is {', '.join(merged)}")
     stats, drawn = merged[kind], _draw(runs, kind)
-    figure = Figure(figsize=(10, 8), dpi=100, layout="constrained")
-    norms, lengths, shares, massive = figure.subplots(2, 2).flat
-    _plot_norms(norms, drawn, kind)
-    _plot_lengths(lengths, drawn)
-    _plot_shares(shares, runs)
-    _plot_massive(massive, stats, kind)
-    total = sum(len(run.shards) for run in runs)
-    figure.suptitle(
-        f"{kind}: {_name(runs[0])}\n{stats.count:,} rows; norms and lengths from {drawn.shards} of {total} shards"
-    )
-    figure.savefig(output)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 5.6), dpi=150, layout="constrained")
+        norms, lengths, shares, massive = figure.subplots(2, 2).flat
+        _plot_norms(norms, drawn, kind)
+        _plot_lengths(lengths, drawn, runs)
+        _plot_shares(shares, runs)
+        _plot_massive(massive, stats, kind)
+        total = sum(len(run.shards) for run in runs)
+        figure.suptitle(
+            f"{_about(runs)}, {kind}\n"
+            f"{stats.count:,} rows; norms and lengths from {drawn.shards} of {total} shards",
+            fontsize=10,
+        )
+        figure.savefig(output)
 
 
-def _name(run: Run) -> str:
-    """The model as the hub has it, the last two parts of a folder's path; else where the shards are."""
-    name = run.where if run.metadata is None else run.metadata["model"]["name"]
-    return "/".join(name.rstrip("/").split("/")[-2:])
+def _about(runs: Sequence[Run]) -> str:
+    """Model (as the hub has it, or the last two parts of a folder's path), dtype and workers; else where shards are."""
+    workers = "1 worker" if len(runs) == 1 else f"{len(runs)} workers"
+    described = [run.metadata for run in runs if run.metadata is not None]
+    name = described[0]["model"]["name"] if described else runs[0].where
+    short = "/".join(name.rstrip("/").split("/")[-2:])
+    dtypes = dict.fromkeys(metadata["activation_dtype"] for metadata in described)
+    return ", ".join([short, *dtypes, workers])
 
 
 def _draw(runs: Sequence[Run], kind: str) -> _Drawn:
@@ -68,7 +87,7 @@ def _draw(runs: Sequence[Run], kind: str) -> _Drawn:
     rng = np.random.default_rng(_SEED)
     chosen = rng.permutation(len(shards))[:MAX_SHARDS]
     drawn = _Drawn(shards=len(chosen))
-    for number in sorted(chosen):
+    for number in with_bar(sorted(chosen), len(chosen)):
         run, name = shards[number]
         for sample in shard_samples(run, name, kind=kind):
             n_rows = len(sample["token_ids"])
@@ -91,12 +110,19 @@ def _plot_norms(axes: Any, drawn: _Drawn, kind: str) -> None:
     scale = "log" if high.max() > 20 * low.min() else "linear"
     axes.set(title=f"Norm of a row, {kind}", xlabel="layer", ylabel="Euclidean norm", yscale=scale)
     _whole_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
     axes.legend()
 
 
-def _plot_lengths(axes: Any, drawn: _Drawn) -> None:
+def _plot_lengths(axes: Any, drawn: _Drawn, runs: Sequence[Run]) -> None:
     axes.hist(drawn.lengths, bins=min(40, max(5, len(set(drawn.lengths)) // 2)))
     axes.set(title="Length of samples", xlabel="kept tokens", ylabel="samples")
+    axes.margins(x=0.05, y=0.3)  # the legend stands above the bars
+    limits = {run.metadata["fingerprint"]["max_seq_length"] for run in runs if run.metadata is not None}
+    for limit in sorted(limits):
+        axes.axvline(limit, linestyle="--", color="gray", label=f"max_seq_length {limit:,}")
+    if limits:
+        axes.legend(loc="upper left")
     _whole_ticks(axes.xaxis)
     _whole_ticks(axes.yaxis)
 
@@ -133,7 +159,8 @@ def _plot_bars(axes: Any, totals: Sequence[dict[str, int]]) -> None:
     bars = axes.barh(list(parts), [100 * count / lines for count in parts.values()])
     axes.bar_label(bars, [f" {100 * count / lines:.1f} % ({count:,})" for count in parts.values()])
     axes.invert_yaxis()
-    axes.set(xlabel="% of lines", xlim=(0, 135))
+    axes.margins(y=0.15)
+    axes.set(xlabel="% of lines", xlim=(0, 150))
     axes.set_xticks(range(0, 101, 20))
 
 
@@ -146,10 +173,11 @@ def _plot_massive(axes: Any, stats: KindStats, kind: str) -> None:
     axes.set(
         title=f"Massive channels, {kind}",
         xlabel="layer",
-        ylabel="largest |value| / median channel's rms",
+        ylabel="largest |value| / median rms",
         yscale="log",
     )
     _whole_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
     axes.legend()
 
 
@@ -161,6 +189,17 @@ def _massive(stats: KindStats, ratio_CD: np.ndarray) -> Iterator[tuple[int, int,
 
 
 def _whole_ticks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1,000 and not 10^3, on a log scale at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))

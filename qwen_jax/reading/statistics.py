@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from qwen_jax.bar import with_bar
 from qwen_jax.errors import BadDataError
 from qwen_jax.ledger.names import STATS_NAME, stats_name_beside
 from qwen_jax.reading.runs import Run
@@ -35,7 +36,7 @@ def _of_run(run: Run) -> Iterator[Stats]:
         if whole is not None:
             yield whole
             return
-    yield from (_of_shard(run, name) for name in run.shards)
+    yield from (_of_shard(run, name) for name in with_bar(run.shards, len(run.shards)))
 
 
 def _of_shard(run: Run, name: str) -> Stats:

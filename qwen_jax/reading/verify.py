@@ -9,13 +9,14 @@ from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.bar import with_bar
 from qwen_jax.data.streams import stream_summary
 from qwen_jax.errors import BadDataError
 from qwen_jax.ledger.checkpoint import parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError, parse
 from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, checkpoint_name, shard_number, stats_name_beside
 from qwen_jax.ledger.schema import COMPLETED, STREAMS
-from qwen_jax.reading.runs import DescribedRun, Run, is_bucket_url, plain, read_any
+from qwen_jax.reading.runs import HOW_TO_RESTORE, DescribedRun, Run, is_bucket_url, plain, read_any
 from qwen_jax.reading.verify_shard import ShardFaults
 from qwen_jax.shards.statistics import Stats, merge_stats, parse_stats, stats_bytes
 
@@ -74,7 +75,7 @@ class _RunCheck:
         run = self._run
         faults: list[Fault] = []
         stored: list[range] = []
-        for check, found in zip(*self._of_shards(pool), strict=True):
+        for check, found in with_bar(zip(*self._of_shards(pool), strict=True), len(run.shards)):
             shard = check.name if check.can_be_made_again else None
             faults += [Fault(f"{run.where}/{check.name}", what, run, shard) for what in found]
             stored += check.spans()
@@ -92,7 +93,7 @@ class _RunCheck:
     def _without_metadata(self) -> Fault:
         what = "is missing, so that missing samples cannot be seen"
         if self._run.damage:
-            what = f"{self._run.damage}; start the worker again, which mends it"
+            what = f"{self._run.damage}; {HOW_TO_RESTORE}"
         return Fault(f"{self._run.where}/{METADATA_NAME}", what)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.kinds import KEEP_ALL
 from qwen_jax.ledger.names import stats_name_beside
 from qwen_jax.reading.runs import DescribedRun, Run
 from qwen_jax.roles import role_name
@@ -16,6 +17,7 @@ from qwen_jax.shards import (
     OPTIONAL_KEYS,
     RECORD_KEYS,
     ShardError,
+    check_index,
     load_shard,
     record_keys,
 )
@@ -59,6 +61,7 @@ class ShardFaults:
                 return found
             with self._run.place.local(self.name) as path:
                 shard = load_shard(path)
+                check_index(path, shard)
         except ShardError as error:
             return [str(error)]
         first = next(iter(shard.values()))
@@ -138,7 +141,7 @@ class ShardFaults:
 
 def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
     """Whether not all tokens are kept; None where that depends on the tokenizer."""
-    if fingerprint["keep_tokens"] != "all" or fingerprint["skip_first"]:
+    if fingerprint["keep_tokens"] != KEEP_ALL or fingerprint["skip_first"]:
         return True
     return None if fingerprint["skip_special_tokens"] else False
 

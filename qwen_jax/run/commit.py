@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.errors import WriterConflictError
+from qwen_jax.files import storage_errors
 from qwen_jax.ledger.metadata import Ledger, RunIdentity, ShardEntry
 from qwen_jax.ledger.names import METADATA_NAME, STATS_NAME, shard_name, shard_stats_name
 from qwen_jax.ledger.schema import COMPLETED
@@ -21,9 +22,10 @@ from qwen_jax.run.failpoints import failpoint, through_failpoint
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.run_stats import StoredStats
+from qwen_jax.run.stages import timed
 from qwen_jax.shards import ShardInfo, write_shard
 from qwen_jax.shards.statistics import Stats, stats_bytes
-from qwen_jax.storage.local import AtomicFile, atomic_write, json_bytes, storage_errors, write_json
+from qwen_jax.storage.local import AtomicFile, atomic_write, json_bytes, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
@@ -117,7 +119,8 @@ class Committer:
         file = AtomicFile(path)
         try:
             samples = [sample.for_shard() for sample in shard.samples]
-            info = write_shard(through_failpoint(file), self._layers, samples)
+            with timed(f"compressing {path.name}"):
+                info = write_shard(through_failpoint(file), self._layers, samples)
             failpoint("shard_written")
         except BaseException:
             file.discard()
@@ -139,7 +142,10 @@ class Committer:
             layer_norms=next(iter(shard.stats.values())).layer_norms(),
             **vars(shard.info),
         )
-        self._commit(self.ledger.with_shard(entry, shard.skipped, shard.truncated, shard.shortened), entry)
+        with timed(f"making {entry.filename} durable"):
+            self._commit(
+                self.ledger.with_shard(entry, shard.skipped, shard.truncated, shard.shortened), entry
+            )
         log.info(
             "%s: samples %d to %d, %d tokens, %.1f MB",
             entry.filename,

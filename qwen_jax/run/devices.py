@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import jax
 
 from qwen_jax.errors import ConfigError, DeviceError
-from qwen_jax.fleet.hardware import this_machines_gpus, this_machines_tpu_chips
+from qwen_jax.hardware import this_machines_gpus, this_machines_tpu_chips
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 

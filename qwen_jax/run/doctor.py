@@ -17,17 +17,17 @@ from pathlib import Path
 
 from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.streams import read_stream, stream_summary
-from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError
+from qwen_jax.errors import BadDataError, ConfigError, StorageError, ToolkitError, first_line
+from qwen_jax.files import storage_errors
 from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX
 from qwen_jax.model.source import fetch_model
 from qwen_jax.run.cache import why_not_used
 from qwen_jax.run.fingerprint import check_fingerprint
-from qwen_jax.settings import BYTES, Settings, recorded
-from qwen_jax.storage.local import storage_errors
+from qwen_jax.settings import Settings
 from qwen_jax.storage.opening import open_store
-from qwen_jax.storage.store import PreconditionFailedError
+from qwen_jax.storage.store import PreconditionFailedError, Store
 
 PASS, NOTE, FAIL = "pass", "note", "fail"
 PACKAGES = (
@@ -37,28 +37,29 @@ PACKAGES = (
 _PLANNED_LINES = 200
 _SHARDS_IN_FLIGHT = 3
 _SKEW_NOTE_S, _SKEW_FAIL_S = 30.0, 300.0
-_ANSWER_S = 5.0
+_ANSWER_S, _BUDGET_S = 5.0, 20.0
+"""A person waits: less than a worker's patience."""
 
 
-class Doubt(Exception):
+class Remark(Exception):
     """Nothing that stops a run, but something to know."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check saw. exit_code: what a worker would end with for it; 0 unless `outcome` is FAIL."""
+    """What a check saw. error: what a worker would end with for it; None unless `outcome` is FAIL."""
 
     check: str
     outcome: str
     text: str
-    exit_code: int = 0
+    error: ToolkitError | None = None
 
     def __str__(self) -> str:
         return f"{self.outcome}  {self.check:<11} {self.text}"
 
 
 Check = Callable[[Settings], str]
-"""Returns what is well; raises ToolkitError for what is not, Doubt for a note."""
+"""Returns what is well; raises ToolkitError for what is not, Remark for a note."""
 
 
 def examine(settings: Settings, *, quick: bool = False) -> Iterator[Finding]:
@@ -68,14 +69,14 @@ def examine(settings: Settings, *, quick: bool = False) -> Iterator[Finding]:
     for name, check in (QUICK if quick else THOROUGH).items():
         try:
             yield Finding(name, PASS, check(settings))
-        except Doubt as doubt:
-            yield Finding(name, NOTE, str(doubt))
+        except Remark as remark:
+            yield Finding(name, NOTE, str(remark))
         except ToolkitError as error:
             if str(error) in failures:
                 yield Finding(name, NOTE, f"not checked, for what is wrong with {failures[str(error)]}")
                 continue
             failures[str(error)] = name
-            yield Finding(name, FAIL, str(error), error.exit_code)
+            yield Finding(name, FAIL, str(error), error)
 
 
 def _python(settings: Settings) -> str:
@@ -98,12 +99,14 @@ def _stream_begins(settings: Settings) -> str:
         record for _, record in islice(read_stream(path), min(limit + 1, settings.max_samples or limit + 1))
     ]
     if not lines:
-        raise Doubt(f"{path} is empty: nothing to do")
+        raise Remark(f"{path} is empty: nothing to do")
     bad = [record for record in lines if isinstance(record, BadRecord)]
     if len(bad) > limit:
-        raise BadDataError(f"{path}: its first {len(bad)} lines are bad, line 1: {bad[0]}; make it again")
+        raise BadDataError(
+            f"{path}: its first {len(bad)} lines are bad, more than --max_bad_records {limit}; line 1: {bad[0]}"
+        )
     if bad and bad[0] is lines[0]:
-        raise Doubt(f"{path}: line 1 is bad: {bad[0]}")
+        raise Remark(f"{path}: line 1 is bad: {bad[0]}")
     return f"{path} can be read"
 
 
@@ -119,7 +122,7 @@ def _folders(settings: Settings) -> str:
             probe.unlink()
     obstacle = why_not_used(settings.compilation_cache_dir)
     if obstacle is not None:
-        raise Doubt(f"compiled programs will not be kept in {settings.compilation_cache_dir}: {obstacle}")
+        raise Remark(f"compiled programs will not be kept in {settings.compilation_cache_dir}: {obstacle}")
     return f"can write in {', '.join(map(str, sorted(folders)))}"
 
 
@@ -150,30 +153,8 @@ def _read_json(path: Path) -> None:
         raise ConfigError(f"{path} is damaged ({error}); fetch the model again") from error
 
 
-_KNOWN_LATER = ("layers", "compute_dtype", "activation_dtype")
-"""What model and device have a say in."""
-
-
-def _checkpoint_fits(settings: Settings) -> str:
-    """The local checkpoint is this worker's, of a run with these settings, as far as they say without jax."""
-    path = settings.checkpoint_path
-    if path is None or settings.force_restart or not path.is_file():
-        return "none to go on from here"
-    with storage_errors("read", path):
-        data = path.read_bytes()
-    record = _parsed(data, settings)
-    known = record.fingerprint.keys() - set(_KNOWN_LATER)
-    plain = {key: value for key, value in recorded(settings, BYTES).items() if key in known}
-    check_fingerprint(
-        {"worker_id": record.worker_id} | {key: record.fingerprint[key] for key in plain},
-        {"worker_id": settings.worker_id} | plain,
-        f"the checkpoint {path}",
-    )
-    return f"goes on after {record.total_shards} shards"
-
-
 def _parsed(data: bytes, settings: Settings) -> CheckpointRecord:
-    """Raises Doubt for a damaged checkpoint that may be rebuilt, ConfigError for one that cannot."""
+    """Raises Remark for a damaged checkpoint that may be rebuilt, ConfigError for one that cannot."""
     try:
         return parse_checkpoint(data)
     except DamagedError as error:
@@ -182,26 +163,36 @@ def _parsed(data: bytes, settings: Settings) -> CheckpointRecord:
                 f"the checkpoint is damaged ({error}), and there is no {METADATA_NAME} to rebuild it from; "
                 "restore one of them, or pass --force_restart to overwrite it all"
             ) from error
-        raise Doubt(f"the checkpoint is damaged ({error}); the worker rebuilds it") from error
+        raise Remark(f"the checkpoint is damaged ({error}); the worker rebuilds it") from error
 
 
 def _checkpoint(settings: Settings) -> str:
-    """The same, and of the bucket's the whole fingerprint."""
-    local = _checkpoint_fits(settings)
-    if settings.bucket_url is None or settings.force_restart:
-        return local
-    stored = open_store(settings.bucket_url).get_bytes(settings.checkpoint_name)
-    if stored is None:
-        return "none in the bucket: a new run"
+    """The one here and the bucket's are this worker's, of a run with these settings."""
+    found = [] if settings.force_restart else [*_checkpoints(settings)]
+    if not found:
+        return "none to go on from: a new run"
     from qwen_jax.run.job import make_fingerprint, prepare
 
-    record = _parsed(stored[0], settings)
-    check_fingerprint(
-        {"worker_id": record.worker_id, **record.fingerprint},
-        {"worker_id": settings.worker_id, **make_fingerprint(prepare(settings))},
-        f"the checkpoint in {settings.bucket_url}",
-    )
-    return f"goes on after {record.total_shards} shards in the bucket"
+    ours = {"worker_id": settings.worker_id, **make_fingerprint(prepare(settings))}
+    for source, data in found:
+        record = _parsed(data, settings)
+        check_fingerprint({"worker_id": record.worker_id, **record.fingerprint}, ours, source)
+    return f"goes on after {record.total_shards} shards"
+
+
+def _checkpoints(settings: Settings) -> Iterator[tuple[str, bytes]]:
+    """What to call each, and its content."""
+    path = settings.checkpoint_path
+    if path is not None and path.is_file():
+        with storage_errors("read", path):
+            yield f"the checkpoint {path}", path.read_bytes()
+    if settings.bucket_url is not None and (stored := _store(settings).get_bytes(settings.checkpoint_name)):
+        yield f"the checkpoint in {settings.bucket_url}", stored[0]
+
+
+def _store(settings: Settings) -> Store:
+    assert settings.bucket_url is not None
+    return open_store(settings.bucket_url, budget_s=min(settings.gcs_retry_budget_s, _BUDGET_S))
 
 
 def _devices(settings: Settings) -> str:
@@ -269,8 +260,8 @@ def _disk(settings: Settings) -> str:
 
 def _credentials(settings: Settings) -> str:
     if settings.bucket_url is None or not settings.bucket_url.startswith("gs://"):
-        raise Doubt("no Cloud Storage bucket: none needed")
-    open_store(settings.bucket_url)  # complains where there are none
+        raise Remark("no Cloud Storage bucket: none needed")
+    _store(settings)  # complains where there are none
     if os.environ.get("STORAGE_EMULATOR_HOST"):
         return "an emulator of Cloud Storage needs none"
     import google.auth
@@ -281,15 +272,16 @@ def _credentials(settings: Settings) -> str:
         found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
         found.refresh(Request())
     except google.auth.exceptions.GoogleAuthError as error:
-        said = str(error).splitlines()[0]
-        raise StorageError(f"the login is refused ({said}); gcloud auth application-default login") from error
+        raise StorageError(
+            f"the login is refused ({first_line(error)}); gcloud auth application-default login"
+        ) from error
     return f"logged in as {getattr(found, 'service_account_email', '') or 'a user'}"
 
 
 def _bucket(settings: Settings) -> str:
     if settings.bucket_url is None:
-        raise Doubt("none: shards stay on this machine (--upload_to_gcs)")
-    store, name = open_store(settings.bucket_url), f"doctor-{uuid.uuid4().hex}"
+        raise Remark("none: shards stay on this machine (--upload_to_gcs)")
+    store, name = _store(settings), f"doctor-{uuid.uuid4().hex}"
     store.put_bytes(name, b"x", if_generation=0)
     try:
         store.put_bytes(name, b"y", if_generation=0)
@@ -307,20 +299,20 @@ def _bucket(settings: Settings) -> str:
 
 def _region(settings: Settings) -> str:
     if settings.bucket_url is None or not settings.bucket_url.startswith("gs://"):
-        raise Doubt("no Cloud Storage bucket to compare with")
+        raise Remark("no Cloud Storage bucket to compare with")
     from qwen_jax.storage.gcs import GcsStore
 
-    store = open_store(settings.bucket_url)
+    store = _store(settings)
     assert isinstance(store, GcsStore)
     try:
         place = store.location()
     except StorageError as error:
-        raise Doubt(f"the bucket does not say where it is (needs storage.buckets.get): {error}") from error
+        raise Remark(f"the bucket does not say where it is (needs storage.buckets.get): {error}") from error
     zone = _this_machines_zone()
     if zone is None:
-        raise Doubt(f"the bucket is in {place}; this is no Google Cloud VM")
+        raise Remark(f"the bucket is in {place}; this is no Google Cloud VM")
     if zone.rpartition("-")[0] != place and not zone.startswith(f"{place}-"):
-        raise Doubt(f"the bucket is in {place}, this VM in {zone}: uploads are slower and cost egress")
+        raise Remark(f"the bucket is in {place}, this VM in {zone}: uploads are slower and cost egress")
     return f"bucket in {place}, VM in {zone}"
 
 
@@ -339,7 +331,7 @@ def _this_machines_zone() -> str | None:
 
 def _clock(settings: Settings) -> str:
     if not (settings.bucket_url or "").startswith("gs://"):
-        raise Doubt("no Cloud Storage to compare with")
+        raise Remark("no Cloud Storage to compare with")
     url = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
     try:
         with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
@@ -351,21 +343,19 @@ def _clock(settings: Settings) -> str:
     try:
         skew = time.time() - parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError) as error:
-        raise Doubt(f"{url} does not say what time it is") from error
+        raise Remark(f"{url} does not say what time it is") from error
     text = f"this clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
     if abs(skew) > _SKEW_FAIL_S:
         raise ConfigError(f"{text}: logins will be refused; set the clock (timedatectl set-ntp true)")
     if abs(skew) > _SKEW_NOTE_S:
-        raise Doubt(f"{text}; set it (timedatectl set-ntp true)")
+        raise Remark(f"{text}; set it (timedatectl set-ntp true)")
     return text
 
 
 QUICK: dict[str, Check] = {
     "python": _python,
     "stream": _stream_begins,
-    "folders": _folders,
     "model": _model_folder,
-    "checkpoint": _checkpoint_fits,
 }
 THOROUGH: dict[str, Check] = {
     "python": _python,

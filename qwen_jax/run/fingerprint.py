@@ -26,7 +26,6 @@ def check_fingerprint(stored: Fingerprint, ours: Fingerprint, source: str) -> No
     ]
     if changed:
         raise ConfigError(
-            f"{source} belongs to a run with other settings ({'; '.join(changed)}); use the old settings to "
-            "resume it, another --output_dir and --checkpoint_dir for a new run, or --force_restart to "
-            "overwrite it"
+            f"{source} belongs to a run with other settings; use the old ones to resume it, another --output_dir and "
+            "--checkpoint_dir for a new run, or --force_restart to overwrite it:\n  " + "\n  ".join(changed)
         )

@@ -12,6 +12,7 @@ from qwen_jax.data.streams import StreamSummary, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
 from qwen_jax.kinds import ALL_KINDS, KINDS
 from qwen_jax.ledger.metadata import RunIdentity
+from qwen_jax.ledger.schema import UPLOADED_TO
 from qwen_jax.model.attention import make_form, resolve_attention
 from qwen_jax.model.config import Qwen2Config, read_config
 from qwen_jax.model.program import Program, resolve_dtype
@@ -171,6 +172,7 @@ def identify(job: Job) -> RunIdentity:
         "layer_meanings": {tap: ALL_KINDS[tap].meaning for tap in settings.taps},
         "compute_dtype": job.dtype,
         "activation_dtype": job.activation_dtype,
+        UPLOADED_TO: settings.bucket_url,
         "written_by": written_by(list(job.step.mesh.devices.flat), settings.compilation_cache_dir),
         "settings": recorded(job.resolved, HOW) | {"tokens_per_step": job.step.shape.tokens},
     }

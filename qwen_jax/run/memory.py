@@ -20,7 +20,7 @@ def reuse_freed_memory() -> None:
 
     By default each compressed member's buffer goes back to the kernel, and the page faults of the next one
     cost about a third of the compression speed (benchmarks/host_path.py). Two arenas, because what is free in
-    one is of no use to threads of another, and the kept blocks would add up (benchmarks/scaling.py).
+    one does not serve threads of another, and the kept blocks would add up (benchmarks/scaling.py).
     """
     if sys.platform != "linux":
         return

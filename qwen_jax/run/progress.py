@@ -14,16 +14,16 @@ LINE_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts samples, tokens and raw bytes since this start and shows them with rates and an ETA."""
+    """Counts samples and shards of the whole run, and shows them with the rates of this start and an ETA."""
 
-    def __init__(self, done: int, total: int, backlog: Callable[[], int]):
-        """done, total: stream lines dealt with before this start, and in all.
+    def __init__(self, done: int, total: int, shards: int, backlog: Callable[[], int]):
+        """done, total: stream lines dealt with before this start, and in all. shards: those before this start.
 
         backlog: how many shards are not yet durable.
         """
         self._done, self._total = done, total
-        self._first = done
-        self._tokens = self._raw_bytes = self._shards = 0
+        self._first, self._shards = done, shards
+        self._tokens = self._raw_bytes = 0
         self._backlog = backlog
         self._started = self._last_line = time.monotonic()
         self._started_at = time.time()
@@ -52,14 +52,14 @@ class Progress:
             self._bar.update(self._total - self._done)
         self._done = self._total
 
-    def record(self, worker_id: int, shards_before: int) -> ProgressRecord:
+    def record(self, worker_id: int) -> ProgressRecord:
         """Where it is now, for those who watch."""
         return ProgressRecord(
             worker_id,
             RUNNING,
             self._done,
             self._total,
-            shards_before + self._shards - self._backlog(),
+            self._shards - self._backlog(),
             self._tokens,
             self._raw_bytes,
             self._started_at,

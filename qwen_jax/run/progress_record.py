@@ -1,10 +1,9 @@
 """Writes the worker's progress record: once a minute, from a thread of its own, at best effort."""
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from qwen_jax.errors import TerminatedError, ToolkitError, UsageError, WriterConflictError
+from qwen_jax.errors import RETRY_BUDGET_S, TerminatedError, ToolkitError, WriterConflictError
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import progress_name
 from qwen_jax.ledger.progress import ProgressRecord, one_line
@@ -25,10 +24,9 @@ from qwen_jax.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-INTERVAL_VARIABLE = "PROGRESS_INTERVAL_S"
-_DEFAULT_INTERVAL_S = 60.0
 _LAST_WRITE_S = 2.0
-_LEAVING_WORD_S = 20.0
+_REFUSAL_S = 20.0
+"""Whoever has mistyped a flag does not wait for a bucket as a worker does."""
 
 
 @dataclass(frozen=True)
@@ -47,44 +45,36 @@ class RecordPlaces:
         return cls(settings.worker_id, settings.worker_dir, folder, settings.bucket_url)
 
 
-def record_interval(environment: Mapping[str, str]) -> float:
-    """Seconds between records; 0 writes none. Raises UsageError for what is no number."""
-    text = environment.get(INTERVAL_VARIABLE, "")
-    try:
-        interval = float(text) if text else _DEFAULT_INTERVAL_S
-    except ValueError:
-        interval = -1.0
-    if not 0 <= interval < 1e9:
-        raise UsageError(f"{INTERVAL_VARIABLE} must be a number of seconds, 0 for no record; got {text!r}")
-    return interval
-
-
 def record_writer(settings: Settings) -> "ProgressWriter":
     """For the worker of these settings; nothing is done yet."""
-    return _writer(RecordPlaces.of(settings), record_interval(os.environ))
+    places = RecordPlaces.of(settings)
+    return _writer(places, settings.progress_interval_s, _LAST_WRITE_S, settings.gcs_retry_budget_s)
 
 
-def _writer(places: RecordPlaces, interval_s: float, last_write_s: float = _LAST_WRITE_S) -> "ProgressWriter":
+def _writer(
+    places: RecordPlaces, interval_s: float, last_write_s: float, budget_s: float
+) -> "ProgressWriter":
     def nothing_yet() -> ProgressRecord:
         now = time.time()
         return ProgressRecord(places.worker_id, STARTING, 0, 0, 0, 0, 0, started_at=now, updated_at=now)
 
     return ProgressWriter(
-        places.worker_id, nothing_yet, places.checkpoint_dir, places.bucket_url, interval_s, last_write_s
+        places.worker_id,
+        nothing_yet,
+        places.checkpoint_dir,
+        places.bucket_url,
+        interval_s,
+        last_write_s,
+        budget_s,
     )
 
 
-def leave_failure(places: RecordPlaces, message: str, exit_code: int) -> None:
-    """Leaves a record of a worker that is not started, because of `message`; none where that worker runs."""
-    error = ToolkitError(message)
-    error.exit_code = exit_code
-    interval = _DEFAULT_INTERVAL_S
-    with suppress(UsageError):
-        interval = record_interval(os.environ)
+def record_refusal(places: RecordPlaces, error: ToolkitError) -> None:
+    """Writes the record of a worker that is not started, because of `error`; none where that worker runs."""
     folders = [places.output_dir, *([places.checkpoint_dir] if places.checkpoint_dir else [])]
     with (
         suppress(ToolkitError),
-        _writer(places, interval, _LEAVING_WORD_S),
+        _writer(places, 1.0, _REFUSAL_S, _REFUSAL_S),
         exclusive_folders(folders, places.worker_id),
     ):
         raise error
@@ -106,6 +96,7 @@ class ProgressWriter:
         bucket_url: str | None,
         interval_s: float,
         last_write_s: float = _LAST_WRITE_S,
+        budget_s: float = RETRY_BUDGET_S,
     ):
         """snapshot: the record until `follow` gives another. folder: of the checkpoint, None for no local record."""
         self._worker_id = worker_id
@@ -114,6 +105,7 @@ class ProgressWriter:
         self._bucket_url = bucket_url
         self._interval_s = interval_s
         self._last_write_s = last_write_s
+        self._budget_s = budget_s
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._give_up = threading.Event()
@@ -193,7 +185,9 @@ class ProgressWriter:
     @cached_property
     def _store(self) -> Store | None:
         """Of the records alone, so that its waits and retries are nobody else's."""
-        return open_store(self._bucket_url, stop=self._give_up) if self._bucket_url is not None else None
+        if self._bucket_url is None:
+            return None
+        return open_store(self._bucket_url, stop=self._give_up, budget_s=self._budget_s)
 
     def _write(self, record: ProgressRecord) -> None:
         data = record.to_bytes()

@@ -5,16 +5,64 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import __version__
+from qwen_jax.cli import non_negative_int, positive_float, positive_int
 from qwen_jax.errors import ConfigError
-from qwen_jax.ledger.checks import DamagedError
+from qwen_jax.ledger.checks import (
+    Check,
+    DamagedError,
+    distinct,
+    list_of,
+    number,
+    one_of,
+    or_null,
+    record,
+    text,
+    whole,
+    yes_or_no,
+)
 from qwen_jax.ledger.names import METADATA_NAME
-from qwen_jax.ledger.schema import RECORDED
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.job import Job, make_fingerprint, prepare
-from qwen_jax.settings import BYTES, HOW, Settings, recalled
+from qwen_jax.settings import AUTO, BYTES, ENTRIES, HOW, Entry, Settings, recalled
 
 _REFERENCE_BATCH = 8
+_MOST = 10**6
+_NAME = text(r"[^\0]*")
+
+
+def _check_of(entry: Entry) -> Check:
+    """Of a setting as metadata.json has it (settings.recorded)."""
+    if isinstance(entry.default, bool):
+        return yes_or_no
+    if entry.read in (int, positive_int, non_negative_int):
+        check = distinct(whole(most=_MOST)) if entry.many else whole(entry.read is positive_int, _MOST)
+    elif entry.read is positive_float:
+        check = number(0)
+    elif entry.choices and not entry.many:
+        check = one_of(*(each for each in entry.choices() if each != AUTO))
+    else:
+        check = text(r"[a-z]+( [a-z]+)*" if entry.many else None)
+    return or_null(check) if entry.default is None and not entry.many else check
+
+
+def _checks(where: str) -> Check:
+    recorded = [(entry.key or name, entry) for name, entry in ENTRIES.items() if entry.recorded == where]
+    return record({key: _check_of(entry) for key, entry in recorded}, others=None)
+
+
+_RECORDED = record(
+    {
+        "worker_id": whole(),
+        "model": record({"name": _NAME, "revision": _NAME}),
+        "dataset": record({"path": _NAME}),
+        "skipped": list_of(record({}, others=None)),
+        "fingerprint": _checks(BYTES),
+        "settings": _checks(HOW),
+    },
+    others=None,
+)
+"""metadata.json as far as it says how to make the run's samples again."""
 
 
 def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_path: str | None) -> Settings:
@@ -23,7 +71,7 @@ def recorded_settings(metadata: dict[str, Any], model_path: str | None, dataset_
     Raises ConfigError where they are not all recorded.
     """
     try:
-        RECORDED(metadata, "")
+        _RECORDED(metadata, "")
     except DamagedError as error:
         writer = metadata.get("written_by", {}).get("toolkit", "0.1.0 or before")
         raise ConfigError(

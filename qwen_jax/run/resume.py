@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import ConfigError, WriterConflictError
+from qwen_jax.files import storage_errors
 from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity, ShardEntry, StoredMetadata, parse_metadata
@@ -22,7 +23,7 @@ from qwen_jax.run.failpoints import failpoint
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.places import Places
 from qwen_jax.storage.checksum import file_crc32c
-from qwen_jax.storage.local import storage_errors, sync_folder
+from qwen_jax.storage.local import sync_folder
 from qwen_jax.storage.store import ObjectInfo
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         for problem in claim.problems:
             log.warning("%s: %s", claim.place, problem)
     _refuse_unexplained(places, claims, fence)
+    _refuse_without_bucket(places, claims)
     ledgers = [claim.ledger for claim in claims if claim.ledger is not None]
     if places.store is None:
         is_durable = _local_check(places)
@@ -243,6 +245,17 @@ def _refuse_unexplained(places: Places, claims: list[_Claim], fence: Fence) -> N
         raise ConfigError(
             f"{places} holds {what} but no readable metadata.json, so the run cannot be resumed; choose "
             "another --output_dir, restore metadata.json, or pass --force_restart to overwrite it all"
+        )
+
+
+def _refuse_without_bucket(places: Places, claims: list[_Claim]) -> None:
+    """Another machine may have gone on in the bucket that the run uploads to."""
+    bucket = next((claim.metadata.uploaded_to for claim in claims if claim.metadata is not None), None)
+    if places.store is None and bucket is not None:
+        raise ConfigError(
+            f"{places} holds a run that uploads to {bucket}, where another machine may have gone on; pass "
+            "--upload_to_gcs and --gcs_bucket, another --output_dir and --checkpoint_dir for a new run, or "
+            "--force_restart to overwrite what is here"
         )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from threading import Event
 
 import jax.numpy as jnp
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_jax.data.prompts import SkippedSample, load_tokenizer, most_prompt_bytes
 from qwen_jax.data.steps import lay_into_steps
@@ -32,6 +33,7 @@ from qwen_jax.run.progress import Progress
 from qwen_jax.run.progress_record import ProgressWriter, record_writer
 from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.resume import take_up
+from qwen_jax.run.stages import Stages, timed
 from qwen_jax.run.written_by import differences
 from qwen_jax.settings import Settings
 from qwen_jax.storage.opening import open_store
@@ -84,7 +86,9 @@ def open_committer(job: Job, stop: Event) -> Committer:
 
 def open_places(settings: Settings, stop: Event) -> Places:
     """Makes the local folders and opens the bucket."""
-    store = open_store(settings.bucket_url, stop=stop) if settings.bucket_url else None
+    store = None
+    if settings.bucket_url:
+        store = open_store(settings.bucket_url, stop=stop, budget_s=settings.gcs_retry_budget_s)
     places = Places(settings.worker_dir, settings.checkpoint_path, settings.checkpoint_name, store)
     places.remove_leftovers()
     return places
@@ -98,17 +102,28 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
     reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records, job.stream)
     _report_memory(job, most_prompt_bytes(tokenizer, settings.max_seq_length))
-    steps = prefetch(lay_into_steps(reader, job.step.shape), depth=1)
-    samples = captured_samples(steps, load_capture(job))
+    shape, stages = job.step.shape, Stages()
+    log.debug(
+        "a step: %d rows of %d tokens, %d positions carried",
+        shape.rows,
+        shape.tokens,
+        settings.max_seq_length,
+    )
+    steps = stages.each("prompts", prefetch(lay_into_steps(reader, shape), depth=1))
+    samples = stages.each("prompts and the device", captured_samples(steps, load_capture(job)))
     with (
         BackgroundCommitter(committer) as background,
-        Progress(first, job.lines, lambda: background.backlog) as progress,
+        logging_redirect_tqdm(),
+        Progress(first, job.lines, len(committer.ledger.shards), lambda: background.backlog) as progress,
     ):
-        records.follow(partial(progress.record, settings.worker_id, len(committer.ledger.shards)))
+        records.follow(partial(progress.record, settings.worker_id))
         for shard in filled_shards(_watched(samples, progress, stop), settings.shard_bytes, reader):
-            background.add(shard)
+            with stages.waiting_for("shards"):
+                background.add(shard)
             progress.shard()
-        background.wait()
+        with stages.waiting_for("shards"):
+            background.wait()
+        log.debug("waited for: %s", stages)
         progress.finish()
         skipped = reader.take_skipped()
         if skipped and not committer.ledger.samples_written:
@@ -145,14 +160,15 @@ def load_capture(job: Job) -> Capture:
     if settings.keeps_all_tokens:
         compilation.begin()
     log.info("loading %d of %d layers in %s", job.layers_run, job.config.num_layers, job.dtype)
-    model = load_model(
-        job.checkpoint,
-        job.config,
-        job.layers_run,
-        jnp.dtype(job.dtype),
-        job.step.mesh,
-        settings.include_answer,
-    )
+    with timed("loading the weights"):
+        model = load_model(
+            job.checkpoint,
+            job.config,
+            job.layers_run,
+            jnp.dtype(job.dtype),
+            job.step.mesh,
+            settings.include_answer,
+        )
     return Capture(compilation, model)
 
 

@@ -1,44 +1,19 @@
 """Files that are whole or not there: written beside their name, synced, then renamed."""
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.errors import StorageError
+from qwen_jax.files import storage_errors
 from qwen_jax.storage.checksum import RunningCrc32c
 
 TEMP_SUFFIX = ".tmp"
 """A file that ends so is a dead writer's; it may be deleted."""
 
 _WRITEBACK_BYTES = 8 << 20
-
-_ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space, then start again",
-    errno.EDQUOT: "the disk quota is used up: free some space, then start again",
-    errno.EACCES: "no permission: check the owner and mode of the folder",
-    errno.EPERM: "not permitted: check the owner and attributes of the folder",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EFBIG: "a file may not grow this large here: check `ulimit -f` and the file system",
-    errno.ENOENT: "the folder does not exist: create it",
-    errno.ENOTDIR: "a part of the path is a file: choose another folder",
-    errno.EISDIR: "a folder has this name: move it away",
-    errno.ELOOP: "it is a symbolic link, which is not followed: remove it",
-}
-
-
-@contextlib.contextmanager
-def storage_errors(action: str, path: str | os.PathLike) -> Iterator[None]:
-    """Turns an OSError inside into a StorageError that names the path and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        advice = _ADVICE.get(error.errno or 0, "check the disk, then start again")
-        raise StorageError(f"cannot {action} {os.fspath(path)}: {reason} ({advice})") from error
 
 
 class AtomicFile:

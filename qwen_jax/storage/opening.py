@@ -4,7 +4,7 @@ import re
 import threading
 from pathlib import Path
 
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import RETRY_BUDGET_S, UsageError
 from qwen_jax.files import plain_path
 from qwen_jax.storage.folder import FolderStore
 from qwen_jax.storage.store import Store
@@ -19,7 +19,7 @@ def open_store(
     url: str,
     *,
     stop: threading.Event | None = None,
-    budget_s: float | None = None,
+    budget_s: float = RETRY_BUDGET_S,
     timeout_s: float = ANSWER_S,
 ) -> Store:
     """Opens `gs://bucket/prefix`, `file:///folder` or a plain folder path (made if missing).
@@ -27,8 +27,7 @@ def open_store(
     Args:
         url: where.
         stop: once set, every wait of the store ends with TerminatedError.
-        budget_s, timeout_s: of a bucket, how long an operation may fail, None for the environment's word, and how
-            long it may give no answer.
+        budget_s, timeout_s: of a bucket, how long an operation may fail, and how long it may give no answer.
 
     Raises:
         UsageError: a URL that is none of these.

@@ -26,7 +26,7 @@ def source_line(index: int) -> bytes:
 
 
 def converted(rows, cores: int, monkeypatch) -> tuple[list[bytes], list]:
-    monkeypatch.setattr(convert, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(convert, "this_machines_cores", lambda: list(range(cores)))
     rejected = []
     return list(stream_lines(rows, "examples", rejected.append)), rejected
 
@@ -53,7 +53,7 @@ def test_few_chunks_are_under_way(monkeypatch):
         for taken in range(1, 100 * CHUNK_ROWS):
             yield taken, source_line(taken)
 
-    monkeypatch.setattr(convert, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(convert, "this_machines_cores", lambda: [0, 1])
     lines = stream_lines(rows(), "examples", lambda _: None)
     for _ in range(2 * CHUNK_ROWS):
         next(lines)
@@ -73,7 +73,7 @@ def test_a_killed_process_is_reported(monkeypatch):
                                 os.kill(int(worker), signal.SIGKILL)
             yield index, source_line(index)
 
-    monkeypatch.setattr(convert, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(convert, "this_machines_cores", lambda: [0, 1])
     with pytest.raises(StorageError, match="process that converts rows was killed"):
         list(stream_lines(rows(), "examples", lambda _: None))
 

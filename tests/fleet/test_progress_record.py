@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax.errors import ConfigError, TerminatedError, UsageError, WriterConflictError
+from qwen_jax.errors import ConfigError, TerminatedError, WriterConflictError
 from qwen_jax.ledger.progress import ProgressRecord
-from qwen_jax.run.progress_record import ProgressWriter, record_interval
+from qwen_jax.run.progress_record import ProgressWriter
 from tests.fake_gcs import FakeGcs, Fault
 from tests.fleet.fleets import NOW, record
 from tests.run_worker.conftest import cloud, inputs, server, tree, workspace  # noqa: F401  (fixtures)
@@ -174,13 +174,3 @@ def test_a_start_with_other_settings_leaves_word_in_the_bucket(cloud):  # noqa: 
     cloud.having(PROGRESS_INTERVAL_S="60").run("--max_samples", "3", expect=78)
     left = ProgressRecord.parse(cloud.stored()["progress.json"])
     assert (left.status, left.exit_code) == ("failed", 78) and "max_samples: was 2, is 3" in left.message
-
-
-@pytest.mark.parametrize("text", ["x", "-1", "nan", "1e99"])
-def test_a_bad_interval(text):
-    with pytest.raises(UsageError, match="PROGRESS_INTERVAL_S"):
-        record_interval({"PROGRESS_INTERVAL_S": text})
-
-
-def test_intervals():
-    assert record_interval({}) == 60 and record_interval({"PROGRESS_INTERVAL_S": "0"}) == 0

@@ -37,7 +37,7 @@ def worst_error(ours, theirs) -> float:
     return float((error.max(axis=0) / np.maximum(scale, np.median(scale))).max())
 
 
-@pytest.mark.parametrize("rows, length", [(1, 1), (3, 37), (2, 130)])
+@pytest.mark.parametrize("rows, length", [(2, 130)])
 def test_every_layer_of_every_tap(reference, rows, length):
     tokens = reference.tokens(rows, length)
     theirs = reference_taps(reference.hf, tokens)

@@ -300,7 +300,7 @@ def outcome(work: Callable[[], Any]) -> str:
             code = work()
         return f"exit {code if isinstance(code, int) else 0}"
     except ToolkitError as error:
-        text = str(error)
+        text = str(error).replace("\n  ", "; ")  # a setting that differs has a line of its own
         return f"exit {error.exit_code}: {text}" if text.isprintable() else f"not one line: {text!r}"
     except Exception as error:  # noqa: BLE001  (that is what is looked for)
         return f"traceback: {error!r:.300}"

@@ -41,7 +41,7 @@ def panels(figure: Figure) -> dict:
 def test_a_kinds_own_values_are_drawn_and_named(kinds, drawn, flags, kind):
     assert main(["plot", str(kinds), "-o", "run.png", *flags]) == 0
     (figure,) = drawn
-    assert figure.get_suptitle().startswith(f"{kind}: demo/model\n")
+    assert figure.get_suptitle().startswith(f"demo/model, float32, 1 worker, {kind}\n")
     assert panels(figure)["Norm"].get_title() == f"Norm of a row, {kind}"
     assert panels(figure)["Massive"].get_title() == f"Massive channels, {kind}"
     (line,) = panels(figure)["Norm"].get_lines()

@@ -12,7 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+AS_INSTALLED = ROOT / "tests" / "as_installed"
+"""On the PYTHONPATH of a command, it hides what only the tests install."""
+
 PRELOAD = [
+    "tests.as_installed.sitecustomize",
     "extract_activations",
     "qwen_jax.run.worker",
     "qwen_jax.storage.gcs",
@@ -47,8 +51,9 @@ class Start:
             self._process = context.Process(target=run_forked, args=(command[2:], environment, log))
             self._process.start()
         else:
+            plain = environment | {"PYTHONPATH": str(AS_INSTALLED)}
             with log.open("a") as file:
-                self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+                self._process = subprocess.Popen(command, cwd=ROOT, env=plain, stdout=file, stderr=file)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""

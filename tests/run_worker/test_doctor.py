@@ -10,11 +10,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+import extract_activations
 from qwen_jax.__main__ import main
-from qwen_jax.errors import UsageError
+from qwen_jax.errors import ToolkitError
 from qwen_jax.ledger.progress import ProgressRecord
 from qwen_jax.run import devices, doctor
 from qwen_jax.run.exclusive import exclusive_folders
+from qwen_jax.run.refusal import WorkerParser
+from qwen_jax.settings import add_settings, take_settings
 from qwen_jax.storage.folder import FolderStore
 from qwen_jax.storage.gcs import GcsStore
 from tests.fake_gcs import FakeGcs, Fault
@@ -34,18 +37,45 @@ class Patient:
         monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
         monkeypatch.setenv("GCS_RETRY_BUDGET_S", "0")
 
-    def examine(self, *flags: str) -> tuple[int, dict[str, tuple[str, str]]]:
-        """The exit code, and check -> (outcome, text)."""
+    def _given(self, *flags: str) -> list[str]:
         given = ["--worker_id", "0", "--dataset_path", str(STREAM), "--model_path", str(DEMO / "model")]
         given += ["--output_dir", str(self.root / "out"), "--checkpoint_dir", str(self.root / "checkpoints")]
-        given += ["--compilation_cache_dir", str(self.root / "cache"), "--max_seq_length", "1024"]
-        code = main(["doctor", *given, *flags])
+        return [
+            *given,
+            "--compilation_cache_dir",
+            str(self.root / "cache"),
+            "--max_seq_length",
+            "1024",
+            *flags,
+        ]
+
+    def examine(self, *flags: str) -> tuple[int, dict[str, tuple[str, str]]]:
+        """The exit code, and check -> (outcome, text)."""
+        code = main(["doctor", *self._given(*flags)])
         lines = [line.split(maxsplit=2) for line in self.capsys.readouterr().out.splitlines()]
         return code, {check: (outcome, text) for outcome, check, text in lines}
 
     def failures(self, *flags: str) -> tuple[int, dict[str, str]]:
         code, found = self.examine(*flags)
         return code, {check: text for check, (outcome, text) in found.items() if outcome == "fail"}
+
+    def check(self, name: str, *flags: str) -> doctor.Finding:
+        """What one check sees."""
+        parser = WorkerParser(env_for_all=True)
+        add_settings(parser)
+        settings = take_settings(vars(parser.parse_args(self._given(*flags))))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(doctor, "THOROUGH", {name: getattr(doctor, name)})
+            (found,) = doctor.examine(settings)
+        return found
+
+    def refused(self, *flags: str) -> tuple[int, str]:
+        """The exit code and the message of a worker that does not start."""
+        with pytest.raises((SystemExit, ToolkitError)) as caught:
+            extract_activations.main(self._given(*flags))
+        if isinstance(caught.value, ToolkitError):
+            return caught.value.exit_code, str(caught.value)
+        return int(caught.value.code), self.capsys.readouterr().err
 
 
 @pytest.fixture
@@ -110,17 +140,23 @@ def test_what_a_worker_would_end_with(patient, flags, check, code, words):
 def test_an_empty_stream_is_no_failure(patient):
     """A worker completes it; create_dataset_streams.py makes some where there are fewer rows than streams."""
     (patient.root / "empty.jsonl").touch()
-    assert patient.failures("--quick", "--dataset_path", str(patient.root / "empty.jsonl")) == (0, {})
+    assert patient.failures("--dataset_path", str(patient.root / "empty.jsonl")) == (0, {})
 
 
-def test_a_quick_failure_is_left_where_the_fleet_looks(patient, bucket):
+def test_a_refusal_is_recorded_where_the_fleet_looks(patient, bucket):
     patient.monkeypatch.setenv("PROGRESS_INTERVAL_S", "60")
-    patient.failures("--quick", "--dry_run", "--model_path", str(patient.root))
-    assert bucket.tree() == {}
-    _, failures = patient.failures("--quick", "--model_path", str(patient.root))
+    code, message = patient.refused("--model_path", str(patient.root))
     (data,) = bucket.tree().values()
     left = ProgressRecord.parse(data)
-    assert (left.status, left.exit_code, left.message) == ("failed", 78, failures["model"])
+    assert (left.status, left.exit_code, left.message) == ("failed", code, message) and code == 78
+    assert "lacks config.json" in message
+
+
+def test_all_that_is_refused_at_a_start_is_said(patient, caplog):
+    """One after the other would take as many starts."""
+    code, message = patient.refused("--dataset_path", "/nowhere/s.jsonl", "--model_path", "/nowhere")
+    assert code == 78 and "/nowhere/s.jsonl" in message
+    assert ["no such folder" in record.getMessage() for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize(
@@ -129,28 +165,29 @@ def test_a_quick_failure_is_left_where_the_fleet_looks(patient, bucket):
         ({"MAX_SEQ_LENGTH": "abc"}, (), "environment variable MAX_SEQ_LENGTH"),
         ({}, ("--batch_size", "0"), "--batch_size"),
         ({}, ("--no_such_flag",), "--no_such_flag"),
-        ({"KEEP_TOKENS": "most"}, (), "most"),
+        ({"KEEP_TOKENS": "most"}, (), "--keep_tokens most"),
         ({"PROGRESS_INTERVAL_S": "often"}, (), "PROGRESS_INTERVAL_S"),
     ],
 )
-def test_word_is_left_of_a_usage_error_too(patient, bucket, variables, flags, words):
+def test_a_usage_error_is_recorded_too_and_said_once(patient, bucket, variables, flags, words):
     for name, value in ({"PROGRESS_INTERVAL_S": "60"} | variables).items():
         patient.monkeypatch.setenv(name, value)
-    for more in (("--dry_run",), ()):
+    if "PROGRESS_INTERVAL_S" not in variables:  # a plan writes no record
+        patient.refused(*flags, "--dry_run")
         assert bucket.tree() == {}
-        with pytest.raises((SystemExit, UsageError)):
-            patient.examine("--quick", *flags, *more)
+    code, message = patient.refused(*flags)
     left = ProgressRecord.parse(bucket.tree()["activations/tpu_0/progress.json"])
-    assert (left.worker_id, left.status, left.exit_code) == (0, "failed", 2) and words in left.message
+    assert code == 2 and (left.worker_id, left.status, left.exit_code) == (0, "failed", 2)
+    assert words in left.message and message.count(words) == 1
     here = patient.root / "checkpoints" / "progress_worker_0.json"
     assert here.read_bytes() == bucket.tree()["activations/tpu_0/progress.json"]
 
 
-def test_no_word_is_left_of_a_worker_that_runs(patient):
+def test_nothing_is_recorded_of_a_worker_that_runs(patient):
     """A second start with a slip in it: the record stays that of the first."""
     patient.monkeypatch.setenv("PROGRESS_INTERVAL_S", "60")
     with exclusive_folders([patient.root / "out" / "worker_0"], 0):
-        assert patient.failures("--quick", "--model_path", "/nowhere")[0] == 78
+        assert patient.refused("--model_path", "/nowhere")[0] == 78
     assert not list(patient.root.rglob("progress_*"))
 
 
@@ -174,14 +211,14 @@ def break_a_model(folder, how: str) -> None:
 )
 def test_a_model_folder_that_is_not_whole(patient, how, words):
     break_a_model(patient.root / "model", how)
-    code, failures = patient.failures("--quick", "--model_path", str(patient.root / "model"))
-    assert code == 78 and words in failures["model"]
+    code, message = patient.refused("--model_path", str(patient.root / "model"))
+    assert code == 78 and words in message
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "../nowhere", "~/nowhere"])
 def test_a_path_that_leads_nowhere_is_no_hub_id(patient, path):
-    code, failures = patient.failures("--quick", "--model_path", path)
-    assert code == 78 and "no such folder" in failures["model"]
+    code, message = patient.refused("--model_path", path)
+    assert code == 78 and "no such folder" in message
 
 
 @pytest.mark.parametrize("limit, outcome, code", [("0", "fail", 65), ("1", "note", 0)])
@@ -189,29 +226,27 @@ def test_a_stream_that_begins_with_no_json(patient, limit, outcome, code):
     """It fails where the worker would."""
     stream = patient.root / "stream.jsonl"
     stream.write_text("<html>\n" + STREAM.read_text())
-    flags = ("--quick", "--dataset_path", str(stream), "--max_bad_records", limit)
-    found = patient.examine(*flags)
-    assert found[0] == code and found[1]["stream"][0] == outcome and "line" in found[1]["stream"][1]
+    found = patient.check("_stream_begins", "--dataset_path", str(stream), "--max_bad_records", limit)
+    assert found.outcome == outcome and "line" in found.text
+    assert code == (found.error.exit_code if found.error else 0)
 
 
 @pytest.mark.parametrize(
-    "change, outcome, words",
+    "change, words",
     [
-        ({"worker_id": 7}, "fail", "worker_id: was 7, is 0"),
-        ({"fingerprint": {"overlong": "skip"}}, "fail", "overlong: was 'skip', is 'drop_examples'"),
-        ({"total_shards": -1}, "fail", "--force_restart"),
+        ({"worker_id": 7}, "worker_id: was 7, is 0"),
+        ({"fingerprint": {"overlong": "skip"}}, "overlong: was 'skip', is 'drop_examples'"),
+        ({"total_shards": -1}, "--force_restart"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit(patient, change, outcome, words):
+def test_a_checkpoint_that_does_not_fit(patient, change, words):
     fields = {"worker_id": 0, "total_shards": 1, "last_processed_sample_idx": 5, "status": "in_progress"}
     path = patient.root / "checkpoints" / "checkpoint_worker_0.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(fields | {"fingerprint": {"overlong": "drop_examples"}}))
-    assert patient.failures("--quick") == (0, {})
     path.write_text(json.dumps(fields | {"fingerprint": {}} | change))
-    code, found = patient.examine("--quick")
-    assert code == 78 and found["checkpoint"][0] == outcome and words in found["checkpoint"][1]
-    assert patient.failures("--quick", "--force_restart") == (0, {})
+    found = patient.check("_checkpoint")
+    assert found.error.exit_code == 78 and words in found.text
+    assert patient.check("_checkpoint", "--force_restart").outcome == "pass"
 
 
 def test_a_damaged_checkpoint_is_rebuilt_where_that_can_be(patient):
@@ -220,8 +255,8 @@ def test_a_damaged_checkpoint_is_rebuilt_where_that_can_be(patient):
     path.write_text("{")
     (patient.root / "out" / "worker_0").mkdir(parents=True)
     (patient.root / "out" / "worker_0" / "metadata.json").touch()
-    code, found = patient.examine("--quick")
-    assert code == 0 and "the worker rebuilds it" in found["checkpoint"][1]
+    found = patient.check("_checkpoint")
+    assert found.outcome == "note" and "the worker rebuilds it" in found.text
 
 
 def test_a_foreign_checkpoint_in_the_bucket(patient, bucket):
@@ -239,22 +274,18 @@ def test_without_credentials(patient):
     assert "gcloud auth application-default login" in found["credentials"][1]
 
 
-def test_quick_is_silent_where_all_is_well(patient):
-    assert patient.examine("--quick", "--verbose", "--dry_run") == (0, {})
-
-
 def test_missing_packages_are_named(patient):
     patient.monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no_such_package", "google.no_such.storage"))
-    code, failures = patient.failures("--quick")
-    assert code == 78 and "no_such_package, google.no_such.storage;" in failures["python"]
+    code, message = patient.refused()
+    assert code == 78 and "no_such_package, google.no_such.storage;" in message
 
 
 def test_a_folder_that_lacks_a_tokenizer(patient):
     folder = patient.root / "model"
     folder.mkdir()
     shutil.copy(DEMO / "model" / "config.json", folder)
-    code, failures = patient.failures("--quick", "--model_path", str(folder))
-    assert code == 78 and "lacks tokenizer.json" in failures["model"]
+    code, message = patient.refused("--model_path", str(folder))
+    assert code == 78 and "lacks tokenizer.json" in message
 
 
 def test_a_full_disk(patient):
@@ -290,6 +321,7 @@ def test_a_bucket_that_overwrites(patient):
     patient.monkeypatch.setattr(
         FolderStore, "put_bytes", lambda self, name, data, if_generation: put(self, name, data)
     )
+    (patient.root / "bucket").mkdir()
     code, failures = patient.failures("--upload_to_gcs", "--gcs_bucket", (patient.root / "bucket").as_uri())
     assert code == 78 and "overwrote an object" in failures["bucket"]
 

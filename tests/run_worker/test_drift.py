@@ -125,7 +125,7 @@ def test_each_field_of_the_fingerprint(prepared, field):
     with pytest.raises(ConfigError) as refused:
         resume(drifted, prepared.places)
     assert refused.value.exit_code == 78
-    assert f"({field}: was {old!r}, is {other(old)!r})" in str(refused.value)
+    assert str(refused.value).endswith(f"overwrite it:\n  {field}: was {old!r}, is {other(old)!r}")
 
 
 @pytest.mark.parametrize("marker", [0, 1], ids=["checkpoint", "metadata"])
@@ -151,7 +151,7 @@ def test_metadata_of_another_run(local):
     fields = json.loads(local.markers[1].read_bytes())
     fields["fingerprint"]["weights_digest"] = "0" * 64
     local.markers[1].write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match=r"metadata\.json of .*weights_digest: was '000"):
+    with pytest.raises(ConfigError, match=r"(?s)metadata\.json of .*weights_digest: was '000"):
         local.resume()
 
 
@@ -349,7 +349,7 @@ def assert_drift_refused(workspace, words: str, *flags: str) -> None:
 def test_another_stream_by_the_command_line(begun, tmp_path):
     stream = tmp_path / "stream.jsonl"
     stream.write_bytes(begun.stream.read_bytes() + b"\n")
-    assert_drift_refused(begun, "(stream_sha256: was '", "--dataset_path", str(stream))
+    assert_drift_refused(begun, "\n  stream_sha256: was '", "--dataset_path", str(stream))
 
 
 def test_other_weights_by_the_command_line(begun, tmp_path):
@@ -360,11 +360,11 @@ def test_other_weights_by_the_command_line(begun, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    assert_drift_refused(begun, "(weights_digest: was '", "--model_path", str(model))
+    assert_drift_refused(begun, "\n  weights_digest: was '", "--model_path", str(model))
 
 
 def test_several_settings_by_the_command_line(begun):
-    words = "(layers: was [0, 1, 2], is [1]; max_seq_length: was 640, is 512)"
+    words = "overwrite it:\n  layers: was [0, 1, 2], is [1]\n  max_seq_length: was 640, is 512\n"
     assert_drift_refused(begun, words, "--layers_to_extract", "1", "--max_seq_length", "512")
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax.shards import load_shard
-from tests.run_worker.conftest import TASKS, tree
+from tests.run_worker.conftest import TASKS, Workspace, tree
 from tests.run_worker.starts import Start
 from tests.waiting import until
 
@@ -102,12 +102,30 @@ def test_a_finished_worker_changes_nothing(workspace):
 
 def test_a_local_bucket_holds_what_the_folder_holds(workspace, finished):
     bucket = workspace.root / "bucket"
+    bucket.mkdir()
     flags = ("--upload_to_gcs", "--gcs_bucket", f"file://{bucket}", "--delete_local_after_upload")
     workspace.run(*flags)
-    stored = tree(bucket / "activations" / "tpu_5")
+    stored, local = tree(bucket / "activations" / "tpu_5"), tree(finished.output)
     assert stored.pop("checkpoint_worker_5.json") == finished.checkpoint.read_bytes()
-    assert stored == tree(finished.output)
-    assert not workspace.shards()
+    here, there = (json.loads(each.pop("metadata.json")) for each in (local, stored))
+    assert there == here | {"uploaded_to": f"file://{bucket}/activations/tpu_5"}
+    assert stored == local and not workspace.shards()
+
+
+def test_a_run_that_has_uploaded_is_not_gone_on_with_without_its_bucket(cloud):
+    cloud.run("--max_samples", "2")
+    alone = Workspace(cloud.model, cloud.stream, cloud.cache, cloud.root)
+    flags = ("--max_samples", "2", "--max_seq_length", "256", "--shard_size_gb", "0.0003")
+    done = alone.run(*flags, expect=78)
+    assert "uploads to gs://bucket/activations/tpu_5" in done.stderr and "--upload_to_gcs" in done.stderr
+    alone.run(*flags, "--force_restart")
+    alone.run(*flags)
+
+
+def test_a_missing_folder_is_no_bucket(workspace):
+    bucket = workspace.root / "not_mounted"
+    done = workspace.run("--upload_to_gcs", "--gcs_bucket", f"file://{bucket}", expect=2)
+    assert "there is no such folder" in done.stderr and not bucket.exists()
 
 
 def test_a_bucket_without_upload_is_warned_of(workspace):
@@ -152,7 +170,7 @@ def test_too_many_bad_lines_stop_the_run(workspace, tmp_path):
     stream = tmp_path / "bad.jsonl"
     stream.write_text("nonsense\n" * 4)
     done = workspace.run("--max_bad_records", "3", stream=stream, expect=65)
-    assert "line 4" in done.stderr and "--max_bad_records 3" in done.stderr
+    assert "line 1: not JSON" in done.stderr and "--max_bad_records 3" in done.stderr
 
 
 @pytest.mark.parametrize(

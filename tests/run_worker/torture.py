@@ -47,7 +47,7 @@ FAULTS = [
     ("cut", {}),
     ("short", {"method": "PUT", "keep": 1000}),
     ("expire", {"method": "PUT"}),
-    ("corrupt", {"method": "POST", "path": "uploadType=multipart"}),
+    ("garble", {"method": "POST", "path": "uploadType=multipart"}),
 ]
 FAULTS_A_LIFE = 12
 UNITS = [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax import errors
+from qwen_jax.cli import variable_of
 from qwen_jax.settings import ENTRIES
 from tests.scripts.conftest import ROOT, launch_worker_variables
 
@@ -79,7 +80,7 @@ def settings_table() -> str:
     """The rows of the guide's table that are settings."""
     lines = []
     for name, entry in ENTRIES.items():
-        variable = name.upper() if entry.variable is None else entry.variable
+        variable = variable_of(name) if entry.variable is None else entry.variable
         default = "off" if entry.default is False else entry.default
         shown = " ".join(default) if isinstance(default, tuple) else default
         cells = ["none" if shown is None else str(shown) if shown == "off" else f"`{shown}`"]
@@ -98,7 +99,7 @@ def test_the_guides_table_is_what_the_settings_say():
 def test_no_flag_that_does_not_exist():
     known = SHELL_FLAGS.union(*(script_flags(script) for script in PAGES))
     assert set(FLAG.findall(page("guide.md"))) - known == set()
-    known |= script_flags("plan").keys() | {"--streams", "--quick", "--self"}  # of verify, doctor and certify
+    known |= script_flags("plan").keys() | {"--streams", "--self"}  # of verify and certify
     assert set(FLAG.findall(FOREIGN.sub("", page("fleet.md")))) - known == set()
 
 

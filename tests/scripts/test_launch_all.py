@@ -15,7 +15,7 @@ from tests.waiting import until
 
 SCRIPT = ROOT / "launch_all_workers.sh"
 HARD = "a b\t'c'\"d\" $HOME $(touch owned) `touch owned`;touch owned&|<>*?[x]!{}\\ ~ # =\u00e9"
-BESIDE_FLAGS = {"GCS_RETRY_BUDGET_S", "PROGRESS_INTERVAL_S", "JAX_PACKAGE", "HF_TOKEN"}
+BESIDE_FLAGS = {"JAX_PACKAGE", "HF_TOKEN"}
 # The launcher sets UPLOAD_TO_GCS itself.
 PASSED_ON = sorted({*setting_variables(), *BESIDE_FLAGS} - {"UPLOAD_TO_GCS"})
 # Values of variables that are no free text.
@@ -259,7 +259,7 @@ def test_a_setting_that_no_worker_can_read_starts_nothing(fakes, tmp_path, engin
 
 
 def test_without_packages_settings_are_left_to_the_workers(gcloud, tmp_path):
-    """A control machine needs none; a worker that cannot read its settings leaves word of it."""
+    """A control machine needs none; a worker that cannot read its settings records that."""
     write_script(tmp_path / "bare" / "bin" / "python", f'exec "{sys.executable}" -S "$@"')
     done = launch(gcloud, "--workers", "3", VENV_DIR=str(tmp_path / "bare"), MAX_SEQ_LENGTH="abc")
     assert done.returncode == 0 and "settings are left to the workers to check: no numpy here" in done.stderr

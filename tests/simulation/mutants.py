@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from qwen_jax.files import storage_errors
 from qwen_jax.ledger.metadata import Ledger
 from qwen_jax.ledger.names import METADATA_NAME, shard_stats_name
 from qwen_jax.run import commit, resume
@@ -193,7 +194,7 @@ def _() -> Iterator[None]:
 @mutant("a file gets its name before its bytes are synced")
 def _() -> Iterator[None]:
     def finish(self: Any) -> None:
-        with local.storage_errors("write", self.path):
+        with storage_errors("write", self.path):
             self._file.close()
             local.os.rename(local._temp_path(self.path), self.path)
             local.sync_folder(self.path.parent)
@@ -218,7 +219,7 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     def careless(paths: list) -> None:
         for path in paths:
-            with local.storage_errors("delete", path):
+            with storage_errors("delete", path):
                 path.unlink()
 
     with instead(resume, "_delete_local", careless):

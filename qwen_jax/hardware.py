@@ -1,10 +1,11 @@
 """What this machine has to compute with, found without jax."""
 
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.fleet.command import CommandError, call
+_ANSWER_S = 60.0
 
 
 def this_machines_gpus(environment: Mapping[str, str]) -> list[str]:
@@ -12,9 +13,12 @@ def this_machines_gpus(environment: Mapping[str, str]) -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in environment:
         return [each for each in environment["CUDA_VISIBLE_DEVICES"].split(",") if each]
     try:
-        return [str(i) for i, _ in enumerate(call(["nvidia-smi", "-L"]).splitlines())]
-    except CommandError:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, timeout=_ANSWER_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver, or none that works
         return []
+    return [str(number) for number, _ in enumerate(listed.splitlines())]
 
 
 def this_machines_tpu_chips() -> int:
@@ -23,6 +27,7 @@ def this_machines_tpu_chips() -> int:
 
 
 def this_machines_cores() -> list[int]:
+    """Those that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # absent on macOS
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

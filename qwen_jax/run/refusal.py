@@ -1,0 +1,83 @@
+"""What a worker refuses before jax is imported, with a progress record, so that the fleet's watchers see it."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qwen_jax.cli import FlagParser, parse_bool
+from qwen_jax.errors import ToolkitError, UsageError
+from qwen_jax.run.doctor import examine
+from qwen_jax.run.progress_record import RecordPlaces, record_refusal
+from qwen_jax.settings import Settings, bucket_url, resolve_worker_id, take_settings, worker_folder
+
+log = logging.getLogger(__name__)
+
+_PLACES = (
+    *("worker_id", "output_dir", "checkpoint_dir", "no_checkpointing"),
+    *("upload_to_gcs", "gcs_bucket", "gcs_prefix", "progress_interval_s", "dry_run"),
+)
+"""Flags that say where a record goes, and whether one is written."""
+
+
+class WorkerParser(FlagParser):
+    """Writes a record of a start whose flags or variables are wrong, where these at least say where."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self._given = list(args or [])
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        _record({name: self._word(name) for name in _PLACES}, UsageError(message))
+        super().error(message)
+
+    def _word(self, name: str) -> Any:
+        """What stands behind a flag, True where that is nothing; else its variable's word, else its default."""
+        for word, following in zip(self._given, [*self._given[1:], "--"], strict=True):
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+                return value if equals else following.startswith("--") or following
+        variables = {action.dest: variable for action, variable in self._env_flags}
+        return os.environ.get(variables.get(name, "")) or self.get_default(name)
+
+
+def accept(args: dict[str, Any]) -> Settings:
+    """Takes the settings of a worker that may start out of parsed arguments.
+
+    Raises the first ToolkitError of what can be seen without jax and the network, and logs the others.
+    """
+    words = dict(args)
+    try:
+        settings = take_settings(args)
+    except UsageError as error:
+        _record(words, error)
+        raise
+    refusals = [finding.error for finding in examine(settings, quick=True) if finding.error is not None]
+    for refusal in refusals[1:]:
+        log.error("%s", refusal)
+    if refusals:
+        _record(words, refusals[0])
+        raise refusals[0]
+    return settings
+
+
+def _record(words: Mapping[str, Any], error: ToolkitError) -> None:
+    """Where worker and folders are known, and something was to be done."""
+    if _is_on(words["dry_run"]) or words["progress_interval_s"] in (0.0, "0"):
+        return
+    with suppress(UsageError):
+        worker = resolve_worker_id(words["worker_id"], dict(os.environ))
+        checkpoints = None if _is_on(words["no_checkpointing"]) else Path(words["checkpoint_dir"])
+        url = None
+        if _is_on(words["upload_to_gcs"]) and words["gcs_bucket"]:
+            url = bucket_url(words["gcs_bucket"], words["gcs_prefix"], worker)
+        output = worker_folder(Path(words["output_dir"]), worker)
+        record_refusal(RecordPlaces(worker, output, checkpoints, url), error)
+
+
+def _is_on(word: Any) -> bool:
+    with suppress(ValueError):
+        return parse_bool(str(word))
+    return True  # somebody meant something by it
