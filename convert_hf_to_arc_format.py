@@ -7,7 +7,7 @@ from itertools import dropwhile
 from pathlib import Path
 
 from qwen_jax.cli import FlagParser, log_to_terminal, non_negative_int, run_script
-from qwen_jax.data.arc import Row
+from qwen_jax.data.arc import DEFAULT_COLUMN, Row
 from qwen_jax.data.convert import Rejected, stream_lines
 from qwen_jax.data.sources import DEFAULT_DATASET, iter_source_rows
 from qwen_jax.data.streams import stream_files
@@ -66,7 +66,9 @@ def _until(rows: Iterable[Row], end_index: int) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="convert_hf_to_arc_format.py", description=__doc__)
     parser.flag("dataset_name", "Hugging Face id, local file or folder", default=DEFAULT_DATASET)
-    parser.flag("column_name", "column that holds the pairs of grids", default="examples")
+    parser.flag(
+        "column_name", "column that holds the pairs of grids, a text or a dialogue", default=DEFAULT_COLUMN
+    )
     parser.flag("output_filename", "stream file to write", required=True)
     parser.flag("start_index", "first row", default=0, type=non_negative_int)
     parser.flag("end_index", "row after the last one; without it all rows", type=non_negative_int)

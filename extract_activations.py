@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from qwen_jax.cli import log_to_terminal, run_script
 from qwen_jax.run.refusal import WorkerParser, accept
 from qwen_jax.run.shutdown import run_until_stopped
-from qwen_jax.settings import add_settings, take_settings
+from qwen_jax.settings import LONGEST, add_settings, take_settings
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"worker {settings.worker_id}: {ledger.status}, {ledger.samples_written} samples in "
         f"{len(ledger.shards)} shards, {len(ledger.skipped)} skipped: {where}"
     )
-    if note := ledger.length_note(settings.max_seq_length):
+    if settings.max_seq_length != LONGEST and (note := ledger.length_note(settings.max_seq_length)):
         print(note)
     return 0
 

@@ -11,6 +11,7 @@ does. --accelerator, a name that `plan` knows, adds the share of the maker's fig
 """
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,12 +32,12 @@ from common import (
     save_model,
 )
 
+from qwen_jax.accelerators import accelerator
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
-from qwen_jax.model.chips import accelerator
-from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.published import PUBLISHED
-from qwen_jax.model.weights import LAYER_TENSORS
+from qwen_jax.model.weights import EMBEDDING, expected_shapes
 from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
 from qwen_jax.run.pipeline import captured_samples, filled_shards
 from qwen_jax.run.places import Places
@@ -48,10 +49,9 @@ LONGEST_EAGER = 4096
 SHARD_BYTES = 1 << 30
 
 
-def useful_flops(config: Qwen2Config, length: int) -> float:
+def useful_flops(config: ModelConfig, length: int) -> float:
     """Of a token: multiply-adds (times 2) of the matrix products and of causal attention, (length + 1) / 2 keys."""
-    dims = config.dims
-    weights = sum(np.prod([dims[c] for c in axes.replace(" ", "")]) for _, axes in LAYER_TENSORS.values())
+    weights = sum(math.prod(shape) for name, shape in expected_shapes(config, 1).items() if name != EMBEDDING)
     attention = 2 * (length + 1) / 2 * config.num_heads * config.head_dim
     return 2.0 * config.num_layers * (weights + attention)
 
@@ -162,7 +162,7 @@ def main() -> None:
 
 def rows_of(
     args: argparse.Namespace,
-    config: Qwen2Config,
+    config: ModelConfig,
     length: int,
     seconds: dict[str, float],
     product_flops: float,

@@ -17,7 +17,7 @@ import torch
 from common import tokenized
 
 from qwen_jax.data.arc import Task
-from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt, task_segments
+from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.streams import read_stream
 
@@ -30,7 +30,7 @@ def dropped_one_by_one(tokenizer: Any, task: Task, max_seq_length: int) -> np.nd
     benchmarks/prompts.py compares this with our encoder.
     """
     for dropped in range(len(task.train) + 1):
-        prompt = Prompt(task_segments(task, PROMPT_FORMATS["rows"], dropped))
+        prompt = Prompt(PROMPT_FORMATS["rows"].segments(task, dropped))
         encoded = tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.asarray(encoded["input_ids"], np.int32)
         spans = np.asarray(encoded["offset_mapping"], np.int32)

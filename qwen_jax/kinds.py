@@ -1,14 +1,25 @@
 """What can be stored of a model: kinds of activations, what each means, what other tools call it, and its dtypes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
 class Kind:
-    """meaning: for metadata.json and cards. hook: TransformerLens' and SAELens' name, {} for the layer."""
+    """meaning: for metadata.json and cards. hook: TransformerLens' and SAELens' name, {} for the layer. module: where
+    Hugging Face's block has it, "" for the block itself, as what that module takes (`taken_in`) or gives. letters: the
+    dimensions of a row, by their letters in model/decoder.py."""
 
     meaning: str
     hook: str
+    module: str
+    taken_in: bool = False
+    letters: str = "D"
+
+    def width(self, dims: Mapping[str, int]) -> int:
+        """Values of a row, in a model whose sizes by letter are `dims`."""
+        return prod(dims[letter] for letter in self.letters)
 
 
 KINDS = {
@@ -16,14 +27,49 @@ KINDS = {
         "residual stream after block i (0-based), before the final norm; Hugging Face hidden_states[i + 1] for every "
         "block but the last, whose entry there is already normed",
         "blocks.{}.hook_resid_post",
+        "",
     ),
     "attn": Kind(
         "output of block i's attention (0-based), before it is added to the residual stream",
         "blocks.{}.hook_attn_out",
+        "self_attn",
     ),
     "mlp": Kind(
         "output of block i's MLP (0-based), before it is added to the residual stream",
         "blocks.{}.hook_mlp_out",
+        "mlp",
+    ),
+    "resid_mid": Kind(
+        "residual stream between block i's attention and its MLP (0-based)",
+        "blocks.{}.hook_resid_mid",
+        "post_attention_layernorm",
+        taken_in=True,
+    ),
+    "attn_in": Kind(
+        "what block i's attention takes in (0-based): the residual stream before the block, normed, times the norm's "
+        "weight, which TransformerLens leaves out where it does not fold it",
+        "blocks.{}.ln1.hook_normalized",
+        "input_layernorm",
+    ),
+    "mlp_in": Kind(
+        "what block i's MLP takes in (0-based): resid_mid, normed, times the norm's weight, which TransformerLens "
+        "leaves out where it does not fold it",
+        "blocks.{}.ln2.hook_normalized",
+        "post_attention_layernorm",
+    ),
+    "attn_heads": Kind(
+        "output of each of block i's attention heads (0-based), one behind the other, before the output projection",
+        "blocks.{}.attn.hook_z",
+        "self_attn.o_proj",
+        taken_in=True,
+        letters="NH",
+    ),
+    "mlp_act": Kind(
+        "neurons of block i's MLP (0-based): silu(gate) times up, before the down projection",
+        "blocks.{}.mlp.hook_post",
+        "mlp.down_proj",
+        taken_in=True,
+        letters="F",
     ),
 }
 """Of a layer, by the names of --activation_type."""
@@ -31,9 +77,14 @@ EMBEDDING = "embedding"
 """What comes besides, once for all layers; the key of its records."""
 ALL_KINDS = KINDS | {
     EMBEDDING: Kind(
-        "embedding output: the residual stream before block 0; Hugging Face hidden_states[0]", "hook_embed"
+        "embedding output: the residual stream before block 0; Hugging Face hidden_states[0]",
+        "hook_embed",
+        "embed_tokens",
     )
 }
+NOTES: dict[str, type] = {"test_index": int, "augmentation": str, "piece": str}
+"""What a stream line and a record may say of a sample besides: which of its task's tests it asks for, from 0; what was
+done to the task (data/augment.py) and which part of a text it is (data/spread.py), as JSON."""
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE_DTYPES = STORED_DTYPES[:2]
 

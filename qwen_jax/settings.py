@@ -24,9 +24,17 @@ from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KEEP_ALL, KINDS, STORED_DT
 from qwen_jax.ledger.names import bucket_folder, checkpoint_name, local_folder
 
 _LONGEST_ID = 9
-WORKER_ID_VARIABLES = ("WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK", "TPU_WORKER_ID")
+WORKER_ID_VARIABLES = (
+    "WORKER_ID",
+    "JOB_COMPLETION_INDEX",
+    "SKYPILOT_JOB_RANK",
+    "SLURM_ARRAY_TASK_ID",
+    "TPU_WORKER_ID",
+)
 ATTENTIONS = ("auto", "blocked", "ragged")
 AUTO = "auto"
+LONGEST = 0
+"""As max_seq_length: that of the stream's longest prompt, up to the model's own limit."""
 
 BYTES, HOW = "fingerprint", "settings"
 """Where metadata.json records a setting: among what the shards' bytes depend on, which no resume may change, or
@@ -72,10 +80,23 @@ def _cache_dir(text: str) -> Path:
     return _home_path(text)
 
 
+def length_or_auto(text: str) -> int:
+    return LONGEST if text == AUTO else positive_int(text)
+
+
+class _OrTemplate(tuple[str, ...]):
+    """Names, among which a template file is, too."""
+
+    def __contains__(self, name: object) -> bool:
+        from qwen_jax.data.template import SUFFIX
+
+        return super().__contains__(name) or str(name).endswith(SUFFIX)
+
+
 def _prompt_formats() -> Sequence[str]:
     from qwen_jax.data.layouts import PROMPT_FORMATS
 
-    return tuple(PROMPT_FORMATS)
+    return _OrTemplate(PROMPT_FORMATS)
 
 
 def _overlong_policies() -> Sequence[str]:
@@ -98,10 +119,14 @@ class Settings:
     )
     dataset_dir: Path = _setting("./data/streams", "folder of the streams", Path, local=True)
     model_path: str = _setting(
-        "Qwen/Qwen2.5-0.5B", "Hugging Face id or local folder of a dense Qwen2 or Qwen2.5 model"
+        "Qwen/Qwen2.5-0.5B", "Hugging Face id or local folder of a dense model of a family in docs/guide.md"
     )
     revision: str | None = _setting(
         None, "branch, tag or commit of a Hugging Face model", variable="MODEL_REVISION"
+    )
+    adapter_path: str | None = _setting(
+        None,
+        "LoRA adapter of the model, merged as it is loaded: local folder, or Hugging Face ID or ID@REVISION",
     )
     output_dir: Path = _setting(
         "./activations",
@@ -182,14 +207,21 @@ class Settings:
         positive_int,
         recorded=HOW,
     )
-    max_seq_length: int = _setting(2048, "longest prompt in tokens", positive_int, recorded=BYTES)
+    max_seq_length: int = _setting(
+        2048, "longest prompt in tokens; auto is the stream's longest", length_or_auto, recorded=BYTES
+    )
     shard_size_gb: float = _setting(
         1.0,
         "a shard closes when its raw activations reach this many times 2**30 bytes",
         positive_float,
         recorded=BYTES,
     )
-    prompt_format: str = _setting("rows", "how a task becomes text", choices=_prompt_formats, recorded=BYTES)
+    prompt_format: str = _setting(
+        "rows",
+        "how a task becomes text; or a template of yours, NAME.jinja",
+        choices=_prompt_formats,
+        recorded=BYTES,
+    )
     chat_template: bool = _setting(False, "wrap prompts in the model's chat template", recorded=BYTES)
     overlong: str = _setting(
         "drop_examples", "what to do with long prompts", choices=_overlong_policies, recorded=BYTES
@@ -291,7 +323,7 @@ def _check(settings: Settings) -> None:
     if len(set(kinds)) != len(kinds):
         raise UsageError(f"--activation_type names a kind twice: {' '.join(kinds)}")
     _check_selection(settings)
-    for name in ("stream_path", "model_path"):
+    for name in ("stream_path", "model_path", "adapter_path"):
         _check_name(str(getattr(settings, name)))
     _ = settings.bucket_url  # complains of what cannot be a bucket's name
 

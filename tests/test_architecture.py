@@ -58,6 +58,12 @@ def test_the_ledger_needs_the_standard_library_alone():
             assert is_ours or name.split(".")[0] in sys.stdlib_module_names, (file.name, name)
 
 
+def test_accelerators_need_the_standard_library_alone():
+    """A fleet's control machine reads it, and so does every room."""
+    for name in imported_modules(ROOT / "qwen_jax" / "accelerators.py"):
+        assert name.startswith("qwen_jax.errors") or name.split(".")[0] in sys.stdlib_module_names, name
+
+
 NAMES = {
     "metadata.json": "ledger/names.py",
     "progress.json": "ledger/names.py",

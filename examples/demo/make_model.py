@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from qwen_jax.data.layouts import PROMPT_FORMATS, task_segments
+from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.data.streams import read_stream
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.weights import expected_shapes
@@ -93,7 +93,7 @@ def demo_prompts() -> list[str]:
     """The texts that the tokenizer is trained on: the demo stream's prompts."""
     layout = PROMPT_FORMATS["rows"]
     tasks = (task for _, task in read_stream(DEMO / "streams" / "stream_000.jsonl"))
-    return ["".join(segment.text for segment in task_segments(task, layout)) for task in tasks]
+    return ["".join(segment.text for segment in layout.segments(task)) for task in tasks]
 
 
 def main(folder: Path = DEMO / "model") -> None:

@@ -32,6 +32,7 @@ def add_flags(parser: FlagParser) -> None:
     )
     parser.flag("model_parallel", "with --self: devices that share the weights", default=1, type=positive_int)
     parser.flag("dataset_path", "the stream, likewise")
+    parser.flag("adapter_path", "the LoRA adapter, likewise")
 
 
 def run(args: Namespace) -> int:
@@ -61,7 +62,7 @@ def _certify_devices(args: Namespace) -> bool:
 
 
 def _widths(model_path: str | None) -> Any:
-    """The model's Qwen2Config, else that of the smallest published one."""
+    """The model's ModelConfig, else that of the smallest published one."""
     from qwen_jax.model.config import parse_config, read_config
     from qwen_jax.model.published import config_fields
     from qwen_jax.model.source import fetch_model
@@ -76,7 +77,7 @@ def _certify(run: DescribedRun, args: Namespace) -> bool:
     from qwen_jax.run.recorded import reference_job
 
     stored = list(drawn_samples(run, args.samples, args.seed))
-    job = reference_job(run.metadata, args.model_path, args.dataset_path)
+    job = reference_job(run.metadata, args.model_path, args.dataset_path, args.adapter_path)
     record = certify(job, stored)
     _show(run, record)
     obstacle = why_not_recorded(run)

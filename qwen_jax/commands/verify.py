@@ -25,6 +25,7 @@ def add_flags(parser: FlagParser) -> None:
     parser.switch("repair", "extract bad or missing shards again, exactly as they were")
     parser.flag("model_path", "with --repair: the model, where it is no longer where the run had it")
     parser.flag("dataset_path", "with --repair: the stream, likewise")
+    parser.flag("adapter_path", "with --repair: the LoRA adapter, likewise")
 
 
 def run(args: Namespace) -> int:
@@ -71,11 +72,11 @@ def _with_samples(run: DescribedRun, name: str) -> str:
 def _repair_run(run: DescribedRun, bad: list[str], args: Namespace) -> None:
     from qwen_jax.run.repair import repair
 
-    place = run.place
+    place, moved = run.place, (args.model_path, args.dataset_path, args.adapter_path)
     if isinstance(place, Folder):
-        repair(place.path, run.metadata, bad, args.model_path, args.dataset_path)
+        repair(place.path, run.metadata, bad, *moved)
     elif isinstance(place, Bucket):
         with tempfile.TemporaryDirectory() as folder:
-            repair(Path(folder), run.metadata, bad, args.model_path, args.dataset_path)
+            repair(Path(folder), run.metadata, bad, *moved)
             for name in bad:
                 place.replace_file(name, Path(folder) / name)

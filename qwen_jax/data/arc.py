@@ -3,11 +3,22 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+from qwen_jax.data.dialogues import (
+    ALPACA,
+    SHAREGPT,
+    alpaca_messages,
+    is_alpaca,
+    is_sharegpt,
+    sharegpt_messages,
+)
+from qwen_jax.kinds import NOTES
+
 Grid = list[list[int]]
+Notes = Mapping[str, str | int]
 
 
 class BadRecord(ValueError):
@@ -18,24 +29,33 @@ class BadRecord(ValueError):
 class Task:
     """An ARC task. train: pairs {"input": grid, "output": grid}; test: the same, the output optional.
 
-    A grid is a rectangle of colours 0-9, a list of rows.
+    A grid is a rectangle of colours 0-9, a list of rows. notes: see kinds.NOTES.
     """
 
     task_id: str
     train: list[dict[str, Grid]]
     test: list[dict[str, Grid]]
+    notes: Notes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt given as it is: either `text` or chat `messages` ({"role", "content"} each)."""
+    """A prompt given as it is: either `text` or chat `messages` ({"role", "content"} each, and some of
+    _MESSAGE_TEXTS and `tool_calls`) with the `tools` that they may call. notes: see kinds.NOTES."""
 
     task_id: str
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+    notes: Notes = field(default_factory=dict)
 
 
-_RECORD_KEYS = ("train", "test", "messages", "text", "prompt")
+_RECORD_KEYS = ("train", "test", "messages", "text", "prompt", "tools", "conversations", *NOTES)
+_MESSAGE_TEXTS = ("reasoning_content", "name", "tool_call_id")
+_MOST_NOTE = 1 << 16
+PAIRS, TASKS, MESSAGES, TEXTS = "pairs of grids", "ARC tasks", "chat messages", "texts"
+"""What a row of a source can be taken for, beside the forms of data/dialogues.py."""
+DEFAULT_COLUMN = "examples"
 # Empty lists and objects take 3 bytes of a line, and up to 200 of memory.
 _NODES_FREE, _BYTES_A_NODE = 1_000_000, 16
 _COLOURS = frozenset(range(10))
@@ -96,20 +116,42 @@ def parse_record(record: Any) -> Task | Text:
     if not isinstance(task_id, str):
         raise BadRecord("task_id is not a string")
     check_encodable(task_id, "task_id")
+    notes = _parse_notes(record)
     if "train" in record and "test" in record:
         train = _parse_pairs(record["train"], "train", output_required=True)
-        return Task(task_id, train, _parse_pairs(record["test"], "test", output_required=False))
+        return Task(task_id, train, _parse_pairs(record["test"], "test", output_required=False), notes)
     if "messages" in record:
-        return Text(task_id, messages=_parse_messages(record["messages"]))
+        messages = _parse_messages(record["messages"])
+        return Text(task_id, messages=messages, tools=_parse_tools(record.get("tools"), "tools"), notes=notes)
     for key in ("text", "prompt"):
         if key in record:
-            return Text(task_id, text=_parse_text(record[key], key))
+            return Text(task_id, text=_parse_text(record[key], key), notes=notes)
     advice = (
         "; rows of a dataset become a stream with create_dataset_streams.py" if "examples" in record else ""
     )
     raise BadRecord(
         f"neither an ARC task (train, test) nor text, prompt or messages; its keys: {keys}{advice}"
     )
+
+
+def _parse_notes(record: Mapping[str, Any]) -> dict[str, str | int]:
+    notes: dict[str, str | int] = {key: record[key] for key in NOTES if key in record}
+    for key, value in notes.items():
+        too_much = value < 0 if isinstance(value, int) else len(str(value)) > _MOST_NOTE
+        if type(value) is not NOTES[key] or too_much:
+            raise BadRecord(f"{key} is not what create_dataset_streams.py writes there")
+        check_encodable(str(value), key)
+    return notes
+
+
+def _parse_tools(tools: Any, where: str) -> list[Any] | None:
+    """Tools, or calls of them: JSON that a chat template shows as it likes."""
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRecord(f"{where} is not a list of objects")
+    check_encodable(json.dumps(tools, ensure_ascii=False, default=str), where)
+    return tools
 
 
 def _shown(key: str) -> str:
@@ -163,24 +205,37 @@ def check_encodable(text: str, key: str) -> None:
         raise BadRecord(f"{key} holds half of a surrogate pair") from error
 
 
-def _parse_messages(messages: Any) -> list[dict[str, str]]:
+def _parse_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise BadRecord("messages is not a list, or empty")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise BadRecord(f"messages[{number}] is not an object with role and content")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise BadRecord(f"messages[{number}].{key} is not a string")
-            check_encodable(message[key], f"messages[{number}].{key}")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [_parse_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _parse_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise BadRecord(f"{where} is not an object with role and content")
+    calls = _parse_tools(message.get("tool_calls"), f"{where}.tool_calls")
+    content = "" if calls and message.get("content") is None else message.get("content")
+    texts = {"role": message.get("role"), "content": content}
+    texts |= {key: message[key] for key in _MESSAGE_TEXTS if message.get(key) is not None}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise BadRecord(f"{where}.{key} is not a string")
+        check_encodable(text, f"{where}.{key}")
+    return texts | ({"tool_calls": calls} if calls else {})
 
 
 def task_from_row(row: Mapping[str, Any], column_name: str, task_id: str) -> dict[str, Any]:
-    """One row of a source dataset as the object of a stream line.
+    """One row of a source dataset as the object of a stream line (see record_from_row)."""
+    return record_from_row(row, column_name, task_id)[1]
 
-    row: holds pairs of grids under `column_name` ([input, output] or {"input", "output"}; a JSON string of
-    them, arrays and tuples are fine), the last pair being the test; or is an ARC task or a text row already.
+
+def record_from_row(row: Mapping[str, Any], column_name: str, task_id: str) -> tuple[str, dict[str, Any]]:
+    """One row of a source dataset: what it was taken for, and the object of a stream line.
+
+    row: holds under `column_name` pairs of grids ([input, output] or {"input", "output"}; a JSON string of them, arrays
+    and tuples are fine), the last pair being the test, or, under another name than DEFAULT_COLUMN, a text or a
+    dialogue; or is an ARC task, a text row or a dialogue already.
     task_id: the name where the row has none of its own.
     Raises BadRecord with the reason.
     """
@@ -189,17 +244,44 @@ def task_from_row(row: Mapping[str, Any], column_name: str, task_id: str) -> dic
     except RecursionError as error:
         raise BadRecord("nested too deeply") from error
     name = next((row[key] for key in _NAME_KEYS if _is_name(row.get(key))), task_id)
-    is_task = row.get("train") is not None and row.get("test") is not None
-    if row.get(column_name) is not None and not is_task:
-        *train, test = _pairs_of_column(row[column_name], column_name)
-        row = {"train": train, "test": [test]}
     check_encodable(name, "task_id")
-    record = parse_record({key: value for key, value in row.items() if key != "task_id"})
+    kind, fields = _taken_for(row, column_name)
+    record = parse_record(fields | {key: row[key] for key in NOTES if key in row})
+    line = {"task_id": name, **record.notes}
     if isinstance(record, Task):
-        return {"task_id": name, "train": record.train, "test": record.test}
+        return kind, line | {"train": record.train, "test": record.test}
     if record.messages is not None:
-        return {"task_id": name, "messages": record.messages}
-    return {"task_id": name, "text": record.text}
+        return kind, line | {"messages": record.messages} | ({"tools": record.tools} if record.tools else {})
+    return kind, line | {"text": record.text}
+
+
+def _taken_for(row: dict[str, Any], column_name: str) -> tuple[str, dict[str, Any]]:
+    """What a row is, and the fields of a record that say it."""
+    there = {key: value for key, value in row.items() if value is not None}
+    tools = {"tools": there.get("tools")}
+    if "train" in there and "test" in there:
+        return TASKS, {"train": there["train"], "test": there["test"]}
+    if column_name in there:
+        return _of_column(there[column_name], column_name, tools)
+    if "messages" in there:
+        return MESSAGES, {"messages": there["messages"], **tools}
+    if is_sharegpt(there.get("conversations")):
+        return SHAREGPT, {"messages": sharegpt_messages(there["conversations"], there.get("system")), **tools}
+    if "text" not in there and "prompt" not in there and is_alpaca(there):
+        return ALPACA, {"messages": alpaca_messages(there)}
+    return TEXTS, {key: value for key, value in row.items() if key != "task_id"}
+
+
+def _of_column(value: Any, column_name: str, tools: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    if column_name != DEFAULT_COLUMN:
+        if isinstance(value, str) and not value.lstrip().startswith("["):
+            return TEXTS, {"text": value}
+        if is_sharegpt(value):
+            return SHAREGPT, {"messages": sharegpt_messages(value), **tools}
+        if isinstance(value, list) and all(isinstance(each, Mapping) and "role" in each for each in value):
+            return MESSAGES, {"messages": value, **tools}
+    *train, test = _pairs_of_column(value, column_name)
+    return PAIRS, {"train": train, "test": [test]}
 
 
 def _is_name(value: Any) -> bool:

@@ -1,29 +1,60 @@
 """How a task becomes text, in segments that know what they are for and which character is which cell."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
+from typing import Protocol
 
 import numpy as np
 
 from qwen_jax.data.arc import Grid, Task
-from qwen_jax.roles import ANSWER, INSTRUCTION, TEMPLATE, TEST_INPUT, example_role
+from qwen_jax.roles import ANSWER, ASSISTANT, INSTRUCTION, TEMPLATE, TEST_INPUT, THINK, TOOL, example_role
 
-_INSTRUCTION = (
+
+@dataclass(frozen=True)
+class Words:
+    """What stands around a task's grids. example: {} is its number, from 1."""
+
+    instruction: str
+    example: str
+    output: str
+    end: str
+    test: str
+
+
+_PLAIN_WORDS = Words(
     "Each example turns an input grid into an output grid by the same rule. Cells are colours, 0 to 9. "
-    "Find the rule and give the output grid of the test input.\n\n"
+    "Find the rule and give the output grid of the test input.\n\n",
+    "Example {}\nInput:\n",
+    "Output:\n",
+    "\n",
+    "Test\nInput:\n",
 )
-_EXAMPLE, _OUTPUT, _END = "Example {}\nInput:\n", "Output:\n", "\n"
-# The digit of every colour, as bytes.translate takes it.
-_DIGITS = bytes.maketrans(bytes(range(10)), b"0123456789")
+_NAMED_WORDS = replace(
+    _PLAIN_WORDS,
+    instruction="Each example turns an input grid into an output grid by the same rule. Cells are named by their "
+    "colours. Find the rule and give the output grid of the test input.\n\n",
+)
+_SECTIONS = Words(
+    "Several examples of one transformation of grids follow, each with its input and its output. Work out what the "
+    "transformation does to every input, then apply it to the test's input and write the output in the same form.\n\n",
+    "### Example {}\n\n#### Input\n\n",
+    "\n#### Output\n\n",
+    "\n",
+    "### Test\n\n#### Input\n\n",
+)
+_DIGITS = tuple("0123456789")
+_TO_DIGITS = bytes.maketrans(bytes(range(10)), b"0123456789")
+_NAMES = ("black", "blue", "red", "green", "yellow", "grey", "magenta", "orange", "cyan", "brown")
 
 
 @dataclass(frozen=True)
 class Segment:
     """A part of a prompt. role: its code in qwen_jax/roles.py.
 
-    cells: for a segment that shows a grid, gives int32 [n_cells, 5]: where in `text` each cell's digit stands, and
+    cells: for a segment that shows a grid, gives int32 [n_cells, 6]: where in `text` each cell begins and ends, and
     the cell's grid, row, column and colour. A prompt that turns out too long is never asked for them.
     """
 
@@ -32,88 +63,124 @@ class Segment:
     cells: Callable[[], np.ndarray] | None = None
 
 
+class PromptFormat(Protocol):
+    """How a task becomes text."""
+
+    def segments(self, task: Task, dropped: int = 0) -> list[Segment]:
+        """The prompt without the task's first `dropped` examples. Of several test inputs the first is asked for."""
+        ...
+
+    def answer(self, task: Task) -> Segment | None:
+        """The first test's output as the prompt would go on with it; None where the task has none."""
+        ...
+
+    def least_characters(self, task: Task) -> list[int]:
+        """The fewest characters that each example takes in a prompt, and last those of the test."""
+        ...
+
+
 @dataclass(frozen=True)
 class GridLayout:
-    """How a grid becomes text: `before`, each row between its `row_start` and `row_end`, `after`."""
+    """Words around grids, and how a grid becomes text: `before`, the rows, each a `row_start` and its cells, with
+    `row_end` behind each, `after`. symbols: of the ten colours. shape: whether a line says a grid's height and width
+    before it."""
 
     row_start: Callable[[int], str]
     between_cells: str
     row_end: str
     before: str = ""
     after: str = ""
+    symbols: tuple[str, ...] = _DIGITS
+    words: Words = _PLAIN_WORDS
+    shape: bool = False
+
+    def segments(self, task: Task, dropped: int = 0) -> list[Segment]:
+        words = self.words
+        segments = [Segment(INSTRUCTION, words.instruction)]
+        for number, pair in enumerate(task.train[dropped:], 1):
+            example = dropped + number
+            segments.append(Segment(INSTRUCTION, words.example.format(number)))
+            segments.append(self.show(example_role(example, "input"), 2 * example - 2, pair["input"]))
+            segments.append(Segment(INSTRUCTION, words.output))
+            segments.append(self.show(example_role(example, "output"), 2 * example - 1, pair["output"]))
+            segments.append(Segment(INSTRUCTION, words.end))
+        segments.append(Segment(INSTRUCTION, words.test))
+        segments.append(self.show(TEST_INPUT, 2 * len(task.train), task.test[0]["input"]))
+        segments.append(Segment(INSTRUCTION, words.output))
+        return segments
+
+    def answer(self, task: Task) -> Segment | None:
+        output = task.test[0].get("output")
+        return None if output is None else self.show(ANSWER, 2 * len(task.train) + 1, output)
+
+    def least_characters(self, task: Task) -> list[int]:
+        headings = len(self.words.example.format(1) + self.words.output + self.words.end)
+        return [
+            *(headings + sum(map(self.characters, (pair["input"], pair["output"]))) for pair in task.train),
+            self.characters(task.test[0]["input"]),
+        ]
 
     def show(self, role: int, number: int, grid: Grid) -> Segment:
         """The grid's text and cells. number: the grid's number in its task (TokenizedSample.token_cells)."""
-        height, width = len(grid), len(grid[0])
         colours = bytes(chain.from_iterable(grid))
-        digits = colours.translate(_DIGITS).decode()
-        rows = [digits[first : first + width] for first in range(0, len(digits), width)]
-        if self.between_cells:
-            rows = [self.between_cells.join(row) for row in rows]
-        heads = [self.row_end + self.row_start(row) for row in range(height)]
-        heads[0] = self.before + self.row_start(0)
+        rows = [self.between_cells.join(row) for row in self._symbols(colours, len(grid[0]))]
+        heads = [self.row_end + self.row_start(row) for row in range(len(grid))]
+        heads[0] = self._before(grid) + self.row_start(0)
         text = "".join(chain.from_iterable(zip(heads, rows, strict=True))) + self.row_end + self.after
-        return Segment(role, text, partial(self._cells, number, heads, colours, len(rows[0])))
+        return Segment(role, text, partial(self._cells, number, heads, colours))
+
+    def _symbols(self, colours: bytes, width: int) -> Iterator[Sequence[str]]:
+        """Those of each row's cells."""
+        if self.symbols == _DIGITS:  # at once, since a stream has some hundred million cells
+            digits = colours.translate(_TO_DIGITS).decode()
+            return (digits[first : first + width] for first in range(0, len(digits), width))
+        named = [self.symbols[colour] for colour in colours]
+        return (named[first : first + width] for first in range(0, len(named), width))
+
+    def _before(self, grid: Grid) -> str:
+        return f"{len(grid)} x {len(grid[0])}\n{self.before}" if self.shape else self.before
 
     def characters(self, grid: Grid) -> int:
         """Of its text."""
-        height, width = len(grid), len(grid[0])
-        row = width + (width - 1) * len(self.between_cells) + len(self.row_end)
-        heads = sum(len(self.row_start(number)) for number in range(height))
-        return len(self.before) + heads + height * row + len(self.after)
+        lengths = [len(symbol) for symbol in self.symbols]
+        cells = sum(lengths[colour] for colour in chain.from_iterable(grid))
+        between = len(grid) * ((len(grid[0]) - 1) * len(self.between_cells) + len(self.row_end))
+        heads = sum(len(self.row_start(number)) for number in range(len(grid)))
+        return len(self._before(grid)) + heads + cells + between + len(self.after)
 
-    def _cells(self, number: int, heads: list[str], colours: bytes, row_length: int) -> np.ndarray:
-        """As Segment has them. heads: what stands before each row, row_length: its characters without that."""
-        rows, columns = np.arange(len(heads)), np.arange(len(colours) // len(heads))
-        starts = np.cumsum([len(head) for head in heads]) + rows * row_length
-        cells = np.empty((len(rows), len(columns), 5), np.int32)
-        cells[..., 0] = starts[:, None] + columns * (1 + len(self.between_cells))
-        cells[..., 1] = number
-        cells[..., 2] = rows[:, None]
-        cells[..., 3] = columns
-        cells[..., 4] = np.frombuffer(colours, np.uint8).reshape(cells.shape[:2])
-        return cells.reshape(-1, 5)
+    def _cells(self, number: int, heads: list[str], colours_of_cells: bytes) -> np.ndarray:
+        """As Segment has them. heads: what stands before each row."""
+        colours = np.frombuffer(colours_of_cells, np.uint8).reshape(len(heads), -1)
+        lengths = np.array([len(symbol) for symbol in self.symbols], np.int32)[colours]
+        rows, columns = np.indices(colours.shape, np.int32)
+        # What stands before a cell is the separator, or the head of its row.
+        before = np.full(colours.shape, len(self.between_cells), np.int32)
+        before[:, 0] = [len(head) for head in heads]
+        stops = np.cumsum(before + lengths).reshape(colours.shape)
+        cells = np.empty((*colours.shape, 6), np.int32)
+        grid = np.full_like(rows, number)
+        for place, values in enumerate((stops - lengths, stops, grid, rows, columns, colours)):
+            cells[..., place] = values
+        return cells.reshape(-1, 6)
+
+
+def _no_start(row: int) -> str:
+    return ""
 
 
 # Rows numbered from 1. Qwen's tokenizer makes every digit a token, so a cell is one token.
 _FENCED_ROWS = GridLayout(lambda row: f"{row + 1}: ", "", "\n", before="```\n", after="```\n")
-_PLAIN_ROWS = GridLayout(lambda row: "", "", "\n")
-_JSON_ROWS = GridLayout(lambda row: ",[" if row else "[", ",", "]", before="[", after="]\n")
 
-
-PROMPT_FORMATS: dict[str, GridLayout] = {"rows": _FENCED_ROWS, "plain": _PLAIN_ROWS, "json": _JSON_ROWS}
-"""How a prompt shows grids, by name."""
-
-
-def task_segments(task: Task, layout: GridLayout, dropped: int = 0) -> list[Segment]:
-    """The prompt of a task without its first `dropped` examples. Of several test inputs the first is asked for."""
-    segments = [Segment(INSTRUCTION, _INSTRUCTION)]
-    for number, pair in enumerate(task.train[dropped:], 1):
-        example = dropped + number
-        segments.append(Segment(INSTRUCTION, _EXAMPLE.format(number)))
-        segments.append(layout.show(example_role(example, "input"), 2 * example - 2, pair["input"]))
-        segments.append(Segment(INSTRUCTION, _OUTPUT))
-        segments.append(layout.show(example_role(example, "output"), 2 * example - 1, pair["output"]))
-        segments.append(Segment(INSTRUCTION, _END))
-    segments.append(Segment(INSTRUCTION, "Test\nInput:\n"))
-    segments.append(layout.show(TEST_INPUT, 2 * len(task.train), task.test[0]["input"]))
-    segments.append(Segment(INSTRUCTION, _OUTPUT))
-    return segments
-
-
-def least_characters(task: Task, layout: GridLayout) -> list[int]:
-    """The fewest characters that each example takes in a prompt, and last those of the test."""
-    headings = len(_EXAMPLE.format(1) + _OUTPUT + _END)
-    return [
-        *(headings + sum(map(layout.characters, (pair["input"], pair["output"]))) for pair in task.train),
-        layout.characters(task.test[0]["input"]),
-    ]
-
-
-def answer_segment(task: Task, layout: GridLayout) -> Segment | None:
-    """The first test's output as the prompt would go on with it; None where the task has none."""
-    output = task.test[0].get("output")
-    return None if output is None else layout.show(ANSWER, 2 * len(task.train) + 1, output)
+PROMPT_FORMATS: dict[str, PromptFormat] = {
+    "rows": _FENCED_ROWS,
+    "plain": GridLayout(_no_start, "", "\n"),
+    "json": GridLayout(lambda row: ",[" if row else "[", ",", "]", before="[", after="]\n"),
+    "delimited": GridLayout(_no_start, "", "|", after="\n"),
+    "spaced": GridLayout(_no_start, " ", "\n"),
+    "names": GridLayout(_no_start, " ", "\n", symbols=_NAMES, words=_NAMED_WORDS),
+    "output_from_examples": replace(_FENCED_ROWS, words=_SECTIONS, shape=True),
+}
+"""By name."""
 
 
 class Prompt:
@@ -139,13 +206,16 @@ class Prompt:
         return self._roles[segment]
 
     def token_cells(self, spans: np.ndarray) -> np.ndarray | None:
-        """int32 [n, 4]: grid, row, column, colour of the cell that a token is, else -1; None without grids."""
+        """int32 [n, 4]: grid, row, column, colour of the cell of which a token shows all or a part; -1 where it shows
+        none or several. None without grids."""
         cells = self._cells()
         if cells is None:
             return None
-        place = np.searchsorted(cells[:, 0], spans[:, 0]).clip(max=len(cells) - 1)
-        is_cell = (cells[place, 0] == spans[:, 0]) & (spans[:, 1] - spans[:, 0] == 1)
-        return np.where(is_cell[:, None], cells[place, 1:], np.int32(-1))
+        # The first cell that ends behind the token's start, and the first that begins at its end or later.
+        first = np.searchsorted(cells[:, 1], spans[:, 0], side="right")
+        behind = np.searchsorted(cells[:, 0], spans[:, 1])
+        holds_one = behind - first == 1
+        return np.where(holds_one[:, None], cells[first.clip(max=len(cells) - 1), 2:], np.int32(-1))
 
     def _cells(self) -> np.ndarray | None:
         """Those of the segments, their places counted from the prompt's start."""
@@ -154,23 +224,26 @@ class Prompt:
             return None
         cells = [segment.cells() for segment in self._segments if segment.cells is not None]
         joined = np.concatenate(cells)
-        joined[:, 0] += np.repeat(self._starts[shown], [len(each) for each in cells])
+        joined[:, :2] += np.repeat(self._starts[shown], [len(each) for each in cells])[:, None]
         return joined
 
 
 def place_in_template(render: Callable[[list[str]], str], contents: Sequence[list[Segment]]) -> list[Segment]:
     """The segments of a chat template's text: the messages' own where they stand in it, template around them.
 
-    render: from the messages' contents to the template's text. A text that is not made of the contents, or of the
-    contents without blanks at their ends, is template throughout.
+    render: from the messages' contents to the template's text, which may leave some out. A text that is not made of the
+    contents, or of the contents without blanks at their ends, is template throughout.
     """
     texts = ["".join(segment.text for segment in segments) for segments in contents]
     rendered = render(texts)
     marks = [f"[content {number}]" for number in range(len(texts))]
-    around = _split(render(marks), marks)
+    marked = render(marks)
+    there = [number for number, mark in enumerate(marks) if mark in marked]
+    around = _split(marked, [marks[number] for number in there])
     for strip in (False, True):
         placed = [Segment(TEMPLATE, around[0])]
-        for text, segments, template in zip(texts, contents, around[1:], strict=True):
+        for number, template in zip(there, around[1:], strict=True):
+            text, segments = texts[number], contents[number]
             inside = text.strip() if strip else text
             start = text.find(inside)
             placed += [*_cut(segments, start, start + len(inside)), Segment(TEMPLATE, template)]
@@ -179,8 +252,25 @@ def place_in_template(render: Callable[[list[str]], str], contents: Sequence[lis
     return [Segment(TEMPLATE, rendered)]
 
 
+_TAGS = {"think": THINK, "tools": TOOL, "tool_call": TOOL, "tool_response": TOOL}
+_TAGGED = re.compile(rf"<({'|'.join(_TAGS)})>.*?</\1>", re.DOTALL)
+
+
+def tagged(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The same text, in which what the template or the assistant puts between tags of reasoning and of tools has a role
+    of its own."""
+    for segment in segments:
+        start = 0
+        for found in _TAGGED.finditer(segment.text) if segment.role in (TEMPLATE, ASSISTANT) else ():
+            yield Segment(segment.role, segment.text[start : found.start()])
+            yield Segment(_TAGS[found[1]], found[0])
+            start = found.end()
+        yield Segment(segment.role, segment.text[start:]) if start else segment
+
+
 def _split(text: str, marks: Iterable[str]) -> list[str]:
-    """What stands before, between and after the marks; a mark that is not there leaves nothing after it."""
+    """What stands before, between and after the marks, each of which is there; one that comes out of order leaves
+    nothing after it."""
     parts = []
     for mark in marks:
         before, _, text = text.partition(mark)
@@ -208,4 +298,5 @@ def _part(segment: Segment, first: int, last: int) -> Segment:
 
 def _cells_between(cells: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
     found = cells()
-    return found[(found[:, 0] >= first) & (found[:, 0] < last)] - np.array([first, 0, 0, 0, 0], np.int32)
+    inside = found[(found[:, 0] >= first) & (found[:, 1] <= last)]
+    return inside - np.array([first, first, 0, 0, 0, 0], np.int32)

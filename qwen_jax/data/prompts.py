@@ -1,26 +1,39 @@
 """Task or text -> prompt -> token ids, with over-long prompts handled in the open."""
 
+import json
 import os
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from qwen_jax.data.arc import BadRecord, Task, Text, check_encodable
+from qwen_jax.data.arc import BadRecord, Notes, Task, Text, check_encodable
 from qwen_jax.data.layouts import (
     PROMPT_FORMATS,
     Prompt,
+    PromptFormat,
     Segment,
-    answer_segment,
-    least_characters,
     place_in_template,
-    task_segments,
+    tagged,
 )
+from qwen_jax.data.template import SUFFIX, read_template
 from qwen_jax.data.tokens import Tokens, batch_tokenizer, keeps_digits_apart
 from qwen_jax.errors import ConfigError, UsageError, first_line
-from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, USER, example_role
+from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, THINK, TOOL, USER, example_role
+
+
+def format_called(name: str) -> PromptFormat:
+    """Of PROMPT_FORMATS, or from a template file; raises UsageError."""
+    if name in PROMPT_FORMATS:
+        return PROMPT_FORMATS[name]
+    if not name.endswith(SUFFIX):
+        raise UsageError(
+            f"--prompt_format {name}: choose from {', '.join(PROMPT_FORMATS)}, or give a template, NAME{SUFFIX}"
+        )
+    return read_template(name)
+
 
 OVERLONG_POLICIES = ("drop_examples", "truncate", "skip")
 _PREVIEW_CHARACTERS = 200
@@ -29,7 +42,8 @@ _CHUNK_LINES = 64
 CHUNK_BYTES = 1 << 17
 _BYTES_AT_LEAST = 1 << 20
 _MESSAGE_BYTES = 16
-_MESSAGE_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+_MESSAGE_ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT, "tool": TOOL}
+_REASONING = "reasoning_content"
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class TokenizedSample:
             to fit.
         positions: int32 [n_kept], ascending: the tokens whose activations are kept; None is all of them.
         with_answer: whether the log-probabilities of the tokens of role ANSWER are wanted.
+        notes: what its line says of it besides (kinds.NOTES).
     """
 
     sample_idx: int
@@ -62,6 +77,7 @@ class TokenizedSample:
     full_length: int
     positions: np.ndarray | None = None
     with_answer: bool = False
+    notes: Notes = field(default_factory=dict)
 
     @property
     def n_kept(self) -> int:
@@ -150,8 +166,6 @@ class PromptEncoder:
     ):
         """tokenizer: as load_tokenizer gives it. include_answer: a task's prompt goes on with its first test
         output, where the stream has it. Raises UsageError for names that are in no table."""
-        if prompt_format not in PROMPT_FORMATS:
-            raise UsageError(f"--prompt_format {prompt_format}: choose from {', '.join(PROMPT_FORMATS)}")
         if overlong not in OVERLONG_POLICIES:
             raise UsageError(f"--overlong {overlong}: choose from {', '.join(OVERLONG_POLICIES)}")
         if chat_template and not tokenizer.chat_template:
@@ -162,7 +176,8 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._tokens = batch_tokenizer(tokenizer)
         self._digits_apart = keeps_digits_apart(tokenizer)
-        self._layout = PROMPT_FORMATS[prompt_format]
+        self._format = format_called(prompt_format)
+        self._first_ids = _first_ids(tokenizer)
         self._chat_template = chat_template
         self._max_seq_length = max_seq_length
         self._most_bytes = most_prompt_bytes(tokenizer, max_seq_length)
@@ -204,7 +219,7 @@ class PromptEncoder:
             prompt = self._prompt(record, dropped)
         except BadRecord as bad:
             return SkippedSample(sample_idx, record.task_id, str(bad), 0, True)
-        tokens = yield prompt.text
+        tokens = self._begun(record, (yield prompt.text))
         n_tokens = len(tokens.ids)
         if not n_tokens:
             return SkippedSample(sample_idx, record.task_id, "prompt has no tokens", 0, True)
@@ -218,6 +233,16 @@ class PromptEncoder:
             dropped, prompt, tokens = shorter
         return self._sample(sample_idx, record, prompt, tokens, dropped, n_tokens)
 
+    def _begun(self, record: Task | Text, tokens: Tokens) -> Tokens:
+        """With the tokens that the tokenizer puts before a text; a chat template has its own."""
+        if not len(self._first_ids) or self._in_chat(record) or not len(tokens.ids):
+            return tokens
+        nowhere = np.zeros((len(self._first_ids), 2), np.int32)
+        return Tokens(np.concatenate([self._first_ids, tokens.ids]), np.concatenate([nowhere, tokens.spans]))
+
+    def _in_chat(self, record: Task | Text) -> bool:
+        return self._chat_template or (isinstance(record, Text) and record.messages is not None)
+
     def _drops_of(self, record: Task | Text) -> TypeGuard[Task]:
         """Whether examples may be left out of it."""
         return self._overlong == "drop_examples" and isinstance(record, Task)
@@ -227,7 +252,7 @@ class PromptEncoder:
         nothing is left then."""
         if not self._drops_of(record):
             return 0 if _bytes(record) <= self._most_bytes else None
-        before, left = least_characters(record, self._layout), self._most_bytes
+        before, left = self._format.least_characters(record), self._most_bytes
         for number in range(len(before) - 1, -1, -1):
             left -= before[number]
             if left < 0:
@@ -258,7 +283,7 @@ class PromptEncoder:
         too_few, found = before, None
         while found is None or found[0] > too_few + 1:
             shorter = self._prompt(task, dropped)
-            left = yield shorter.text
+            left = self._begun(task, (yield shorter.text))
             if len(left.ids) <= self._max_seq_length:
                 found = dropped, shorter, left
                 if self._digits_apart and len(left.ids) == expected[dropped - before]:
@@ -282,10 +307,13 @@ class PromptEncoder:
     ) -> TokenizedSample:
         """The first max_seq_length tokens."""
         spans = tokens.spans[: self._max_seq_length]
+        roles = prompt.token_roles(spans)
+        if not self._in_chat(record):
+            roles[: len(self._first_ids)] = TEMPLATE
         return TokenizedSample(
             sample_idx,
             tokens.ids[: self._max_seq_length],
-            prompt.token_roles(spans),
+            roles,
             prompt.token_cells(spans),
             prompt.text[:_PREVIEW_CHARACTERS],
             record.task_id,
@@ -293,6 +321,7 @@ class PromptEncoder:
             dropped_examples=dropped,
             full_length=full_length,
             with_answer=self._include_answer,
+            notes=record.notes,
         )
 
     def _too_long(self, sample_idx: int, record: Task | Text, what: str, full_length: int) -> SkippedSample:
@@ -307,26 +336,46 @@ class PromptEncoder:
     def _segments(self, record: Task | Text, dropped: int) -> list[Segment]:
         """The prompt's parts, the chat template and the answer included where they are asked for."""
         if isinstance(record, Text) and record.messages is not None:
-            return self._in_template(record.messages, [[_message_segment(each)] for each in record.messages])
+            return self._dialogue(record.messages, record.tools)
         if isinstance(record, Text):
             return self._as_user([Segment(TEXT, record.text or "")])
-        segments = self._as_user(task_segments(record, self._layout, dropped))
-        answer = answer_segment(record, self._layout) if self._include_answer else None
+        segments = self._as_user(self._format.segments(record, dropped))
+        answer = self._format.answer(record) if self._include_answer else None
         return segments if answer is None else [*segments, answer]
 
     def _as_user(self, segments: list[Segment]) -> list[Segment]:
         """One user message in the chat template if that is asked for, else as it is."""
-        return self._in_template([{"role": "user"}], [segments]) if self._chat_template else segments
+        if not self._chat_template:
+            return segments
+        return place_in_template(
+            lambda texts: self._apply_template([{"role": "user", "content": texts[0]}]), [segments]
+        )
 
-    def _in_template(self, messages: list[dict[str, str]], contents: list[list[Segment]]) -> list[Segment]:
+    def _dialogue(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Segment]:
+        """A chat in its template. What a message thinks and what it says stand apart, as the template shows them."""
+        if self._shows_reasoning:
+            messages = [_with_reasoning_apart(message) for message in messages]
+        slots = [
+            (number, key)
+            for number, message in enumerate(messages)
+            for key in (_REASONING, "content")
+            if key in message
+        ]
+
         def render(texts: list[str]) -> str:
-            return self._apply_template(
-                [message | {"content": text} for message, text in zip(messages, texts, strict=True)]
-            )
+            filled = [dict(message) for message in messages]
+            for (number, key), text in zip(slots, texts, strict=True):
+                filled[number][key] = text
+            return self._apply_template(filled, tools)
 
-        return place_in_template(render, contents)
+        contents = [[_message_segment(messages[number], key)] for number, key in slots]
+        return list(tagged(place_in_template(render, contents)))
 
-    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+    @property
+    def _shows_reasoning(self) -> bool:
+        return _REASONING in str(self._tokenizer.chat_template)
+
+    def _apply_template(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
         if not self._tokenizer.chat_template:
             raise ConfigError(
                 "the stream has chat messages, but this model's tokenizer has no chat template; use an Instruct "
@@ -337,8 +386,10 @@ class PromptEncoder:
         try:
             # A dialogue that ends with the assistant's words asks for no more of them.
             asks = messages[-1]["role"] != "assistant"
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-        except TemplateError as error:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=asks
+            )
+        except (TemplateError, TypeError, ValueError) as error:
             raise BadRecord(f"the chat template refuses the messages: {error}") from error
 
 
@@ -364,7 +415,10 @@ def _bytes(record: Task | Text | BadRecord) -> int:
         grids = (grid for pair in (*record.train, *record.test) for grid in pair.values())
         return sum(len(grid) * len(grid[0]) for grid in grids)
     if record.messages is not None:
-        return sum(_utf8(message["content"]) + _MESSAGE_BYTES for message in record.messages)
+        texts = (text for message in record.messages for text in message.values() if isinstance(text, str))
+        calls = [message["tool_calls"] for message in record.messages if "tool_calls" in message]
+        said = sum(map(_utf8, texts)) + _MESSAGE_BYTES * len(record.messages)
+        return said + (_utf8(json.dumps([calls, record.tools])) if calls or record.tools else 0)
     return _utf8(record.text or "")
 
 
@@ -393,8 +447,30 @@ def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens, before: int = 
     return expected
 
 
-def _message_segment(message: dict[str, str]) -> Segment:
-    return Segment(_MESSAGE_ROLES.get(message["role"], TEMPLATE), message["content"])
+def _message_segment(message: dict[str, Any], key: str) -> Segment:
+    return Segment(
+        THINK if key == _REASONING else _MESSAGE_ROLES.get(message["role"], TEMPLATE), message[key]
+    )
+
+
+def _with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's message of which the content begins with what it thinks, as templates split it themselves."""
+    if message["role"] != "assistant" or _REASONING in message or "</think>" not in message["content"]:
+        return message
+    thought, _, _ = message["content"].partition("</think>")
+    _, _, said = message["content"].rpartition("</think>")
+    _, _, thought = thought.rpartition("<think>")
+    return message | {_REASONING: thought.strip("\n"), "content": said.lstrip("\n")}
+
+
+def _first_ids(tokenizer: Any) -> np.ndarray:
+    """int32: what the tokenizer by itself puts before a text. Qwen's puts nothing there, Llama's a token."""
+    with_special, plain = (
+        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    places = range(len(with_special) - len(plain) + 1)
+    first = next((place for place in places if with_special[place : place + len(plain)] == plain), 0)
+    return np.asarray(with_special[:first], np.int32)
 
 
 def load_tokenizer(path_or_id: str, revision: str | None = None) -> Any:

@@ -7,13 +7,15 @@ import json
 import os
 import resource
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_jax.data.arc import BadRecord, Row, Task, Text, parse_line
+from qwen_jax.data.arc import PAIRS, BadRecord, Row, Task, Text, parse_line
 from qwen_jax.data.convert import Rejected, stream_lines
+from qwen_jax.data.spread import Spread
 from qwen_jax.errors import BadDataError, ConfigError, UsageError
 from qwen_jax.files import storage_errors
 
@@ -197,11 +199,13 @@ def stream_files(paths: list[Path]) -> Iterator[list[StreamFile]]:
 
 @dataclass(frozen=True)
 class StreamsReport:
-    """What write_streams did. rejected: those that got no line, at most the first 1000 with their reasons."""
+    """What write_streams did. samples: lines. rejected: rows that got no line, at most the first 1000 with their
+    reasons. taken_for: usable rows by what they were taken for."""
 
     samples: int
     rejected: int
     listed: list[Rejected]
+    taken_for: dict[str, int]
 
 
 def write_streams(
@@ -211,16 +215,18 @@ def write_streams(
     *,
     column_name: str = "examples",
     source: dict[str, Any] | None = None,
+    spread: Spread = Spread(),  # noqa: B008  (it is frozen)
 ) -> StreamsReport:
-    """Deals rows round-robin to `num_streams` files, then writes streams.json; the same rows, the same bytes.
+    """Deals lines round-robin to `num_streams` files, then writes streams.json; the same rows, the same bytes.
 
-    source: what streams.json says about the origin (name, revision, split).
+    source: what streams.json says about the origin (name, revision, split). spread: which lines a row gives.
     Raises UsageError if the folder holds further streams of an earlier run, BadDataError if no row is usable.
     """
     _refuse_further_streams(output_dir, num_streams)
     _allow_open_files(num_streams)
     rejected = 0
     listed: list[Rejected] = []
+    kinds: Counter[str] = Counter()
 
     def reject(row: Rejected) -> None:
         nonlocal rejected
@@ -230,7 +236,7 @@ def write_streams(
 
     with stream_files([output_dir / stream_name(i) for i in range(num_streams)]) as files:
         samples = 0
-        for line in stream_lines(rows, column_name, reject):
+        for line in stream_lines(rows, column_name, reject, spread, lambda kind: kinds.update([kind])):
             files[samples % num_streams].write(line)
             samples += 1
         if not samples:
@@ -238,7 +244,7 @@ def write_streams(
             raise BadDataError(
                 f"no usable row in the dataset ({reasons}); check --dataset_name and --column_name"
             )
-    report = StreamsReport(samples, rejected, listed)
+    report = StreamsReport(samples, rejected, listed, dict(sorted(kinds.items())))
     _write_manifest(output_dir, files, column_name, source or {}, report)
     return report
 
@@ -251,6 +257,7 @@ def _write_manifest(
         "num_streams": len(files),
         "samples": report.samples,
         "rejected": report.rejected,
+        **({} if report.taken_for.keys() <= {PAIRS} else {"taken_for": report.taken_for}),
         "streams": [{"file": f.path.name, "samples": f.lines, "sha256": f.sha256} for f in files],
         "rejected_rows": [asdict(row) for row in report.listed],
     }

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from qwen_jax import __version__
 from qwen_jax.errors import BadDataError, shown
+from qwen_jax.kinds import EMBEDDING
 from qwen_jax.ledger.checks import DamagedError, parse
 from qwen_jax.ledger.names import METADATA_NAME, shard_name
 from qwen_jax.ledger.schema import (
@@ -254,6 +255,16 @@ def parse_metadata(data: bytes, source: str = METADATA_NAME, *, described: bool 
         fields.get("written_by", {}),
         fields,
     )
+
+
+def row_widths(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Values of a row by stored kind, of a metadata.json that describes its run; the first ones said only the model's
+    width, which all kinds had."""
+    kinds = [
+        *fields["activation_types"],
+        *([EMBEDDING] if fields["fingerprint"]["include_embedding"] else []),
+    ]
+    return {kind: fields.get("widths", {}).get(kind, fields["model"]["hidden_size"]) for kind in kinds}
 
 
 def seen_metadata(data: bytes) -> tuple[int, dict[str, float], str]:

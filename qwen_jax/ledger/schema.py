@@ -105,6 +105,7 @@ DESCRIBED_METADATA = record(
             others=None,
         ),
     },
+    optional={"widths": map_of(text(r"[a-z_]+"), whole(1, 10**7))},
     others=None,
 )
 """metadata.json as far as readers take something from it."""

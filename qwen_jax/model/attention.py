@@ -1,6 +1,6 @@
 """Causal grouped-query attention over an endless row of samples: the one place that chooses how it is computed.
 
-Dimension letters: see qwen_jax/model/qwen2.py. T queries stand in a row of samples; each sees the keys of its own
+Dimension letters: see qwen_jax/model/decoder.py. T queries stand in a row of samples; each sees the keys of its own
 sample up to itself. A step's keys are the P carried ones followed by its own T, so every sample is contiguous in
 them, and what is carried on is the last P of them.
 

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from qwen_jax.model.decoder import Decoder
 from qwen_jax.model.program import Program
-from qwen_jax.model.qwen2 import Qwen2
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _repeated(say: Callable[[], None]) -> Iterator[None]:
 class Capture:
     """A program with its weights on the devices, and what goes on from step to step."""
 
-    def __init__(self, compilation: Compilation, model: Qwen2):
+    def __init__(self, compilation: Compilation, model: Decoder):
         """model: as weights.load_model gives it for the program's mesh."""
         self._compilation = compilation
         self._program = program = compilation.program

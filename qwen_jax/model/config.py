@@ -1,4 +1,4 @@
-"""The Qwen2 / Qwen2.5 architecture as `config.json` states it; what we cannot do is refused by name."""
+"""A model's architecture as `config.json` states it; what we cannot do is refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import ConfigError
+from qwen_jax.model.families import FAMILIES, Family
+from qwen_jax.model.rope import Rope, parse_rope
 
-# What transformers assumes where a Qwen2 config.json leaves the field out.
-_DEFAULT_ROPE_THETA = 10000.0
-_DEFAULT_RMS_NORM_EPS = 1e-6
-_DEFAULT_SLIDING_WINDOW = 4096
-_DEFAULT_MAX_WINDOW_LAYERS = 28
+_DEFAULT_RMS_NORM_EPS = 1e-6  # of transformers, for every family
 
 
 @dataclass(frozen=True)
-class Qwen2Config:
-    """The sizes of a dense Qwen2 model. All lengths are counts, not bytes."""
+class ModelConfig:
+    """The sizes of a dense model, and what its family has besides (families.py). All lengths are counts, not bytes."""
 
     vocab_size: int
     hidden_size: int
@@ -26,14 +24,18 @@ class Qwen2Config:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float
+    rope: Rope
     rms_norm_eps: float
     max_positions: int
     tied_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
     @property
     def dims(self) -> dict[str, int]:
-        """Sizes by the dimension letters of qwen_jax/model/qwen2.py."""
+        """Sizes by the dimension letters of qwen_jax/model/decoder.py."""
         return {
             "V": self.vocab_size,
             "D": self.hidden_size,
@@ -45,7 +47,7 @@ class Qwen2Config:
         }
 
 
-def read_config(folder: str | Path) -> Qwen2Config:
+def read_config(folder: str | Path) -> ModelConfig:
     """Reads `config.json` of a local checkpoint folder; raises ConfigError naming what is wrong."""
     path = Path(folder) / "config.json"
     try:
@@ -62,15 +64,16 @@ def read_config(folder: str | Path) -> Qwen2Config:
     return parse_config(fields, str(path))
 
 
-def parse_config(fields: Mapping[str, Any], source: str = "config.json") -> Qwen2Config:
-    """Turns the fields of a `config.json` into a Qwen2Config.
+def parse_config(fields: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """Turns the fields of a `config.json` into a ModelConfig.
 
-    Raises ConfigError for any architecture other than dense Qwen2, an active sliding window, a rope
-    type other than `default`, quantised weights, an activation other than silu, or a missing size.
+    Raises ConfigError for an architecture that is in no family (mixtures of experts and models that see among them), a
+    sliding window in use, an unknown rope type, quantised weights, an activation other than silu, or a missing size.
     """
-    _refuse_other_architectures(fields, source)
-    _refuse_sliding_window(fields, source)
+    family = _family(fields, source)
+    fields = {**family.absent, **fields}
     sizes = {key: _size(fields, key, source) for key in _SIZE_FIELDS}
+    _refuse_sliding_windows(family, fields, source)
     num_heads = sizes["num_attention_heads"]
     num_kv_heads = _size(fields, "num_key_value_heads", source, default=num_heads)
     head_dim = _size(fields, "head_dim", source, default=sizes["hidden_size"] // num_heads)
@@ -79,7 +82,8 @@ def parse_config(fields: Mapping[str, Any], source: str = "config.json") -> Qwen
             f"{source}: {num_heads} attention heads, {num_kv_heads} key-value heads and head size "
             f"{head_dim} do not fit together"
         )
-    return Qwen2Config(
+    rope = parse_rope(fields, source)
+    return ModelConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
@@ -87,10 +91,14 @@ def parse_config(fields: Mapping[str, Any], source: str = "config.json") -> Qwen
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope_theta=_rope_theta(fields, source),
+        rope=rope,
         rms_norm_eps=float(fields.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
-        max_positions=_size(fields, "max_position_embeddings", source, default=32768),
+        max_positions=rope.positions(_size(fields, "max_position_embeddings", source)),
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias(fields),
+        o_bias=family.o_bias(fields),
+        mlp_bias=family.mlp_bias(fields),
+        qk_norm=family.qk_norm(fields),
     )
 
 
@@ -106,50 +114,30 @@ def _size(fields: Mapping[str, Any], key: str, source: str, default: int | None 
     return value
 
 
-def _refuse_other_architectures(fields: Mapping[str, Any], source: str) -> None:
+def _family(fields: Mapping[str, Any], source: str) -> Family:
     model_type = fields.get("model_type")
-    if model_type != "qwen2":
+    if model_type not in FAMILIES:
+        known = ", ".join(f"{family.title} ({name!r})" for name, family in FAMILIES.items())
         raise ConfigError(
-            f"{source}: model_type {model_type!r} is not supported; only dense Qwen2 and Qwen2.5 models "
-            "(model_type 'qwen2') are"
+            f"{source}: model_type {model_type!r} is not supported; dense models of these families are: {known}"
         )
-    if fields.get("quantization_config"):
+    if quantised := fields.get("quantization_config"):
+        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else quantised
         raise ConfigError(
-            f"{source}: quantised weights (quantization_config) are not supported; use the unquantised model"
+            f"{source}: quantised weights ({method}, quantization_config) are not supported; use the unquantised model"
         )
     if fields.get("hidden_act", "silu") != "silu":
         raise ConfigError(
-            f"{source}: hidden_act {fields['hidden_act']!r} is not supported; Qwen2 uses 'silu'"
+            f"{source}: hidden_act {fields['hidden_act']!r} is not supported; these families use 'silu'"
         )
+    return FAMILIES[model_type]
 
 
-def _refuse_sliding_window(fields: Mapping[str, Any], source: str) -> None:
+def _refuse_sliding_windows(family: Family, fields: Mapping[str, Any], source: str) -> None:
     layer_types = fields.get("layer_types")
-    if layer_types is not None:
-        active = sorted(set(layer_types) - {"full_attention"})
-    else:
-        enabled = fields.get("use_sliding_window", False)
-        window = fields.get("sliding_window", _DEFAULT_SLIDING_WINDOW)
-        first_layer = fields.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
-        windowed = enabled and window is not None and first_layer < fields.get("num_hidden_layers", 0)
-        active = ["use_sliding_window"] if windowed else []
-    if active:
+    in_use = family.windows(fields) if layer_types is None else sorted(set(layer_types) - {"full_attention"})
+    if in_use:
         raise ConfigError(
-            f"{source}: sliding window attention is active ({', '.join(active)}) and not supported; "
+            f"{source}: sliding window attention is active ({', '.join(in_use)}) and not supported; "
             "hidden states computed without it would be wrong"
         )
-
-
-def _rope_theta(fields: Mapping[str, Any], source: str) -> float:
-    """The rope base, from `rope_parameters` (transformers 5) or `rope_theta` (before it)."""
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type != "default":
-        raise ConfigError(
-            f"{source}: rope type {rope_type!r} is not supported, only 'default'; "
-            "remove the rope scaling to run the model within its trained context"
-        )
-    theta = scaling.get("rope_theta", fields.get("rope_theta", _DEFAULT_ROPE_THETA))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0:
-        raise ConfigError(f"{source}: rope_theta must be a number above 0, got {theta!r}")
-    return float(theta)

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.kinds import EMBEDDING
+from qwen_jax.kinds import ALL_KINDS, EMBEDDING
 from qwen_jax.model.attention import Carried, Form
-from qwen_jax.model.config import Qwen2Config
-from qwen_jax.model.qwen2 import Qwen2, Shared, rope_tables
+from qwen_jax.model.config import ModelConfig
+from qwen_jax.model.decoder import Decoder, Shared, rope_tables
 from qwen_jax.model.sharding import Parts
 from qwen_jax.model.weights import abstract_parameters
 
@@ -54,11 +54,11 @@ Shape = TypeVar("Shape", bound=StepShape, covariant=True)
 class Program(Generic[Shape]):
     """A run's step without its weights: all that decides what is compiled.
 
-    num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Qwen2; stored_dtype: of
-    the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head.
+    num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Decoder; stored_dtype:
+    of the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head.
     """
 
-    config: Qwen2Config
+    config: ModelConfig
     num_layers: int
     layers: tuple[int, ...]
     taps: tuple[str, ...]
@@ -92,9 +92,12 @@ class Program(Generic[Shape]):
 
     def carried_rows(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The last kept tokens of every row, which the next step's blocks may begin with."""
-        counts = {tap: 1 if tap == EMBEDDING else len(self.layers) for tap in self.taps}
-        size = (self.shape.block_tokens, self.config.hidden_size)
-        return {tap: self._array((count, *size), self.stored_dtype) for tap, count in counts.items()}
+        found = {}
+        for tap in self.taps:
+            count = 1 if tap == EMBEDDING else len(self.layers)
+            shape = (count, self.shape.block_tokens, ALL_KINDS[tap].width(self.config.dims))
+            found[tap] = self._array(shape, self.stored_dtype)
+        return found
 
     def _array(self, shape: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
         """One for each row."""
@@ -153,7 +156,7 @@ class Program(Generic[Shape]):
         cos_TH, sin_TH = (table_PH[positions_T] for table_PH in tables)
         # On TPU and GPU float32 products run in fewer bits unless told otherwise.
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
-            model: Qwen2 = nnx.merge(graph, params)
+            model: Decoder = nnx.merge(graph, params)
             captured, last_TD, carried = model(
                 tokens_T,
                 Shared(cos_TH, sin_TH, self.form(positions_T), self.parts),

@@ -13,9 +13,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.config import ModelConfig
 
 MESH_AXIS = {"X": "data", "N": "model", "K": "model", "F": "model"}
+
+
+def is_split(letters: str) -> bool:
+    """Whether devices that share the weights have parts of an array with these axes."""
+    return any(MESH_AXIS.get(letter) == "model" for letter in letters)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class Parts:
     def add(self, x: jax.Array) -> jax.Array:
         """The sum of what all parts computed."""
         return x if self.count == 1 else jax.lax.psum(x, self.axis)
+
+    def whole(self, x_TN: jax.Array) -> jax.Array:
+        """What all parts hold of an array whose last axis is split over them."""
+        return (
+            x_TN if self.count == 1 else jax.lax.all_gather(x_TN, self.axis, axis=x_TN.ndim - 1, tiled=True)
+        )
 
     def kv_heads_each(self, kv_heads: int) -> int:
         """kv heads that each part holds keys for; where there are fewer than parts, several hold the same one."""
@@ -70,7 +81,7 @@ def check_division(devices: int, model_parallel: int, name: str) -> None:
         )
 
 
-def check_split(config: Qwen2Config, parts: int) -> None:
+def check_split(config: ModelConfig, parts: int) -> None:
     """Raises ConfigError where `--model_parallel parts` cannot split this model's heads and mlp width."""
     heads_fit = config.num_kv_heads % parts == 0 or parts % config.num_kv_heads == 0
     if config.num_heads % parts or config.intermediate_size % parts or not heads_fit:

@@ -16,68 +16,75 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, so that safetensors can return it)
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
 
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.config import Qwen2Config
-from qwen_jax.model.qwen2 import Qwen2, abstract_model
+from qwen_jax.model.adapter import Adapter, LowRank, open_adapter
+from qwen_jax.model.config import ModelConfig
+from qwen_jax.model.decoder import Decoder, abstract_model
 from qwen_jax.model.sharding import sharding_of
+from qwen_jax.model.tensors import READABLE_DTYPES, file_sha256, open_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
-# Checkpoint name below `model.layers.{i}.` -> (our path, checkpoint axes in our dimension letters).
-# Axes that the checkpoint flattens stand together: "NH D" is a [N * H, D] matrix.
+# Checkpoint name below `model.layers.{i}.` -> (our path, checkpoint axes in our dimension letters, and the switch of
+# ModelConfig that a model must have on for it, "" where all have it). Axes that the checkpoint flattens stand
+# together: "NH D" is a [N * H, D] matrix.
 LAYER_TENSORS = {
-    "input_layernorm.weight": (("attn_norm", "scale_D"), "D"),
-    "self_attn.q_proj.weight": (("attn", "q_NHD"), "NH D"),
-    "self_attn.q_proj.bias": (("attn", "q_bias_NH"), "NH"),
-    "self_attn.k_proj.weight": (("attn", "k_KHD"), "KH D"),
-    "self_attn.k_proj.bias": (("attn", "k_bias_KH"), "KH"),
-    "self_attn.v_proj.weight": (("attn", "v_KHD"), "KH D"),
-    "self_attn.v_proj.bias": (("attn", "v_bias_KH"), "KH"),
-    "self_attn.o_proj.weight": (("attn", "o_DNH"), "D NH"),
-    "post_attention_layernorm.weight": (("mlp_norm", "scale_D"), "D"),
-    "mlp.gate_proj.weight": (("mlp", "gate_FD"), "F D"),
-    "mlp.up_proj.weight": (("mlp", "up_FD"), "F D"),
-    "mlp.down_proj.weight": (("mlp", "down_DF"), "D F"),
+    "input_layernorm.weight": (("attn_norm", "scale_D"), "D", ""),
+    "self_attn.q_proj.weight": (("attn", "q_NHD"), "NH D", ""),
+    "self_attn.q_proj.bias": (("attn", "q_bias_NH"), "NH", "qkv_bias"),
+    "self_attn.k_proj.weight": (("attn", "k_KHD"), "KH D", ""),
+    "self_attn.k_proj.bias": (("attn", "k_bias_KH"), "KH", "qkv_bias"),
+    "self_attn.v_proj.weight": (("attn", "v_KHD"), "KH D", ""),
+    "self_attn.v_proj.bias": (("attn", "v_bias_KH"), "KH", "qkv_bias"),
+    "self_attn.q_norm.weight": (("attn", "q_norm", "scale_H"), "H", "qk_norm"),
+    "self_attn.k_norm.weight": (("attn", "k_norm", "scale_H"), "H", "qk_norm"),
+    "self_attn.o_proj.weight": (("attn", "o_DNH"), "D NH", ""),
+    "self_attn.o_proj.bias": (("attn", "o_bias_D"), "D", "o_bias"),
+    "post_attention_layernorm.weight": (("mlp_norm", "scale_D"), "D", ""),
+    "mlp.gate_proj.weight": (("mlp", "gate_FD"), "F D", ""),
+    "mlp.gate_proj.bias": (("mlp", "gate_bias_F"), "F", "mlp_bias"),
+    "mlp.up_proj.weight": (("mlp", "up_FD"), "F D", ""),
+    "mlp.up_proj.bias": (("mlp", "up_bias_F"), "F", "mlp_bias"),
+    "mlp.down_proj.weight": (("mlp", "down_DF"), "D F", ""),
+    "mlp.down_proj.bias": (("mlp", "down_bias_D"), "D", "mlp_bias"),
 }
 # Read for log-probabilities only, else left out on purpose. Old checkpoints also store rope frequencies.
 HEAD_TENSORS = (LM_HEAD, FINAL_NORM)
 UNUSED_LAYER_TENSORS = ("self_attn.rotary_emb.inv_freq",)
-READABLE_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a local checkpoint folder: file and shape of each, by name."""
+    """The tensors of a local checkpoint folder: file and shape of each, by name; and what is added to some of them."""
 
     folder: Path
     files: tuple[Path, ...]
     location: Mapping[str, Path]
+    adapter: Adapter | None = None
 
     def digest(self) -> str:
-        """sha256 over the files' own sha256 sums (those that the Hugging Face Hub shows), by name."""
+        """sha256 over the files' own sha256 sums (those that the Hub shows), by name, and the adapter's."""
         with ThreadPoolExecutor() as pool:
-            sums = list(pool.map(_file_sha256, self.files))
+            sums = list(pool.map(file_sha256, self.files))
         listing = "".join(f"{s}  {f.name}\n" for s, f in zip(sums, self.files, strict=True))
+        listing += "" if self.adapter is None else self.adapter.digest()
         return hashlib.sha256(listing.encode()).hexdigest()
 
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def change(self, name: str) -> LowRank | None:
+        return None if self.adapter is None else self.adapter.changes.get(name)
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, adapter: str | Path | None = None) -> Checkpoint:
     """Finds `model.safetensors` or the files of `model.safetensors.index.json`; reads only headers.
 
-    Raises ConfigError for missing files, unreadable files and tensors that stand in two files.
+    adapter: the folder of an adapter that is merged into what is loaded. Raises ConfigError for missing files,
+    unreadable files and tensors that stand in two files.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -93,14 +100,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     location: dict[str, Path] = {}
     duplicates = []
     for file in files:
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 if name in location:
                     duplicates.append(f"{name} (in {location[name].name} and {file.name})")
                 location[name] = file
     if duplicates:
         raise ConfigError(f"{folder}: tensors stored twice: {', '.join(duplicates)}")
-    return Checkpoint(folder, tuple(files), location)
+    return Checkpoint(folder, tuple(files), location, None if adapter is None else open_adapter(adapter))
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -117,21 +124,14 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file} cannot be read as safetensors ({error}); download it again") from error
-
-
 def load_model(
     checkpoint: Checkpoint,
-    config: Qwen2Config,
+    config: ModelConfig,
     num_layers: int,
     dtype: jnp.dtype,
     mesh: Mesh,
     with_head: bool = False,
-) -> Qwen2:
+) -> Decoder:
     """The first `num_layers` layers on the devices of `mesh`, in `dtype`; with the final norm and LM head if asked.
 
     Each device's part of each parameter is read straight from the files; no full copy of the model
@@ -139,18 +139,21 @@ def load_model(
     """
     check_tensors(checkpoint, config, num_layers, with_head)
     graph, abstract = abstract_parameters(config, num_layers, dtype, mesh, with_head)
-    handles = {file: _open(file) for file in checkpoint.files}
+    handles = {file: open_tensors(file) for file in checkpoint.files}
     filled = []
     for path, leaf in nnx.to_flat_state(abstract):
         names, axes = _sources(path, num_layers)
-        tensors = [_Tensor(handles[checkpoint.location[name]], name, axes, config) for name in names]
+        tensors = [
+            _Tensor(handles[checkpoint.location[name]], name, axes, config, checkpoint.change(name))
+            for name in names
+        ]
         read = partial(_read_part, tensors, _is_stacked(path), leaf.dtype)
         filled.append((path, leaf.replace(_place(leaf.shape, leaf.sharding, read))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def abstract_parameters(
-    config: Qwen2Config, num_layers: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, with_head: bool = False
+    config: ModelConfig, num_layers: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, with_head: bool = False
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's graph and its parameters as shapes, each with the sharding that load_model gives it."""
     graph, abstract = nnx.split(abstract_model(config, num_layers, dtype, with_head))
@@ -167,7 +170,7 @@ def _is_stacked(path: tuple[Any, ...]) -> bool:
     return path[0] == "blocks"
 
 
-def _sharding(path: tuple[Any, ...], config: Qwen2Config, mesh: Mesh | AbstractMesh) -> NamedSharding:
+def _sharding(path: tuple[Any, ...], config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Where one of our parameters lies."""
     _, axes = _sources(path, 0)
     return sharding_of(mesh, "L" * _is_stacked(path) + axes.replace(" ", ""), config.dims)
@@ -179,7 +182,7 @@ _SINGLE_TENSORS: dict[tuple[Any, ...], tuple[str, str]] = {
     ("head_VD",): (LM_HEAD, "V D"),
 }
 _PATH_TO_TENSOR: dict[tuple[Any, ...], tuple[str, str]] = {
-    path: (suffix, axes) for suffix, (path, axes) in LAYER_TENSORS.items()
+    path: (suffix, axes) for suffix, (path, axes, _) in LAYER_TENSORS.items()
 }
 
 
@@ -201,8 +204,8 @@ _PIECE_BYTES = 4 << 20
 class _Tensor:
     """One stored tensor, readable by an index into its unflattened axes."""
 
-    def __init__(self, handle: Any, name: str, axes: str, config: Qwen2Config):
-        self._stored = handle.get_slice(name)
+    def __init__(self, handle: Any, name: str, axes: str, config: ModelConfig, change: LowRank | None = None):
+        self._stored, self._change = handle.get_slice(name), change
         self._groups = axes.split()
         self._dims = config.dims
 
@@ -215,7 +218,8 @@ class _Tensor:
         for start in range(0, len(rows), step):
             stop = min(start + step, len(rows))
             piece = slice(flat[0].start + start, flat[0].start + stop)
-            rows[start:stop] = self._stored[(piece, *flat[1:])]
+            stored = self._stored[(piece, *flat[1:])]
+            rows[start:stop] = stored if self._change is None else self._change.added(stored, piece, flat[1])
 
     def _flatten(self, group: str, parts: list[slice]) -> slice:
         """Only the first letter of a flattened group is ever split, so the part is one range."""
@@ -254,7 +258,7 @@ def _place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Inde
 
 
 def check_tensors(
-    checkpoint: Checkpoint, config: Qwen2Config, num_layers: int, with_head: bool = False
+    checkpoint: Checkpoint, config: ModelConfig, num_layers: int, with_head: bool = False
 ) -> None:
     """Raises one ConfigError that names every tensor which does not fit the architecture."""
     expected = expected_shapes(config)
@@ -266,18 +270,20 @@ def check_tensors(
     faults = [f"missing {name}" for name in sorted(needed.keys() - found)]
     faults += [f"unknown {name}" for name in sorted(found - expected.keys() - unused)]
     for name in sorted(needed.keys() & found):
-        with _open(checkpoint.location[name]) as tensors:
+        with open_tensors(checkpoint.location[name]) as tensors:
             stored = tensors.get_slice(name)
             if tuple(stored.get_shape()) != needed[name]:
                 faults.append(f"{name} has shape {tuple(stored.get_shape())}, expected {needed[name]}")
             if stored.get_dtype() not in READABLE_DTYPES:
                 faults.append(f"{name} is {stored.get_dtype()}, readable are {', '.join(READABLE_DTYPES)}")
+    if checkpoint.adapter is not None:
+        faults += checkpoint.adapter.faults(expected_shapes(config, with_head=True))
     if faults:
         raise ConfigError(f"{checkpoint.folder} does not fit its config.json: {'; '.join(faults)}")
 
 
 def expected_shapes(
-    config: Qwen2Config, num_layers: int | None = None, with_head: bool = False
+    config: ModelConfig, num_layers: int | None = None, with_head: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Checkpoint name -> shape of the embedding, of the first `num_layers` layers (default all) and the head."""
 
@@ -289,6 +295,11 @@ def expected_shapes(
         shapes[FINAL_NORM] = shape("D")
         if not config.tied_embeddings:
             shapes[LM_HEAD] = shape("V D")
+    of_layer = {
+        suffix: shape(axes)
+        for suffix, (_, axes, switch) in LAYER_TENSORS.items()
+        if not switch or getattr(config, switch)
+    }
     for i in range(config.num_layers if num_layers is None else num_layers):
-        shapes |= {f"model.layers.{i}.{suffix}": shape(axes) for suffix, (_, axes) in LAYER_TENSORS.items()}
+        shapes |= {f"model.layers.{i}.{suffix}": found for suffix, found in of_layer.items()}
     return shapes

@@ -50,7 +50,7 @@ def write_card(
 def _header(runs: Sequence[Run]) -> list[str]:
     name = _model(runs)["name"]
     base = [f"base_model: {name}"] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
-    return ["---", *base, "tags:", "- activations", "- sparse-autoencoder", "- qwen2", "---"]
+    return ["---", *base, "tags:", "- activations", "- sparse-autoencoder", "---"]
 
 
 def _model(runs: Sequence[Run]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from qwen_jax.reading.runs import (
 )
 from qwen_jax.reading.samples import Layer, fetched, row_arrays, samples_in, shard_samples
 from qwen_jax.shards import EMBEDDING
-from qwen_jax.storage.local import atomic_write, json_bytes
+from qwen_jax.storage.atomic import atomic_write, json_bytes
 
 _UNKNOWN_HOOK = "blocks.{}.activation"
 """What stands for what no metadata.json names."""

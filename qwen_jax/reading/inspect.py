@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import UsageError
+from qwen_jax.kinds import NOTES
+from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
@@ -37,7 +39,7 @@ def _describe_run(run: DescribedRun) -> Iterator[str]:
     yield f"{run.where}: worker {metadata['worker_id']}, {metadata['status']}"
     yield f"  model    {_model(metadata)}"
     yield f"  layers   {_ranges(metadata['layers'])} of {metadata['model']['num_layers']}: {', '.join(kinds)}"
-    yield f"  values   {metadata['activation_dtype']}, width {metadata['model']['hidden_size']}"
+    yield f"  values   {metadata['activation_dtype']}, width {_widths(metadata)}"
     yield f"  tokens   {totals['tokens']:,} kept ({fingerprint['keep_tokens']})"
     dataset = metadata["dataset"]
     yield f"  samples  {_samples(totals)}, of {dataset['lines']:,} in {dataset['path']}"
@@ -46,6 +48,14 @@ def _describe_run(run: DescribedRun) -> Iterator[str]:
 
 def _model(metadata: Mapping[str, Any]) -> str:
     return f"{metadata['model']['name']}, revision {metadata['model']['revision'] or 'local folder'}"
+
+
+def _widths(metadata: Mapping[str, Any]) -> str:
+    """One where all kinds have the same."""
+    widths = row_widths(metadata)
+    if len(set(widths.values())) == 1:
+        return str(next(iter(widths.values())))
+    return ", ".join(f"{width} ({kind})" for kind, width in widths.items())
 
 
 def _samples(totals: Mapping[str, int]) -> str:
@@ -155,6 +165,7 @@ def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
     norms = np.linalg.norm(activations.astype(np.float32), axis=1)
     texts = [repr(tokenizer.decode([int(token)])) if tokenizer else "" for token in tokens]
     yield f"sample {sample['sample_idx']}, task {sample['task_id']}, layer {layer}, {len(tokens)} tokens"
+    yield from (f"{key}: {sample[key]}" for key in NOTES if key in sample)
     yield f"{'place':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
     for place, token, text, role, cell, norm in zip(
         positions, tokens, texts, roles, cells, norms, strict=True

@@ -9,9 +9,9 @@ import numpy as np
 
 from qwen_jax.bar import with_bar
 from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.reading.merged_stats import merged_stats
 from qwen_jax.reading.runs import Run
 from qwen_jax.reading.samples import shard_samples
-from qwen_jax.reading.statistics import merged_stats
 from qwen_jax.shards import EMBEDDING
 from qwen_jax.shards.statistics import MASSIVE, KindStats
 

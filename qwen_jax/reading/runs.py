@@ -85,7 +85,7 @@ class Folder:
         return file_crc32c(self._present(name))
 
     def replace(self, name: str, data: bytes) -> None:
-        from qwen_jax.storage.local import atomic_write
+        from qwen_jax.storage.atomic import atomic_write
 
         with atomic_write(self.path / name) as file:
             file.write(data)

@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen_jax.errors import BadDataError
 from qwen_jax.kinds import KEEP_ALL
+from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.ledger.names import stats_name_beside
 from qwen_jax.reading.runs import DescribedRun, Run
 from qwen_jax.roles import role_name
@@ -106,7 +107,7 @@ class ShardFaults:
         for what, found, said in (
             ("layers", [layer for layer in shard if layer != EMBEDDING], metadata["layers"]),
             ("dtype", str(activation.dtype), metadata["activation_dtype"]),
-            ("width", activation.shape[1], metadata["model"]["hidden_size"]),
+            *_widths(shard, metadata),
         ):
             if found != said:
                 yield f"has {what} {found}, metadata.json says {said}"
@@ -137,6 +138,20 @@ class ShardFaults:
             if (kind in stats or norms) and key in next(iter(shard.values()))[0]:
                 yield from _of_kind(shard, kind, key, stats.get(kind), norms)
             norms = {}
+
+
+def _widths(shard: Shard, metadata: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """What the rows of each kind are called, their width, and what metadata.json says of it."""
+    main, embedded = next(iter(shard.values()))[0], shard.get(EMBEDDING, [{}])[0]
+    keys = record_keys(metadata["activation_types"])
+    for kind, width in row_widths(metadata).items():
+        record, key = (embedded, "activation") if kind == EMBEDDING else (main, keys[kind])
+        if key in record:
+            yield (
+                "width" if record is main and key == "activation" else f"{kind} of width",
+                record[key].shape[1],
+                width,
+            )
 
 
 def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
@@ -223,7 +238,9 @@ def _of_records(shard: Shard) -> Iterator[str]:
                 bad = int((~np.isfinite(record[kind].astype(np.float32))).sum())
                 if bad:
                     yield f"{where}: {bad} values of {kind} are infinite or not numbers"
-            for key in [key for key in _SHARED_KEYS if not _same(record.get(key), of_first.get(key))]:
+            # The embedding's rows have a width of their own; that there are as many is what load_shard checks.
+            shared = [key for key in _SHARED_KEYS if layer != EMBEDDING or key != "shape"]
+            for key in [key for key in shared if not _same(record.get(key), of_first.get(key))]:
                 yield f"{where}: {key} is not that of the first layer"
     for record in first:
         yield from (f"sample {record['sample_idx']}: {what}" for what in _of_rows(record))

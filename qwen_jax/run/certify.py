@@ -19,7 +19,7 @@ from qwen_jax.model.weights import load_model
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import captured_samples
-from qwen_jax.run.prompts import PromptMaker
+from qwen_jax.run.sample_reader import PromptMaker
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if importlib.util.find_spec("torch") is not None:
         from qwen_jax.run.hugging_face import hugging_face_reference
 
-        references["Hugging Face float32"] = hugging_face_reference(job.source.folder)
+        references["Hugging Face float32"] = hugging_face_reference(job.source.folder, job.checkpoint.adapter)
     tolerance = tolerance_of(job.dtype, job.activation_dtype)
     compared = {name: _compare(job, stored, prompts, run) for name, run in references.items()}
     return {

@@ -21,9 +21,10 @@ from qwen_jax.errors import ConfigError
 from qwen_jax.kinds import ALL_KINDS
 from qwen_jax.model.attention import Blocked, Form, make_form, resolve_attention
 from qwen_jax.model.capture import Capture, Compilation
-from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.config import ModelConfig
+from qwen_jax.model.decoder import Decoder
 from qwen_jax.model.program import Program
-from qwen_jax.model.qwen2 import Qwen2
+from qwen_jax.model.rope import Rope
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import expected_shapes
 from qwen_jax.run.cache import use_cache
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 COMMAND = "python -m qwen_jax certify --self"
 ALL_TAPS = tuple(ALL_KINDS)
-TINY = Qwen2Config(
+TINY = ModelConfig(
     vocab_size=512,
     hidden_size=128,
     intermediate_size=256,
@@ -44,10 +45,11 @@ TINY = Qwen2Config(
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,
-    rope_theta=1e6,
+    rope=Rope(1e6),
     rms_norm_eps=1e-6,
     max_positions=1024,
     tied_embeddings=True,
+    qkv_bias=True,
 )
 # Samples of one token, of less than a step, of several steps, and of more than a block of keys.
 _LENGTHS = (40, 1, 300, 77, 130, 64, 5, 299, 33)
@@ -95,7 +97,7 @@ class Verdict:
         return f"{self.model}, {self.dtype}, {self.attention} attention: {'; '.join(self.faults) or well}"
 
 
-def check_devices(config: Qwen2Config, dtype: str, model_parallel: int = 1) -> Iterator[Verdict]:
+def check_devices(config: ModelConfig, dtype: str, model_parallel: int = 1) -> Iterator[Verdict]:
     """A verdict on each of three models, on all local devices: tiny ones, and layers of `config` in `dtype`.
 
     model_parallel: devices that share the weights of the latter. Raises NoCpuError.
@@ -135,7 +137,7 @@ def _faults(verdicts: Iterable[Verdict]) -> Iterator[str]:
             yield str(verdict)
 
 
-def few_layers(config: Qwen2Config) -> Qwen2Config:
+def few_layers(config: ModelConfig) -> ModelConfig:
     """As wide, with a small vocabulary and so few layers that random weights are made in seconds."""
     small = replace(config, vocab_size=min(config.vocab_size, TINY.vocab_size), tied_embeddings=True)
     of_layer = sum(map(prod, expected_shapes(small, 1).values()))
@@ -143,7 +145,7 @@ def few_layers(config: Qwen2Config) -> Qwen2Config:
     return replace(small, num_layers=layers)
 
 
-def check_model(name: str, config: Qwen2Config, dtypes: Iterable[str], mesh: Mesh) -> Iterator[Verdict]:
+def check_model(name: str, config: ModelConfig, dtypes: Iterable[str], mesh: Mesh) -> Iterator[Verdict]:
     """A verdict on each dtype of a random model on the devices of `mesh`; raises NoCpuError."""
     prompts, strangers = (
         [_RNG(length).integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
@@ -171,7 +173,7 @@ def _cpu_mesh() -> Mesh:
     return Mesh(np.array(devices[:1]).reshape(1, 1), ("data", "model"))
 
 
-def _program(config: Qwen2Config, dtype: str, mesh: Mesh, form: Form) -> Program[StepShape]:
+def _program(config: ModelConfig, dtype: str, mesh: Mesh, form: Form) -> Program[StepShape]:
     shape = StepShape.of(_STEP_TOKENS, max(_LENGTHS), mesh.shape["data"], form.page)
     layers = tuple(range(config.num_layers))
     return Program(config, len(layers), layers, ALL_TAPS, dtype, dtype, mesh, shape, form)
@@ -200,7 +202,7 @@ def _sample(number: int, ids: np.ndarray) -> TokenizedSample:
     return TokenizedSample(number, ids, np.zeros(len(ids), np.int32), None, "", COMMAND, False, 0, len(ids))
 
 
-def random_model(program: Program) -> Qwen2:
+def random_model(program: Program) -> Decoder:
     """The program's model, every value random; bfloat16 holds them all, so that each dtype has the same model."""
     graph, abstract = program.model
     filled = []
@@ -211,10 +213,10 @@ def random_model(program: Program) -> Qwen2:
 
 
 def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """name: ends in the dimension letters of the parameter, what it gives first (qwen2.py)."""
+    """name: ends in the dimension letters of the parameter, what it gives first (decoder.py)."""
     letters = name.rpartition("_")[2]
     values = rng.standard_normal(shape, np.float32)
-    if letters == "D":
+    if name.startswith("scale"):
         return 1 + 0.2 * values
     if "bias" in name or name.startswith("embed"):
         return values

@@ -1,28 +1,36 @@
 """What the settings come to: model, layers, stream and the identity of the run that they define."""
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import cast
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from qwen_jax.data.layouts import PROMPT_FORMATS
+from qwen_jax.data.prompts import load_tokenizer
 from qwen_jax.data.steps import StepShape, step_tokens
-from qwen_jax.data.streams import StreamSummary, stream_summary
+from qwen_jax.data.streams import StreamSummary, read_stream, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
-from qwen_jax.kinds import ALL_KINDS, KINDS
+from qwen_jax.kinds import ALL_KINDS, EMBEDDING, KINDS
 from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.ledger.schema import UPLOADED_TO
 from qwen_jax.model.attention import make_form, resolve_attention
-from qwen_jax.model.config import Qwen2Config, read_config
+from qwen_jax.model.config import ModelConfig, read_config
 from qwen_jax.model.program import Program, resolve_dtype
 from qwen_jax.model.sharding import check_split, make_mesh
-from qwen_jax.model.source import ModelSource, fetch_model
+from qwen_jax.model.source import ModelSource, fetch_adapter, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
+from qwen_jax.run.sample_reader import PromptMaker
 from qwen_jax.run.written_by import written_by
-from qwen_jax.settings import BYTES, HOW, Settings, recorded
+from qwen_jax.settings import BYTES, HOW, LONGEST, Settings, recorded
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,7 +47,7 @@ class Outline:
 
     settings: Settings
     source: ModelSource
-    config: Qwen2Config
+    config: ModelConfig
     stream: StreamSummary
     layers: tuple[int, ...]
     dtype: str
@@ -48,8 +56,15 @@ class Outline:
     @property
     def bytes_per_token(self) -> int:
         """Raw bytes of activations that a kept token gives."""
-        arrays = len(self.layers) * len(self.settings.activation_type) + self.settings.include_embedding
-        return arrays * self.config.hidden_size * jnp.dtype(self.activation_dtype).itemsize
+        widths = self.widths
+        values = len(self.layers) * sum(widths[kind] for kind in self.settings.activation_type)
+        values += widths[EMBEDDING] if self.settings.include_embedding else 0
+        return values * jnp.dtype(self.activation_dtype).itemsize
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Values of a row, by kind."""
+        return {kind: ALL_KINDS[kind].width(self.config.dims) for kind in self.settings.taps}
 
     @property
     def lines(self) -> int:
@@ -88,6 +103,7 @@ class Job(Outline):
 
     checkpoint: Checkpoint
     step: Program[StepShape]
+    adapter: ModelSource | None = None
 
     @property
     def resolved(self) -> Settings:
@@ -109,6 +125,8 @@ def outline(settings: Settings, weights: bool = True) -> Outline:
     stream = stream_summary(settings.stream_path)
     source = fetch_model(settings.model_path, settings.revision, weights)
     config = read_config(source.folder)
+    if settings.max_seq_length == LONGEST:
+        settings = replace(settings, max_seq_length=longest_prompt(settings, stream, source.folder, config))
     if settings.max_seq_length > config.max_positions:
         raise ConfigError(
             f"--max_seq_length {settings.max_seq_length} is beyond the {config.max_positions} positions that "
@@ -121,13 +139,28 @@ def outline(settings: Settings, weights: bool = True) -> Outline:
     return Outline(settings, source, config, stream, layers, dtype, activation_dtype)
 
 
+def longest_prompt(settings: Settings, stream: StreamSummary, folder: Path, config: ModelConfig) -> int:
+    """Tokens of the longest prompt of the lines that the run deals with, at most those that the model knows; tokenises
+    them all, and says so."""
+    log.info("looking for the longest prompt of %s", settings.stream_path)
+    settings = replace(settings, max_seq_length=config.max_positions)
+    make_prompt = PromptMaker(settings, load_tokenizer(str(folder)), stream.sha256)
+    records = islice(read_stream(settings.stream_path, 0, stream), settings.max_samples)
+    longest = max((made.full_length for made in make_prompt.many(records)), default=1)
+    found = min(max(longest, 1), config.max_positions)
+    log.info("max_seq_length is %d", found)
+    return found
+
+
 def prepare(settings: Settings) -> Job:
     """The outline, the checkpoint's headers and this machine's devices; checks every setting against them."""
     devices = find_devices()
     mesh = make_mesh(settings.model_parallel)
     planned = outline(settings)
     step = planned.program(mesh, devices[0].platform)
-    return Job(**vars(planned), checkpoint=open_checkpoint(planned.source.folder), step=step)
+    adapter = None if settings.adapter_path is None else fetch_adapter(settings.adapter_path)
+    checkpoint = open_checkpoint(planned.source.folder, None if adapter is None else adapter.folder)
+    return Job(**vars(planned), checkpoint=checkpoint, step=step, adapter=adapter)
 
 
 def choose_layers(wanted: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
@@ -159,6 +192,7 @@ def identify(job: Job) -> RunIdentity:
             "weights_digest": fingerprint["weights_digest"],
             "hidden_size": job.config.hidden_size,
             "num_layers": job.config.num_layers,
+            **_adapter_words(job.adapter),
         },
         "dataset": {
             "path": str(settings.stream_path),
@@ -168,6 +202,7 @@ def identify(job: Job) -> RunIdentity:
         "activation_type": settings.activation_type[0],
         "activation_types": list(settings.activation_type),
         "layers": list(job.layers),
+        "widths": job.widths,
         "layer_meaning": KINDS[settings.activation_type[0]].meaning,
         "layer_meanings": {tap: ALL_KINDS[tap].meaning for tap in settings.taps},
         "compute_dtype": job.dtype,
@@ -181,6 +216,10 @@ def identify(job: Job) -> RunIdentity:
     )
 
 
+def _adapter_words(adapter: ModelSource | None) -> dict[str, str]:
+    return {} if adapter is None else {"adapter": adapter.name, "adapter_revision": adapter.revision}
+
+
 def make_fingerprint(job: Job) -> Fingerprint:
     """Everything that the bytes of the shards depend on, but for how it is computed (the settings of the header)."""
     folder = job.source.folder
@@ -190,4 +229,13 @@ def make_fingerprint(job: Job) -> Fingerprint:
         "weights_digest": hashlib.sha256(weights.encode()).hexdigest(),
         "tokenizer_digest": files_digest(folder, _TOKENIZER_FILES),
         **recorded(job.resolved, BYTES),
+        **_template_digest(job.settings.prompt_format),
     }
+
+
+def _template_digest(prompt_format: str) -> dict[str, str]:
+    """Of a prompt format that is a file."""
+    path = Path(prompt_format).expanduser()
+    if prompt_format in PROMPT_FORMATS:
+        return {}
+    return {"template_digest": files_digest(path.parent, (path.name,))}

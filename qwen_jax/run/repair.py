@@ -12,12 +12,12 @@ from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
-from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.recorded import recorded_job
+from qwen_jax.run.sample_reader import PromptMaker, SampleReader
 from qwen_jax.run.worker import load_capture
 from qwen_jax.run.written_by import in_words, written_by
 from qwen_jax.shards import write_shard
-from qwen_jax.storage.local import AtomicFile
+from qwen_jax.storage.atomic import AtomicFile
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,13 @@ def repair(
     shards: Sequence[str],
     model_path: str | None = None,
     dataset_path: str | None = None,
+    adapter_path: str | None = None,
 ) -> None:
     """Extracts `shards` of the run in a worker's local `folder` again and puts them in their places.
 
     Only their samples are computed. On the same kind of machine their bytes are the recorded ones; where they are not,
     the place is left as it is. The metadata is not changed.
-    model_path, dataset_path: where model and stream lie now, if not where the run had them.
+    model_path, dataset_path, adapter_path: where model, stream and adapter lie now, if not where the run had them.
 
     Raises ConfigError where model, stream or tokenizer differ from those of the run, and, when all has been tried,
     where bytes do; WriterConflictError while a worker uses the folder; UsageError for a shard that the run does not
@@ -43,7 +44,7 @@ def repair(
     unknown = [name for name in shards if name not in entries]
     if unknown:
         raise UsageError(f"{folder}/metadata.json lists no {', '.join(unknown)}; nothing to repair there")
-    job = recorded_job(metadata, model_path, dataset_path)
+    job = recorded_job(metadata, model_path, dataset_path, adapter_path)
     with exclusive_folders([folder], job.settings.worker_id), device_errors():
         maker = _Extraction(job)
         failed = [name for name in shards if not maker.replace(folder / name, entries[name])]

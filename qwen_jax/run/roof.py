@@ -14,17 +14,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from qwen_jax.accelerators import Accelerator
 from qwen_jax.data.steps import StepShape
 from qwen_jax.data.streams import StreamSummary
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.chips import Accelerator
-from qwen_jax.model.config import Qwen2Config
+from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import check_split, planned_mesh
 from qwen_jax.model.source import ModelSource
 from qwen_jax.run.job import Outline, choose_layers
 from qwen_jax.run.pipeline import STEPS_IN_FLIGHT
-from qwen_jax.settings import Settings
+from qwen_jax.settings import LONGEST, Settings
 
 _RESERVED = 0.05
 """Share of a device's memory that is left for the runtime and for what lies badly."""
@@ -150,11 +150,13 @@ def as_on_an_accelerator(settings: Settings) -> Settings:
     return replace(settings, dtype="bfloat16") if settings.dtype == "auto" else settings
 
 
-def outline_of_config(settings: Settings, config: Qwen2Config) -> Outline:
+def outline_of_config(settings: Settings, config: ModelConfig) -> Outline:
     """What the settings come to with that model on an accelerator, where neither stream nor model are at hand."""
     dtype = as_on_an_accelerator(settings).dtype
     stored = dtype if settings.activation_dtype == "auto" else settings.activation_dtype
     layers = choose_layers(settings.layers_to_extract, config.num_layers)
+    if settings.max_seq_length == LONGEST:  # the longest that it can come to
+        settings = replace(settings, max_seq_length=config.max_positions)
     nowhere = ModelSource(settings.model_path, "", Path())
     return Outline(settings, nowhere, config, StreamSummary("", 0), layers, dtype, stored)
 

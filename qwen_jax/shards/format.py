@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.kinds import EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.kinds import EMBEDDING, KINDS, NOTES, STORED_DTYPES
 from qwen_jax.ledger.checks import MOST
 from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
 from qwen_jax.shards.parts import HEAD, PartReader, index_member, read_index, stored_keys, wanted_parts
@@ -24,10 +24,11 @@ RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "
 ROW_KEYS = ("token_positions", "token_roles", "token_cells")
 KIND_KEYS = tuple(KINDS)
 ANSWER_KEYS = ("answer_logprobs", "answer_token_ids", "answer_positions")
-OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS)
+NOTE_KEYS = tuple(NOTES)
+OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS, *NOTE_KEYS)
 """What a record may hold besides: ROW_KEYS, int32 arrays over its rows; ANSWER_KEYS, one entry for each token of the
 answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 places in the prompt;
-KIND_KEYS, activations of further kinds."""
+KIND_KEYS, activations of further kinds; NOTE_KEYS, what the sample's stream line says of it (kinds.NOTES)."""
 
 
 def record_keys(kinds: Sequence[str]) -> dict[str, str]:
@@ -85,6 +86,7 @@ class Sample:
         kinds: where several kinds are stored, all of them by name (KIND_KEYS), each like `activations`, which
             is the first.
         embedding: [n_tokens, hidden], where the embedding is stored.
+        notes: some of NOTE_KEYS.
     """
 
     sample_idx: int
@@ -95,17 +97,17 @@ class Sample:
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     kinds: Mapping[str, Layers] = field(default_factory=dict)
     embedding: np.ndarray | Rows | None = None
+    notes: Mapping[str, str | int] = field(default_factory=dict)
 
-    def stored(self) -> list[np.ndarray | Rows]:
-        """Every activation array that the shard holds once."""
-        kinds = list(self.kinds.values()) or [self.activations]
-        arrays = [array for kind in kinds for array in kind]
-        return arrays if self.embedding is None else [*arrays, self.embedding]
+    def by_kind(self) -> list[Layers]:
+        """Every activation array that the shard holds once: of each kind its layers, and last the embedding."""
+        kinds: list[Layers] = list(self.kinds.values()) or [self.activations]
+        return kinds if self.embedding is None else [*kinds, [self.embedding]]
 
     @property
     def nbytes(self) -> int:
         """Raw bytes of its activations."""
-        return sum(array.nbytes for array in self.stored())
+        return sum(array.nbytes for kind in self.by_kind() for array in kind)
 
 
 @dataclass(frozen=True)
@@ -305,32 +307,36 @@ def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> None:
     if first.dtype not in ACTIVATION_DTYPES:
         names = ", ".join(str(dtype) for dtype in ACTIVATION_DTYPES)
         raise ShardError(f"activations must be one of {names}, got {first.dtype}")
+    widths = [kind[0].shape[-1] for kind in samples[0].by_kind()]
     for sample in samples:
-        _check_sample(sample, len(layers), first.dtype, first.shape[-1])
+        _check_sample(sample, len(layers), first.dtype, widths)
     for before, after in itertools.pairwise(samples):
         if after.sample_idx <= before.sample_idx:
             raise ShardError(f"sample {after.sample_idx} comes after sample {before.sample_idx} in one shard")
 
 
-def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, hidden: int) -> None:
-    shape = (len(sample.token_ids), hidden)
+def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, widths: Sequence[int]) -> None:
+    """widths: of the rows of each kind."""
+    rows, by_kind = len(sample.token_ids), sample.by_kind()
+    if len(by_kind) != len(widths):
+        raise ShardError(f"sample {sample.sample_idx} has {len(by_kind)} kinds, the shard {len(widths)}")
     for kind in (sample.activations, *sample.kinds.values()):
         if len(kind) != n_layers:
             raise ShardError(f"sample {sample.sample_idx} has {len(kind)} layers, the shard {n_layers}")
-    arrays = sample.stored()
-    if any(layer.shape != shape or layer.dtype != dtype for layer in arrays):
-        found = ", ".join(sorted({f"{layer.dtype}{list(layer.shape)}" for layer in arrays}))
-        raise ShardError(
-            f"sample {sample.sample_idx} should have activations {dtype}{list(shape)}, got {found}"
-        )
-    if sample.sample_idx < 0 or min(shape) < 1:
+    for arrays, width in zip(by_kind, widths, strict=True):
+        if any(layer.shape != (rows, width) or layer.dtype != dtype for layer in arrays):
+            found = ", ".join(sorted({f"{layer.dtype}{list(layer.shape)}" for layer in arrays}))
+            raise ShardError(
+                f"sample {sample.sample_idx} should have activations {dtype}{[rows, width]}, got {found}"
+            )
+    if sample.sample_idx < 0 or min(rows, *widths) < 1:
         raise ShardError(f"sample {sample.sample_idx} has a negative index, no tokens or no features")
     if sample.token_ids.dtype != np.int32 or sample.token_ids.ndim != 1:
         raise ShardError(
             f"sample {sample.sample_idx} has token_ids {sample.token_ids.dtype}, expected int32 [n]"
         )
     for name, array in sample.extras.items():
-        by_row = name in ROW_KEYS and array.dtype == np.int32 and len(array) == shape[0]
+        by_row = name in ROW_KEYS and array.dtype == np.int32 and len(array) == rows
         if not by_row and not _is_of_answer(name, array):
             raise ShardError(
                 f"sample {sample.sample_idx} cannot store {name} as {array.dtype}{list(array.shape)}"
@@ -385,15 +391,18 @@ def _head_pieces(memo: _Memo, samples: Sequence[Sample]) -> Iterator[Piece]:
     yield pickle.PROTO + b"\x04" + _prologue()
     first = samples[0]
     shared = [_shared_arrays(sample) for sample in samples]
+    described = list(zip(samples, shared, strict=True))
     for key in OPTIONAL_KEYS:
-        if key in first.kinds or any(key in arrays for arrays in shared):
+        if key in first.kinds or any(key in arrays or key in sample.notes for sample, arrays in described):
             yield from memo.put(key, [_encode(key)])
     dtypes = [first.activations[0].dtype, *(array.dtype for arrays in shared for array in arrays.values())]
     for dtype in dict.fromkeys(dtypes):
         yield from memo.put(dtype, [_dtype_opcodes(dtype)])
-    for sample, arrays in zip(samples, shared, strict=True):
+    for sample, arrays in described:
         for name, array in arrays.items():
             yield from memo.put((sample.sample_idx, name), _array_pieces(memo, array))
+        for name, note in sample.notes.items():
+            yield from memo.put((sample.sample_idx, name), [_encode(note)])
     yield pickle.EMPTY_DICT
 
 
@@ -453,7 +462,7 @@ def _record_pieces(
         else:
             yield from _array_pieces(memo, activation)
             yield b"" if main is None else _put(_SLOT_MAIN)
-    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds]:
+    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds or key in sample.notes]:
         yield memo.get(key)
         if key == main:
             yield _get(_SLOT_MAIN)
@@ -529,18 +538,34 @@ def _to_shard(data: Any, budget: Budget) -> dict[int | str, list[dict]]:
     outline = [_outline(record) for record in first]
     if any(after[0] <= before[0] for before, after in itertools.pairwise(outline)):
         raise MalformedError("has samples out of order")
-    if len({(record["activation"].dtype, record["activation"].shape[1]) for record in first}) != 1:
-        raise MalformedError("mixes activations of different widths or dtypes")
     for layer, records in shard.items():
         if [_outline(record) for record in records] != outline:
             raise MalformedError(f"has other samples in layer {layer} than in layer {first_layer}")
+    of_layers = {
+        _widths(record) for layer, records in shard.items() if layer != EMBEDDING for record in records
+    }
+    if (
+        len(of_layers) > 1
+        or len(set(map(_widths, shard.get(EMBEDDING, ())))) > 1
+        or len(_dtypes(outline)) > 1
+    ):
+        raise MalformedError("mixes activations of different widths or dtypes")
     return shard
 
 
 def _outline(record: dict) -> tuple:
     """What a sample's records have in common in all layers."""
     activation = record["activation"]
-    return record["sample_idx"], record["task_id"], activation.dtype, activation.shape
+    return record["sample_idx"], record["task_id"], len(activation), activation.dtype
+
+
+def _dtypes(outline: Iterable[tuple]) -> set[np.dtype]:
+    return {of_sample[-1] for of_sample in outline}
+
+
+def _widths(record: dict) -> tuple[tuple[str, int], ...]:
+    """Of the rows of each kind that a record holds."""
+    return tuple((key, record[key].shape[1]) for key in ("activation", *KIND_KEYS) if key in record)
 
 
 def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
@@ -563,7 +588,8 @@ def _to_record(record: Any, budget: Budget) -> dict[str, Any]:
 def _size(record: dict[str, Any]) -> int:
     """Bytes that whoever looks at the record looks at: records may share them, and so be many."""
     arrays = {id(value): value.nbytes for value in record.values() if type(value) is np.ndarray}
-    return len(record["task_id"]) + len(record["text_preview"]) + sum(arrays.values())
+    texts = sum(len(value) for value in record.values() if type(value) is str)
+    return texts + sum(arrays.values())
 
 
 def _check_arrays(record: dict[str, Any]) -> None:
@@ -579,7 +605,10 @@ def _check_arrays(record: dict[str, Any]) -> None:
     tokens = record["token_ids"]
     if type(tokens) is not np.ndarray or tokens.dtype != np.int32 or tokens.shape != activation.shape[:1]:
         raise MalformedError("has a record whose token_ids are not one int32 per token")
-    for key in record.keys() & set(OPTIONAL_KEYS):
+    for key in record.keys() & set(NOTE_KEYS):
+        if type(record[key]) is not NOTES[key]:
+            raise MalformedError(f"has a record whose {key} is no {NOTES[key].__name__}")
+    for key in record.keys() & set(OPTIONAL_KEYS) - set(NOTE_KEYS):
         if not _is_optional_array(key, record[key], activation):
             raise MalformedError(f"has a record whose {key} is no such array over its tokens")
     if not _answers_agree(record):
@@ -590,7 +619,7 @@ def _is_optional_array(key: str, array: Any, activation: np.ndarray) -> bool:
     if type(array) is not np.ndarray:
         return False
     if key in KIND_KEYS:
-        return (array.dtype, array.shape) == (activation.dtype, activation.shape)
+        return array.ndim == 2 and (array.dtype, len(array)) == (activation.dtype, len(activation))
     if key in ANSWER_KEYS:
         return _is_of_answer(key, array)
     width = (4,) if key == "token_cells" else ()

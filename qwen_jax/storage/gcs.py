@@ -24,8 +24,8 @@ from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
 from qwen_jax.errors import RETRY_BUDGET_S, ConfigError, StorageError, TerminatedError, redacted
 from qwen_jax.files import storage_errors
+from qwen_jax.storage.atomic import atomic_write
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
-from qwen_jax.storage.local import atomic_write
 from qwen_jax.storage.resumable import NoProgressError, ResumableUpload, SessionLostError
 from qwen_jax.storage.store import ObjectInfo, ReplacedError, accept_or_conflict, check_small, conflict
 
@@ -296,8 +296,10 @@ class GcsStore:
     def _info_of_resource(self, name: str, resource: Any) -> ObjectInfo:
         """What a reply says of an object; raises _WrongReplyError where it is not of this one, or not whole."""
         try:
-            said, size, generation = resource["name"], int(resource["size"]), int(resource["generation"])
-            crc32c, writer = resource["crc32c"], (resource.get("metadata") or {}).get(_WRITER_KEY)
+            said, generation, crc32c = resource["name"], int(resource["generation"]), resource["crc32c"]
+            # Google's testbench leaves out the size of what is empty.
+            size = int(resource.get("size", 0 if crc32c == crc32c_of(b"") else None))
+            writer = (resource.get("metadata") or {}).get(_WRITER_KEY)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _WrongReplyError(f"a reply that does not describe an object ({error!r})") from error
         if said != self._prefix + name:

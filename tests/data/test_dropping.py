@@ -14,10 +14,7 @@ from qwen_jax.data.arc import BadRecord, Task, Text, parse_line, parse_record, p
 from qwen_jax.data.layouts import (
     PROMPT_FORMATS,
     Prompt,
-    answer_segment,
-    least_characters,
     place_in_template,
-    task_segments,
 )
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.errors import ConfigError
@@ -42,11 +39,11 @@ class OneByOne:
         self._chat_template, self._include_answer = chat_template, include_answer
 
     def _without(self, dropped: int) -> TokenizedSample:
-        segments = task_segments(self._task, self._layout, dropped)
+        segments = self._layout.segments(self._task, dropped)
         if self._chat_template:
             segments = place_in_template(self._render, [segments])
         if self._include_answer and "output" in self._task.test[0]:
-            segments = [*segments, answer_segment(self._task, self._layout)]
+            segments = [*segments, self._layout.answer(self._task)]
         prompt = Prompt(segments)
         encoded = self._tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.array(encoded["input_ids"], np.int32)
@@ -134,7 +131,7 @@ def merging(arc_tasks, demo_tokenizer):
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    texts = [Prompt(task_segments(task, PROMPT_FORMATS["rows"])).text[:1500] for task in arc_tasks[::40]]
+    texts = [Prompt(PROMPT_FORMATS["rows"].segments(task)).text[:1500] for task in arc_tasks[::40]]
     backend.train_from_iterator(texts, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=backend)
     made.chat_template = demo_tokenizer.chat_template
@@ -237,7 +234,7 @@ def test_what_is_far_too_long_is_skipped_without_a_look(demo_tokenizer, monkeypa
 def test_no_more_examples_are_dropped_unseen_than_have_too_many_bytes(demo_tokenizer, monkeypatch):
     task = drawn_task(random.Random(7), 30, 9)
     encoder = PromptEncoder(demo_tokenizer)
-    sizes = least_characters(task, PROMPT_FORMATS["rows"])
+    sizes = PROMPT_FORMATS["rows"].least_characters(task)
     for limit in (sum(sizes), sum(sizes) - 1, sum(sizes[7:]), sum(sizes[7:]) - 1, sizes[-1]):
         monkeypatch.setattr(encoder, "_most_bytes", limit)
         dropped = encoder._surely_dropped(task)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwen_jax.data.arc import Task, Text
-from qwen_jax.data.layouts import PROMPT_FORMATS, task_segments
+from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.data.prompts import (
     PromptEncoder,
     SkippedSample,
@@ -23,7 +23,7 @@ def task(examples: int, test=GRID) -> Task:
 
 
 def prompt_text(each: Task, prompt_format: str) -> str:
-    return "".join(segment.text for segment in task_segments(each, PROMPT_FORMATS[prompt_format]))
+    return "".join(segment.text for segment in PROMPT_FORMATS[prompt_format].segments(each))
 
 
 def test_prompts_differ_wherever_tasks_differ(arc_tasks):

@@ -32,11 +32,25 @@ def drawn(sample: TokenizedSample, tokenizer, number: int) -> list[list[int]]:
     return grid.tolist()
 
 
+def shown(sample: TokenizedSample, tokenizer, number: int) -> list[list[str]]:
+    """The text of each of a grid's cells, as its tokens say it."""
+    ids: dict[tuple[int, int], list[int]] = {}
+    for token, (grid, row, column, _) in zip(sample.token_ids.tolist(), sample.cells.tolist(), strict=True):
+        if grid == number:
+            ids.setdefault((row, column), []).append(token)
+    height, width = (max(place) + 1 for place in zip(*ids, strict=True))
+    return [[tokenizer.decode(ids[row, column]).strip() for column in range(width)] for row in range(height)]
+
+
+DIGITS = {name: 2 if name in ("rows", "plain", "json") else 30 for name in PROMPT_FORMATS if name != "names"}
+"""Formats that show digits, and every how manieth task they are tried on."""
+
+
 @pytest.mark.parametrize("chat_template", [False, True])
-@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
+@pytest.mark.parametrize("prompt_format", DIGITS)
 def test_every_cell_of_every_real_task(tokenizer, arc_tasks, prompt_format, chat_template):
     encoder = PromptEncoder(tokenizer, prompt_format, chat_template, 100_000, include_answer=True)
-    for task in arc_tasks[chat_template::2]:
+    for task in arc_tasks[chat_template :: DIGITS[prompt_format]]:
         sample = encoder.encode(0, task)
         wanted = grids(task)
         assert [drawn(sample, tokenizer, number) for number in range(len(wanted))] == wanted
@@ -49,6 +63,19 @@ def test_every_cell_of_every_real_task(tokenizer, arc_tasks, prompt_format, chat
         is_cell = sample.cells[:, 0] >= 0
         assert [side[grid] for grid in sample.cells[is_cell, 0]] == sample.roles[is_cell].tolist()
         assert (sample.cells[~is_cell] == -1).all()
+
+
+def test_every_cell_of_a_format_with_words_for_colours(tokenizer, arc_tasks):
+    """Where a word is several tokens, all of them are its cell's."""
+    words = ["black", "blue", "red", "green", "yellow", "grey", "magenta", "orange", "cyan", "brown"]
+    encoder = PromptEncoder(tokenizer, "names", max_seq_length=100_000, include_answer=True)
+    for task in arc_tasks[::50]:
+        sample = encoder.encode(0, task)
+        for number, grid in enumerate(grids(task)):
+            assert shown(sample, tokenizer, number) == [[words[colour] for colour in row] for row in grid]
+            here = sample.cells[:, 0] == number
+            _, rows, columns, colours = sample.cells[here].T
+            assert (np.array(grid)[rows, columns] == colours).all()
 
 
 def test_roles_follow_the_prompt(tokenizer, arc_tasks):

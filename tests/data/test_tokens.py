@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.data import tokens
-from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt, task_segments
+from qwen_jax.data.layouts import PROMPT_FORMATS, Prompt
 from qwen_jax.data.tokens import batch_tokenizer
 
 # What the pattern treats in ways of its own: contractions, blanks of all kinds, marks before letters, special tokens.
@@ -47,7 +47,7 @@ def test_no_text(tokenizer):
 
 @pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
 def test_prompts(tokenizer, arc_tasks, prompt_format):
-    prompts = [Prompt(task_segments(task, PROMPT_FORMATS[prompt_format])) for task in arc_tasks[::20]]
+    prompts = [Prompt(PROMPT_FORMATS[prompt_format].segments(task)) for task in arc_tasks[::20]]
     check(tokenizer, [prompt.text for prompt in prompts])
 
 
@@ -78,7 +78,7 @@ class Asked:
 def test_prompts_of_grids_are_made_of_few_pieces(tokenizer, arc_tasks):
     asked = Asked(tokenizer)
     tokenize = batch_tokenizer(asked)
-    texts = [Prompt(task_segments(task, PROMPT_FORMATS["rows"])).text for task in arc_tasks]
+    texts = [Prompt(PROMPT_FORMATS["rows"].segments(task)).text for task in arc_tasks]
     tokenize(texts[:20])
     few = len(asked.texts)
     tokenize(texts[20:])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import ConfigError, TerminatedError, WriterConflictError
-from qwen_jax.ledger.progress import ProgressRecord
-from qwen_jax.run.progress_record import ProgressWriter
+from qwen_jax.ledger.progress_record import ProgressRecord
+from qwen_jax.run.record_writer import ProgressWriter
 from tests.fake_gcs import FakeGcs, Fault
 from tests.fleet.fleets import NOW, record
 from tests.run_worker.conftest import cloud, inputs, server, tree, workspace  # noqa: F401  (fixtures)

@@ -13,9 +13,9 @@ from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.steps import StepShape, lay_into_steps
 from qwen_jax.model.attention import Blocked
 from qwen_jax.model.capture import Capture, Compilation
-from qwen_jax.model.config import Qwen2Config, read_config
+from qwen_jax.model.config import ModelConfig, read_config
+from qwen_jax.model.decoder import Decoder
 from qwen_jax.model.program import Program
-from qwen_jax.model.qwen2 import Qwen2
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
@@ -31,11 +31,11 @@ SHAPES = {
 @dataclass(frozen=True, eq=False)
 class Reference:
     folder: Path
-    config: Qwen2Config
+    config: ModelConfig
     hf: object
 
     @cache  # noqa: B019  (a few tiny models a session)
-    def ours(self, dtype=jnp.float32, num_layers: int | None = None) -> Qwen2:
+    def ours(self, dtype=jnp.float32, num_layers: int | None = None) -> Decoder:
         layers = self.config.num_layers if num_layers is None else num_layers
         return load_model(open_checkpoint(self.folder), self.config, layers, dtype, make_mesh())
 
@@ -44,7 +44,7 @@ class Reference:
 
 
 def program_of(
-    model: Qwen2, layers: Sequence[int], taps: Sequence[str], shape: StepShape, **settings
+    model: Decoder, layers: Sequence[int], taps: Sequence[str], shape: StepShape, **settings
 ) -> Program:
     """The program of that model's weights on this machine's devices."""
     dtype = str(model.embed_VD.dtype)
@@ -73,13 +73,20 @@ def joined(sample: CapturedSample, tap: str = "residual") -> np.ndarray:
 
 
 def run(
-    model: Qwen2, tokens: np.ndarray, layers: Sequence[int], tap: str = "residual", **settings
+    model: Decoder, tokens: np.ndarray, layers: Sequence[int], tap: str = "residual", **settings
 ) -> np.ndarray:
     """[C, B, T, D]: one tap of the layers, of prompts of one length, in steps that cut through them."""
+    return run_taps(model, tokens, layers, [tap], **settings)[tap]
+
+
+def run_taps(
+    model: Decoder, tokens: np.ndarray, layers: Sequence[int], taps: Sequence[str], **settings
+) -> dict[str, np.ndarray]:
+    """The same of several taps, by name."""
     shape = StepShape(settings.pop("step_tokens", 50), tokens.shape[1])
-    capture = Capture(Compilation(program_of(model, layers, [tap], shape, **settings)), model)
+    capture = Capture(Compilation(program_of(model, layers, taps, shape, **settings)), model)
     found = capture_samples(capture, shape, samples_of(tokens))
-    return np.stack([joined(sample, tap) for sample in found], axis=1)
+    return {tap: np.stack([joined(sample, tap) for sample in found], axis=1) for tap in taps}
 
 
 @pytest.fixture(scope="session", params=SHAPES)
@@ -92,8 +99,9 @@ def small(tmp_path_factory) -> Reference:
     return build_reference(SHAPES["0.5B-like"], tmp_path_factory.mktemp("small"))
 
 
-def build_reference(shape: tuple, folder: Path) -> Reference:
+def build_reference(shape: tuple, folder: Path, **fields) -> Reference:
+    """fields: of config.json, model_type among them."""
     from tests.hf_reference import load_reference, make_reference, save_reference
 
-    save_reference(make_reference(*shape), folder)
+    save_reference(make_reference(*shape, **fields), folder)
     return Reference(folder, read_config(folder), load_reference(folder))

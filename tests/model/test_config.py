@@ -4,6 +4,7 @@ import pytest
 
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.config import parse_config, read_config
+from qwen_jax.model.rope import LinearRope, Rope, YarnRope
 
 BASE = {
     "model_type": "qwen2",
@@ -26,21 +27,28 @@ BASE = {
     ],
 )
 def test_both_forms_of_the_rope_field(rope, theta):
-    assert parse_config(BASE | rope).rope_theta == theta
+    assert parse_config(BASE | rope).rope == Rope(theta)
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "gemma"}, "gemma"),
         ({"model_type": "qwen2_moe"}, "qwen2_moe"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
         ({"model_type": None}, "model_type"),
         ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 2}, "sliding window"),
         ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "linear"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
+        ({"model_type": "mistral"}, "sliding_window 4096"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "linear needs factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "bend": 2}}, "bend"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "four"}}, "factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"bits": 4}}, "quantis"),
+        ({"quantization_config": {"bits": 4, "quant_method": "awq"}}, "quantised weights .awq"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": "24"}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "heads"),
@@ -63,6 +71,24 @@ def test_refused_by_name(change, words):
 )
 def test_inactive_sliding_windows_are_fine(inactive):
     assert parse_config(BASE | inactive).num_layers == 4
+
+
+def test_a_scaled_rope_and_how_far_it_reaches():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = parse_config(BASE | {"rope_theta": 1e6, "rope_scaling": yarn})
+    assert config.rope == YarnRope(1e6, factor=4, original_max_position_embeddings=32768)
+    assert config.max_positions == 131072
+    linear = parse_config(BASE | {"rope_scaling": {"type": "linear", "factor": 2}})
+    assert linear.rope == LinearRope(factor=2) and linear.max_positions == 32768
+
+
+def test_what_a_family_leaves_out_is_what_its_models_have():
+    assert parse_config(BASE | {"model_type": "qwen3"}).head_dim == 128
+    heads = {"num_key_value_heads": None, "model_type": "llama"}
+    assert parse_config(BASE | heads).num_kv_heads == 4
+    mistral = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+    mistral |= {"model_type": "mistral", "sliding_window": None, "num_attention_heads": 16}
+    assert parse_config(mistral).num_kv_heads == 8
 
 
 def test_head_dim_may_differ_from_hidden_over_heads():

@@ -9,9 +9,9 @@ import pytest
 from qwen_jax.data.steps import StepShape
 from qwen_jax.model.capture import Compilation
 from qwen_jax.model.config import parse_config
+from qwen_jax.model.decoder import abstract_model, parameter_count
 from qwen_jax.model.program import Program, block_sums, rows_from
-from qwen_jax.model.published import config_fields
-from qwen_jax.model.qwen2 import abstract_model, parameter_count
+from qwen_jax.model.published import OTHER_FAMILIES, PUBLISHED, config_fields
 from tests.model.conftest import program_of, run
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
@@ -23,6 +23,17 @@ KNOWN_COUNTS = {
     "14B": 14_770_033_664,
     "32B": 32_763_876_352,
     "72B": 72_706_203_648,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Mistral-7B-v0.3": 7_248_023_552,
 }
 
 
@@ -32,6 +43,7 @@ def published_config(size: str):
 
 @pytest.mark.parametrize("size", KNOWN_COUNTS)
 def test_parameter_counts_of_all_published_sizes(size):
+    assert KNOWN_COUNTS.keys() == PUBLISHED.keys() | OTHER_FAMILIES.keys()
     assert parameter_count(published_config(size)) == KNOWN_COUNTS[size]
 
 

@@ -30,9 +30,11 @@ check_split(config, model_parallel)
 model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float32, mesh)
 tokens = np.random.default_rng(7).integers(0, config.vocab_size, (16, 24), np.int32)
 shape = StepShape(40, 24, mesh.shape["data"])
-program = program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)
+taps = ["residual", "attn_heads", "mlp_act"]  # of a whole, of parts split by heads, and by neurons
+program = program_of(model, range(config.num_layers), taps, shape, mesh=mesh)
 found = capture_samples(Capture(Compilation(program), model), shape, samples_of(tokens))
-np.save(sys.argv[3], np.stack([joined(sample) for sample in found], axis=1))
+joined_up = [np.concatenate([joined(sample, tap) for tap in taps], axis=-1) for sample in found]
+np.save(sys.argv[3], np.stack(joined_up, axis=1))
 per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
 planned = replace(program, mesh=planned_mesh(len(jax.devices()), model_parallel)).weight_bytes
 print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device, "planned": planned}))
@@ -51,9 +53,22 @@ def run(folder: Path, devices: int, model_parallel: int, out: Path) -> dict:
 @pytest.mark.parametrize("shape, model_parallel", [("0.5B-like", 1), ("1.5B-like", 4), ("7B-like", 4)])
 def test_eight_devices_equal_one(shape, model_parallel, tmp_path):
     """1.5B-like with 4 parts has fewer kv heads than parts: they are replicated."""
+    _check_eight(build_reference(SHAPES[shape], tmp_path / "reference").folder, model_parallel, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3 yarn", "llama"])
+def test_eight_devices_equal_one_in_every_family(family, tmp_path):
+    """Biases behind what the parts add up, and norms of heads that are split."""
+    from tests.model.test_families import CASES
+
+    shape = (64, 96, 2, 8, 2, 97, True)
+    _check_eight(build_reference(shape, tmp_path / "reference", **CASES[family]).folder, 4, tmp_path)
+
+
+def _check_eight(folder: Path, model_parallel: int, tmp_path: Path) -> None:
     import numpy as np
 
-    folder = build_reference(SHAPES[shape], tmp_path / "reference").folder
     one = run(folder, 1, 1, tmp_path / "one.npy")
     many = run(folder, 8, model_parallel, tmp_path / "many.npy")
     assert many["devices"] == 8

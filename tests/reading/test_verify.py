@@ -511,6 +511,6 @@ def test_repair_refuses_another_model(copy, tmp_path):
 
 
 def test_stats_bytes_of_a_run_are_found(clean):
-    from qwen_jax.reading.statistics import merged_stats
+    from qwen_jax.reading.merged_stats import merged_stats
 
     assert stats_bytes(merged_stats(open_runs(clean))) == (clean / "stats.safetensors").read_bytes()

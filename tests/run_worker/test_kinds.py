@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from qwen_jax.data.arc import parse_line
-from qwen_jax.data.layouts import PROMPT_FORMATS, answer_segment
+from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.roles import ANSWER, TEST_INPUT
 from qwen_jax.shards import load_shard
 from qwen_jax.shards.format import ANSWER_KEYS
@@ -63,7 +63,7 @@ def test_answers_follow_the_prompt_and_their_log_probabilities_are_hugging_faces
     for record in records(everything)[0]:
         is_answer = record["token_roles"] == ANSWER
         task = parse_line(lines[record["sample_idx"]])
-        shown = answer_segment(task, PROMPT_FORMATS["rows"])
+        shown = PROMPT_FORMATS["rows"].answer(task)
         cells = record["token_cells"][is_answer & (record["token_cells"][:, 0] >= 0)]
         assert cells[:, 3].tolist() == [colour for row in task.test[0]["output"] for colour in row]
         assert is_answer[-is_answer.sum() :].all() and len(shown.text) >= is_answer.sum() > 0
@@ -174,6 +174,8 @@ def test_eight_devices_store_the_same_kinds_rows_and_answers(workspace):
         "--activation_type",
         "attn",
         "residual",
+        "attn_heads",
+        "mlp_act",
         "--include_embedding",
         "--include_answer",
         "--keep_tokens",
@@ -186,7 +188,7 @@ def test_eight_devices_store_the_same_kinds_rows_and_answers(workspace):
     for layer, stored in records(one).items():
         for ours, theirs in zip(records(eight)[layer], stored, strict=True):
             assert list(ours) == list(theirs)
-            for key in ("activation", "residual", "answer_logprobs"):
+            for key in ("activation", "residual", "attn_heads", "mlp_act", "answer_logprobs"):
                 if key in theirs:
                     np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=2e-4)
     ours, theirs = (load_file(each.output / "stats.safetensors") for each in (eight, one))

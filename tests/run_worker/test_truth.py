@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qwen_jax.data.arc import parse_line
-from qwen_jax.data.layouts import PROMPT_FORMATS, task_segments
+from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.shards import load_shard
 from tests.hf_reference import load_reference, reference_taps
 from tests.run_worker.conftest import TASKS
@@ -61,7 +61,7 @@ def test_token_ids_are_the_prompt_of_the_stream_line(finished):
     for record in records(finished)[0]:
         task = parse_line(lines[record["sample_idx"]])
         del task.train[: dropped.get(record["sample_idx"], 0)]
-        prompt = "".join(segment.text for segment in task_segments(task, PROMPT_FORMATS["rows"]))
+        prompt = "".join(segment.text for segment in PROMPT_FORMATS["rows"].segments(task))
         assert record["token_ids"].tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert record["text_preview"] == prompt[:200]
         assert record["task_id"] == task.task_id

@@ -520,7 +520,7 @@ def wait_for(url: str) -> None:
     def answers() -> bool:
         try:
             requests.get(url, timeout=1)
-        except requests.ConnectionError:
+        except requests.RequestException:
             return False
         return True
 

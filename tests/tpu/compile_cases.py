@@ -13,17 +13,17 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
+from qwen_jax.accelerators import ACCELERATORS
 from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.model.attention import make_form, resolve_attention
-from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.compiled import absent_mesh, compile_now
-from qwen_jax.model.config import Qwen2Config, parse_config
+from qwen_jax.model.config import ModelConfig, parse_config
 from qwen_jax.model.program import Program
 from qwen_jax.model.published import config_fields
 from qwen_jax.run.device_check import TINY
 
 
-def config_of(size: str) -> Qwen2Config:
+def config_of(size: str) -> ModelConfig:
     """Of a published size, or of the tiny model that `certify --self` computes."""
     return TINY if size == "tiny" else parse_config(config_fields(size))
 

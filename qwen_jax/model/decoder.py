@@ -1,4 +1,6 @@
-"""Qwen2.5 in Flax NNX: one Block, its parameters stacked over the layers, one scan, taps as outputs.
+"""A decoder in Flax NNX: one Block, its parameters stacked over the layers, one scan, taps as outputs.
+
+What a family has besides (families.py) are parameters that are there or not.
 
 Dimension letters, used in every name that holds an array:
 X rows of samples (one a data device), T tokens of a step, P positions carried on, S keys, D model (hidden size),
@@ -20,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen_jax.kinds import EMBEDDING
+from qwen_jax.kinds import ALL_KINDS, EMBEDDING, KINDS
 from qwen_jax.model.attention import Attend, Carried
-from qwen_jax.model.config import Qwen2Config
-from qwen_jax.model.sharding import WHOLE, Parts
+from qwen_jax.model.config import ModelConfig
+from qwen_jax.model.sharding import WHOLE, Parts, is_split
 
 
 class Shared(NamedTuple):
@@ -42,7 +44,7 @@ class Shared(NamedTuple):
         return self._replace(cos_TH=self.cos_TH.astype(dtype), sin_TH=self.sin_TH.astype(dtype))
 
 
-def _param(config: Qwen2Config, letters: str, dtype: jnp.dtype) -> nnx.Param:
+def _param(config: ModelConfig, letters: str, dtype: jnp.dtype) -> nnx.Param:
     """A placeholder of the right shape: values always come from a checkpoint (weights.py)."""
     return nnx.Param(jnp.zeros([config.dims[letter] for letter in letters], dtype))
 
@@ -50,62 +52,111 @@ def _param(config: Qwen2Config, letters: str, dtype: jnp.dtype) -> nnx.Param:
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight, the mean square in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, config: Qwen2Config, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         self.eps = config.rms_norm_eps
         self.scale_D = _param(config, "D", dtype)
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        x32_TD = x_TD.astype(jnp.float32)
-        mean_square_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
-        return self.scale_D[...] * (x32_TD * jax.lax.rsqrt(mean_square_T1 + self.eps)).astype(x_TD.dtype)
+        return _normed(x_TD, self.scale_D, self.eps)
+
+
+class HeadNorm(nnx.Module):
+    """The same over each head, one weight for all heads."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        self.eps = config.rms_norm_eps
+        self.scale_H = _param(config, "H", dtype)
+
+    def __call__(self, x_TNH: jax.Array) -> jax.Array:
+        return _normed(x_TNH, self.scale_H, self.eps)
+
+
+def _normed(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
+    """Over the last axis."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return scale[...] * (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+def _plus(x: jax.Array, bias: jax.Array | nnx.Param | None) -> jax.Array:
+    return x if bias is None else x + bias[...]
 
 
 class Attention(nnx.Module):
-    """Grouped-query causal self-attention with rotary positions; biases on q, k and v only."""
+    """Grouped-query causal self-attention with rotary positions."""
 
-    def __init__(self, config: Qwen2Config, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        def bias(letters: str, wanted: bool) -> nnx.Param | None:
+            return _param(config, letters, dtype) if wanted else None
+
         self.kv_heads = config.num_kv_heads
         self.q_NHD = _param(config, "NHD", dtype)
-        self.q_bias_NH = _param(config, "NH", dtype)
+        self.q_bias_NH = bias("NH", config.qkv_bias)
         self.k_KHD = _param(config, "KHD", dtype)
-        self.k_bias_KH = _param(config, "KH", dtype)
+        self.k_bias_KH = bias("KH", config.qkv_bias)
         self.v_KHD = _param(config, "KHD", dtype)
-        self.v_bias_KH = _param(config, "KH", dtype)
+        self.v_bias_KH = bias("KH", config.qkv_bias)
+        self.q_norm = HeadNorm(config, dtype) if config.qk_norm else None
+        self.k_norm = HeadNorm(config, dtype) if config.qk_norm else None
         self.o_DNH = _param(config, "DNH", dtype)
+        self.o_bias_D = bias("D", config.o_bias)
 
     def __call__(self, x_TD: jax.Array, shared: Shared, carried: Carried) -> tuple[jax.Array, Carried]:
+        heads_TNH, carried = self.heads(x_TD, shared, carried)
+        return self.out(heads_TNH, shared.parts), carried
+
+    def heads(self, x_TD: jax.Array, shared: Shared, carried: Carried) -> tuple[jax.Array, Carried]:
+        """What each head gives, before the output projection."""
         cos_TH, sin_TH, attend, parts = shared
 
-        def project(weight_KHD: nnx.Param, bias_KH: nnx.Param) -> jax.Array:
-            own_KHD, own_KH = (parts.own_kv_heads(x[...], self.kv_heads) for x in (weight_KHD, bias_KH))
-            return jnp.einsum("TD,KHD->TKH", x_TD, own_KHD) + own_KH
+        def own(param: nnx.Param | None) -> jax.Array | None:
+            return None if param is None else parts.own_kv_heads(param[...], self.kv_heads)
 
-        q_TNH = jnp.einsum("TD,NHD->TNH", x_TD, self.q_NHD[...]) + self.q_bias_NH[...]
-        k_TKH = project(self.k_KHD, self.k_bias_KH)
-        v_TKH = project(self.v_KHD, self.v_bias_KH)
+        q_TNH = _plus(jnp.einsum("TD,NHD->TNH", x_TD, self.q_NHD[...]), self.q_bias_NH)
+        k_TKH = _plus(jnp.einsum("TD,KHD->TKH", x_TD, own(self.k_KHD)), own(self.k_bias_KH))
+        v_TKH = _plus(jnp.einsum("TD,KHD->TKH", x_TD, own(self.v_KHD)), own(self.v_bias_KH))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = rotate(q_TNH, cos_TH, sin_TH), rotate(k_TKH, cos_TH, sin_TH)
-        out_TNH, carried = attend(q_TNH, k_TKH, v_TKH, carried)
-        return parts.add(jnp.einsum("TNH,DNH->TD", out_TNH, self.o_DNH[...])), carried
+        return attend(q_TNH, k_TKH, v_TKH, carried)
+
+    def out(self, heads_TNH: jax.Array, parts: Parts) -> jax.Array:
+        out_TD = parts.add(jnp.einsum("TNH,DNH->TD", heads_TNH, self.o_DNH[...]))
+        return _plus(out_TD, self.o_bias_D)
 
 
 class Mlp(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU)."""
 
-    def __init__(self, config: Qwen2Config, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        def bias(letters: str) -> nnx.Param | None:
+            return _param(config, letters, dtype) if config.mlp_bias else None
+
         self.gate_FD = _param(config, "FD", dtype)
+        self.gate_bias_F = bias("F")
         self.up_FD = _param(config, "FD", dtype)
+        self.up_bias_F = bias("F")
         self.down_DF = _param(config, "DF", dtype)
+        self.down_bias_D = bias("D")
 
     def __call__(self, x_TD: jax.Array, parts: Parts = WHOLE) -> jax.Array:
-        gate_TF = jnp.einsum("TD,FD->TF", x_TD, self.gate_FD[...])
-        up_TF = jnp.einsum("TD,FD->TF", x_TD, self.up_FD[...])
-        return parts.add(jnp.einsum("TF,DF->TD", jax.nn.silu(gate_TF) * up_TF, self.down_DF[...]))
+        return self.out(self.neurons(x_TD), parts)
+
+    def neurons(self, x_TD: jax.Array) -> jax.Array:
+        """silu(gate(x)) * up(x)"""
+        gate_TF = _plus(jnp.einsum("TD,FD->TF", x_TD, self.gate_FD[...]), self.gate_bias_F)
+        up_TF = _plus(jnp.einsum("TD,FD->TF", x_TD, self.up_FD[...]), self.up_bias_F)
+        return jax.nn.silu(gate_TF) * up_TF
+
+    def out(self, neurons_TF: jax.Array, parts: Parts) -> jax.Array:
+        out_TD = parts.add(jnp.einsum("TF,DF->TD", neurons_TF, self.down_DF[...]))
+        return _plus(out_TD, self.down_bias_D)
 
 
 class Block(nnx.Module):
     """One decoder layer; returns the residual stream after it, every tap, and the keys and values to carry on."""
 
-    def __init__(self, config: Qwen2Config, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
         self.attn_norm = RMSNorm(config, dtype)
         self.attn = Attention(config, dtype)
         self.mlp_norm = RMSNorm(config, dtype)
@@ -114,20 +165,34 @@ class Block(nnx.Module):
     def __call__(
         self, x_TD: jax.Array, shared: Shared, carried: Carried
     ) -> tuple[jax.Array, dict[str, jax.Array], Carried]:
-        attn_TD, carried = self.attn(self.attn_norm(x_TD), shared, carried)
-        x_TD = x_TD + attn_TD
-        mlp_TD = self.mlp(self.mlp_norm(x_TD), shared.parts)
-        x_TD = x_TD + mlp_TD
-        return x_TD, {"residual": x_TD, "attn": attn_TD, "mlp": mlp_TD}, carried
+        attn_in_TD = self.attn_norm(x_TD)
+        heads_TNH, carried = self.attn.heads(attn_in_TD, shared, carried)
+        attn_TD = self.attn.out(heads_TNH, shared.parts)
+        mid_TD = x_TD + attn_TD
+        mlp_in_TD = self.mlp_norm(mid_TD)
+        neurons_TF = self.mlp.neurons(mlp_in_TD)
+        mlp_TD = self.mlp.out(neurons_TF, shared.parts)
+        x_TD = mid_TD + mlp_TD
+        seen = {
+            "residual": x_TD,
+            "attn": attn_TD,
+            "mlp": mlp_TD,
+            "resid_mid": mid_TD,
+            "attn_in": attn_in_TD,
+            "mlp_in": mlp_in_TD,
+            "attn_heads": heads_TNH.reshape(len(x_TD), -1),
+            "mlp_act": neurons_TF,
+        }
+        return x_TD, seen, carried
 
 
-class Qwen2(nnx.Module):
+class Decoder(nnx.Module):
     """The embedding and the first `num_layers` blocks; the final norm and LM head only `with_head`.
 
     `num_layers` below the config's own leaves the deeper layers out altogether.
     """
 
-    def __init__(self, config: Qwen2Config, num_layers: int, dtype: jnp.dtype, with_head: bool = False):
+    def __init__(self, config: ModelConfig, num_layers: int, dtype: jnp.dtype, with_head: bool = False):
         self.config = config
         self.embed_VD = _param(config, "VD", dtype)
         self.blocks = nnx.vmap(lambda _: Block(config, dtype))(jnp.arange(num_layers))
@@ -151,33 +216,39 @@ class Qwen2(nnx.Module):
         tokens_T: int32.
         carried: what attention carries from the step before, with a leading layer axis.
         layers: ascending 0-based block indices below the number of blocks.
-        taps: of `residual` (stream after block i, before the final norm), `attn` and `mlp` (what the
-          sublayer adds to the stream), `embedding` (what block 0 takes in).
+        taps: names of kinds.py.
         dtype: of the taps; None keeps the compute dtype.
         kept_R: int32, the tokens of the step that the taps keep; None keeps all, R = T.
-        Returns ({tap: [C, R, D]}, x_TD after the last block, what to carry on); C = len(layers), 1 for `embedding`.
+        Returns ({tap: [C, R, width of the kind]}, x_TD after the last block, what to carry on); C = len(layers), 1 for
+        the embedding.
         """
         x_TD = self.embed_VD[...][tokens_T]
         graph, params = nnx.split(self.blocks)
         shared = shared.cast(x_TD.dtype)
 
-        def kept(x_TD: jax.Array) -> jax.Array:
-            return (x_TD if kept_R is None else x_TD[kept_R]).astype(dtype or x_TD.dtype)
+        def kept(x_TD: jax.Array, tap: str) -> jax.Array:
+            x_RD = (x_TD if kept_R is None else x_TD[kept_R]).astype(dtype or x_TD.dtype)
+            return shared.parts.whole(x_RD) if is_split(ALL_KINDS[tap].letters) else x_RD
 
         # A layer nobody asked for writes to the slot of the next requested one, which overwrites it, or to
         # a spare one at the end: one traced layer, and only the requested layers are ever held.
         num_blocks = jax.tree.leaves(params)[0].shape[0]
         slots_L = np.searchsorted(layers, np.arange(num_blocks)).astype(np.int32)
-        kept_RD = jax.eval_shape(kept, x_TD)
-        empty_CRD = jnp.zeros((slots_L[-1] + 1, *kept_RD.shape), kept_RD.dtype)
-        captured = {tap: empty_CRD for tap in taps if tap != EMBEDDING}
+        embedded_RD = kept(x_TD, EMBEDDING)
+        captured = {
+            tap: jnp.zeros(
+                (slots_L[-1] + 1, len(embedded_RD), KINDS[tap].width(self.config.dims)), embedded_RD.dtype
+            )
+            for tap in taps
+            if tap != EMBEDDING
+        }
 
         def step(state, layer):
             x_TD, captured, carried = state
             layer_params, slot, index = layer
             own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
             x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, shared, own)
-            captured = _with(captured, {tap: kept(seen[tap]) for tap in captured}, slot)
+            captured = _with(captured, {tap: kept(seen[tap], tap) for tap in captured}, slot)
             # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
             return (x_TD, captured, _with(carried, own, index)), None
 
@@ -185,7 +256,7 @@ class Qwen2(nnx.Module):
         (last_TD, captured, carried), _ = jax.lax.scan(step, (x_TD, captured, carried), inputs)
         captured = {tap: array_CRD[: len(layers)] for tap, array_CRD in captured.items()}
         if EMBEDDING in taps:
-            captured[EMBEDDING] = kept(x_TD)[None]
+            captured[EMBEDDING] = embedded_RD[None]
         return captured, last_TD, carried
 
     def log_probs(self, x_TD: jax.Array, rows_T: jax.Array, next_T: jax.Array, count: jax.Array) -> jax.Array:
@@ -221,15 +292,15 @@ def _with(stacked: Any, entries: Any, index: jax.Array) -> Any:
     )
 
 
-def rope_tables(config: Qwen2Config, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of position times frequency, float32 [positions, H] (Su et al. 2021).
+def rope_tables(config: ModelConfig, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of position times frequency, float32 [positions, H], times what the rope scales them by (rope.py).
 
-    The frequencies theta**(-2i/H) repeat over both halves of the head, as in Hugging Face's layout.
+    The frequencies repeat over both halves of the head, as in Hugging Face's layout.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
-    angles_PH = np.arange(positions, dtype=np.float32)[:, None] * np.tile(frequencies, 2)
-    return np.cos(angles_PH), np.sin(angles_PH)
+    frequencies = np.tile(config.rope.frequencies(config.head_dim), 2)
+    angles_PH = np.arange(positions, dtype=np.float32)[:, None] * frequencies
+    scale = np.float32(config.rope.scale)
+    return np.cos(angles_PH) * scale, np.sin(angles_PH) * scale
 
 
 def rotate(x_TNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
@@ -239,12 +310,14 @@ def rotate(x_TNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
     return x_TNH * cos_TH[:, None, :] + turned_TNH * sin_TH[:, None, :]
 
 
-def abstract_model(config: Qwen2Config, num_layers: int, dtype: jnp.dtype, with_head: bool = False) -> Qwen2:
+def abstract_model(
+    config: ModelConfig, num_layers: int, dtype: jnp.dtype, with_head: bool = False
+) -> Decoder:
     """The model with shapes in place of arrays: what the loader must fill, at no memory."""
-    return nnx.eval_shape(lambda: Qwen2(config, num_layers, dtype, with_head))
+    return nnx.eval_shape(lambda: Decoder(config, num_layers, dtype, with_head))
 
 
-def parameter_count(config: Qwen2Config) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole published model, final norm and untied LM head included."""
     params = nnx.state(abstract_model(config, config.num_layers, jnp.bfloat16, with_head=True))
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -14,11 +14,11 @@ from typing import Any, Self
 from qwen_jax.errors import RETRY_BUDGET_S, TerminatedError, ToolkitError, WriterConflictError
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import progress_name
-from qwen_jax.ledger.progress import ProgressRecord, one_line
+from qwen_jax.ledger.progress_record import ProgressRecord, one_line
 from qwen_jax.ledger.schema import ENDED, FAILED, RUNNING, STARTING, TERMINATED
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.settings import Settings
-from qwen_jax.storage.local import atomic_write
+from qwen_jax.storage.atomic import atomic_write
 from qwen_jax.storage.opening import open_store
 from qwen_jax.storage.store import Store
 
