@@ -35,7 +35,7 @@ from qwen_jax.fleet import kubernetes, local, skypilot, slurm
 from qwen_jax.fleet.command import CommandError, call
 from qwen_jax.fleet.gcloud import INSTANCE, QUEUED, VM, Cloud, Vms
 from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
-from qwen_jax.fleet.workers import (
+from qwen_jax.fleet.worker_variables import (
     bucket_name,
     listed,
     number_of_workers,

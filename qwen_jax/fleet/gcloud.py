@@ -17,7 +17,7 @@ from qwen_jax.accelerators import IMAGE_PROJECT, CloudTpu, cloud_tpu
 from qwen_jax.data.streams import stream_name
 from qwen_jax.errors import UsageError
 from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.workers import SECRETS, secrets_of, settings_of
+from qwen_jax.fleet.worker_variables import SECRETS, secrets_of, settings_of
 from qwen_jax.ledger.checks import parse_json
 from qwen_jax.ledger.names import bucket_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_jax.accelerators import cloud_tpu
 from qwen_jax.fleet.command import call
-from qwen_jax.fleet.workers import PLACES, SECRETS, bucket_name, settings_of
+from qwen_jax.fleet.worker_variables import PLACES, SECRETS, bucket_name, settings_of
 
 BASE = Path(__file__).parents[2] / "deploy" / "kubernetes" / "base"
 _IMAGE = "your-registry/qwen-extraction"

@@ -14,7 +14,7 @@ import yaml
 
 from qwen_jax.accelerators import TPUS
 from qwen_jax.fleet.kubernetes import node_selector
-from qwen_jax.fleet.workers import PASSED_ON, PLACES, SECRETS
+from qwen_jax.fleet.worker_variables import PASSED_ON, PLACES, SECRETS
 from tests.scripts.conftest import ROOT, Fakes, write_script
 from tests.scripts.test_launch_all import every_setting, launch
 from tests.waiting import until

@@ -26,7 +26,7 @@ from qwen_jax.fleet.gcloud import (
     read_documents,
 )
 from qwen_jax.fleet.supervise import BLIND_ROUNDS, Clock, Outcome, Policy, Supervisor
-from qwen_jax.fleet.workers import listed, parse_workers
+from qwen_jax.fleet.worker_variables import listed, parse_workers
 from tests.scripts.conftest import Fakes
 from tests.scripts.test_launch_all import HARD
 
