@@ -442,8 +442,9 @@ class WorldSource:
 
     def metadata(self, worker: int) -> bytes | None:
         shards = self.world.workers[worker].checkpoint["total_shards"]
-        norms = {str(layer): {"mean": 8.0 + layer**1.4 + 0.02 * worker, "max": 99.0} for layer in range(24)}
-        return json.dumps({"totals": {"bytes": shards * BYTES_A_SHARD}, "layer_norms": norms}).encode()
+        norms = {str(layer): {"norm_mean": 8.0 + layer**1.4 + 0.02 * worker} for layer in range(24)}
+        seen = {"totals": {"bytes": shards * BYTES_A_SHARD}, "statistics": {"residual": norms}}
+        return json.dumps(seen).encode()
 
     def checkpoint_place(self, worker: int) -> str:
         return f"gs://bucket/activations/tpu_{worker}/checkpoint_worker_{worker}.json"
