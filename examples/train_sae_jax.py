@@ -144,6 +144,11 @@ def save_for_sae_lens(folder: Path, state: Tree, layer: int, args: Any) -> None:
     (folder / "cfg.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
+def learning_rate(args: Any, step: jax.Array) -> jax.Array:
+    """Up in the first twentieth of the steps, down to nothing in the last fifth."""
+    return args.lr * jnp.clip(jnp.minimum(20 * step, 5 * (args.steps - step)) / args.steps, 0, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", help="shards: a worker's folder, a folder of these, or gs://...")
@@ -154,14 +159,13 @@ def main() -> None:
     parser.add_argument("--l0", type=float, default=0.05, help="price of an active feature (jumprelu)")
     parser.add_argument("--batch_size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--save_every", type=int, default=500, help="steps")
     parser.add_argument("--output", type=Path, default="sae", help="folder for the trained autoencoders")
     args = parser.parse_args()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 20, args.steps, args.lr / 10)
-    optimizer, saved = optax.adam(schedule), args.output / "state.safetensors"
+    optimizer, saved = optax.adam(partial(learning_rate, args)), args.output / "state.safetensors"
 
     def readers(size: int, held_out: bool, cursors: list[Any]) -> list[ActivationBatches]:
         return [read(args, layer, size, held_out, at) for layer, at in zip(args.layers, cursors, strict=True)]

@@ -71,14 +71,19 @@ def _size(totals: Mapping[str, int]) -> str:
 
 
 def _describe_shard(run: Run, name: str) -> Iterator[str]:
-    """Of its layers the first is read: all have the same samples and shapes."""
+    """Of its layers the first is read: all have the same samples and shapes, but for the embedding."""
     with run.place.local(name, layers=()) as path:
         stored = shard_layers(path)
-    with run.place.local(name, stored[:1]) as path:
-        first = load_shard(path, layers=stored[:1], name=f"{run.where}/{name}")[stored[0]]
-    layers = [layer for layer in stored if isinstance(layer, int)]
-    raw = len(layers) * sum(array.nbytes for record in first for array in _arrays(record))
-    raw += sum(record["activation"].nbytes for record in first) if EMBEDDING in stored else 0
+    read = {stored[0], *([EMBEDDING] if EMBEDDING in stored else [])}
+    with run.place.local(name, read) as path:
+        shard = load_shard(path, layers=read, name=f"{run.where}/{name}")
+    first, layers = shard[stored[0]], [layer for layer in stored if isinstance(layer, int)]
+    raw = sum(
+        (1 if layer == EMBEDDING else len(layers)) * array.nbytes
+        for layer, records in shard.items()
+        for record in records
+        for array in _arrays(record)
+    )
     kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
     besides = [EMBEDDING] if EMBEDDING in stored else []
     yield f"{run.where}/{name}"

@@ -37,6 +37,11 @@ class ActivationDataset(IterableDataset):
         UsageError, BadDataError: as iter_activations; fewer shards than ranks.
     """
 
+    _next: dict[str, Any]
+    """Where the next `for` begins."""
+    _now: dict[str, Any]
+    """How far the one under way is."""
+
     def __init__(
         self,
         path: str | Path,
@@ -67,8 +72,6 @@ class ActivationDataset(IterableDataset):
         self._addresses = [_address(shard) for shard in share]
         workers = max(1, num_workers)
         self._lengths = [self._reading.known_batches(share[worker::workers]) for worker in range(workers)]
-        self._next: dict[str, Any]
-        self._now: dict[str, Any]
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -86,7 +89,7 @@ class ActivationDataset(IterableDataset):
         batches = self._reading.batches(shards, start.epoch + 1, start.as_dict())
         for batch in batches:
             self._now = batches.cursor
-            yield Rows(*map(_tensor, batch)) if isinstance(batch, Rows) else _tensor(batch)  # type: ignore[arg-type]
+            yield _tensors(batch)
         self.set_epoch(start.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,7 +128,10 @@ def _rank_here() -> tuple[int, int]:
     return 0, 1
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _tensors(batch: np.ndarray | Rows) -> Any:
+    """Of an array a tensor, of Rows Rows of tensors."""
+    if isinstance(batch, Rows):
+        return Rows(*map(_tensors, batch))
+    if batch.dtype.name == "bfloat16":
+        return torch.from_numpy(batch.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(batch)

@@ -98,13 +98,15 @@ def stored_keys(parts: Sequence[Part]) -> list[int | str]:
 
 
 def wanted_parts(parts: Sequence[Part], layers: Collection[int | str]) -> list[Part]:
-    """What reading these layers takes, in the file's order."""
-    return [part for part in parts if part.key == HEAD or part.key in layers]
+    """What reading these layers takes, in the file's order: nothing for none."""
+    return [part for part in parts if layers and (part.key == HEAD or part.key in layers)]
 
 
 def ranges(parts: Sequence[Part], most: int) -> list[tuple[int, int]]:
     """Start and end of at most `most` pieces of the file that hold all of `parts`; of what lies between these the
     smallest gaps are taken along."""
+    if not parts:
+        return []
     gaps = [after.start - before.end for before, after in pairwise(parts)]
     widest = sorted(range(len(gaps)), key=gaps.__getitem__, reverse=True)[: most - 1]
     cuts = sorted(place + 1 for place in widest if gaps[place])

@@ -182,6 +182,7 @@ def test_a_shard_that_begins_inside_an_open_file():
 @pytest.mark.parametrize(
     "layers, most, expected",
     [
+        ([], 4, []),
         ([0], 4, [(0, 20)]),
         ([2], 4, [(0, 10), (30, 40)]),
         ([2, 3], 4, [(0, 10), (30, 50)]),
