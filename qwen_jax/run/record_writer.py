@@ -187,7 +187,10 @@ class ProgressWriter:
         """Of the records alone, so that its waits and retries are nobody else's."""
         if self._bucket_url is None:
             return None
-        return open_store(self._bucket_url, stop=self._give_up, budget_s=self._budget_s)
+        # The worker's own store says what the bucket refuses; this one would say it once more.
+        return open_store(
+            self._bucket_url, stop=self._give_up, budget_s=self._budget_s, log_retries_at=logging.DEBUG
+        )
 
     def _write(self, record: ProgressRecord) -> None:
         data = record.to_bytes()

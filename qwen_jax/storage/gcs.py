@@ -75,6 +75,7 @@ class GcsStore:
             on.
         first_delay_s: wait before the first retry; doubles up to `max_delay_s`, with jitter.
         timeout_s: for connecting, and for each wait for data.
+        log_retries_at: level of the log line of each failure that is tried again.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class GcsStore:
         first_delay_s: float = 1.0,
         max_delay_s: float = 32.0,
         timeout_s: float = 60.0,
+        log_retries_at: int = logging.WARNING,
     ):
         if chunk_bytes < _CHUNK_UNIT or chunk_bytes % _CHUNK_UNIT:
             raise ConfigError(f"chunk_bytes must be a multiple of {_CHUNK_UNIT}, got {chunk_bytes}")
@@ -99,6 +101,7 @@ class GcsStore:
         self._first_delay_s = first_delay_s
         self._max_delay_s = max_delay_s
         self._timeout_s = timeout_s
+        self._log_retries_at = log_retries_at
         self._client = self._connect()
         self._bucket = self._client.bucket(bucket)
 
@@ -333,7 +336,13 @@ class GcsStore:
                         f"could not {what} for {self._budget_s:.0f} s, last: {_one_line(error)}. Check the "
                         f"network, then start again{kept}"
                     ) from error
-                _log.warning("%s failed (%s); next try in %.1f s", what, _one_line(error), delay)
+                _log.log(
+                    self._log_retries_at,
+                    "%s failed (%s); next try in %.1f s",
+                    what,
+                    _one_line(error),
+                    delay,
+                )
             if self._stop.wait(delay):
                 raise TerminatedError(f"stopped while waiting to {what}{kept}")
 
