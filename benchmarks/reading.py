@@ -75,13 +75,13 @@ def inflate(folder: Path) -> None:
         list(pool.map(one, sorted(folder.iterdir())))
 
 
-def torch_loader(folder: Path) -> int:
+def torch_loader(path: Path | str) -> int:
     from torch.utils.data import DataLoader
 
     from qwen_jax.reading.torch import ActivationDataset
 
     workers = len(os.sched_getaffinity(0))
-    dataset = ActivationDataset(folder, LAST, BATCH, BUFFER)
+    dataset = ActivationDataset(path, LAST, BATCH, BUFFER)
     return sum(map(len, DataLoader(dataset, batch_size=None, num_workers=workers)))
 
 
@@ -97,7 +97,7 @@ def bucket() -> Iterator[None]:
             server.terminate()
 
 
-def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], None]]:
+def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], object]]:
     """Uploads the shards, and the last layer as safetensors and Arrow files; a case reads that layer's rows."""
     import pyarrow as pa
     import safetensors.numpy
@@ -185,6 +185,8 @@ def main() -> None:
         seconds = interleave(cases, args.rounds)
         with bucket():
             of_bucket = bucket_cases(folder, Path(name), rows)
+            if args.torch:
+                of_bucket["of shards, shuffled, by a DataLoader"] = lambda: torch_loader(URL)
             bucket_seconds = interleave(of_bucket, args.rounds)
     speed = {case: rows / seconds[case] for case in cases}
     report(
