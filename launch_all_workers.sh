@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts every worker: on TPU VMs over gcloud, on Kubernetes, with SkyPilot, or on this machine.
+# Starts every worker: on TPU VMs over gcloud, on Kubernetes, on Slurm, with SkyPilot, or on this machine.
 #
 #   GCS_BUCKET=your-bucket ./launch_all_workers.sh             workers 0 to NUM_WORKERS-1 on TPU VMs
 #   GCS_BUCKET=your-bucket ./launch_all_workers.sh --dry_run   print the commands instead

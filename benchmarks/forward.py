@@ -32,9 +32,9 @@ from common import (
     save_model,
 )
 
+from qwen_jax.accelerators import accelerator
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
-from qwen_jax.model.chips import accelerator
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.published import PUBLISHED
 from qwen_jax.model.weights import EMBEDDING, expected_shapes

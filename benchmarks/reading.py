@@ -1,25 +1,38 @@
-"""Rows of one layer out of shards: ours, and the guide's gzip.open + pickle.load; against reading the file once.
+"""Rows of one layer out of shards: ours, and the guide's gzip.open + pickle.load; for a trainer; and out of a bucket.
 
-    python benchmarks/reading.py [--shards 4] [--rounds 3] [--folder /tmp]
+    python benchmarks/reading.py [--shards 4] [--rounds 3] [--folder /tmp] [--torch]
 
 Shards of the 0.5B model's shape (24 layers of 896, bfloat16), random normals, prompts of 500 to 900 tokens. "The
-file": its bytes read and thrown away, what the disk or the page cache can do.
+file": its bytes read and thrown away, what the disk or the page cache can do. "Inflated": that layer's bytes
+decompressed on all cores and thrown away, the limit of any reader. The bucket is the tests' double in a process of its
+own, which answers after 20 ms and sends 200 MB/s. --torch adds a DataLoader with a worker a core.
 """
 
 import argparse
 import gzip
+import os
 import pickle
+import subprocess
+import sys
 import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from common import interleave, report
+from common import ROOT, interleave, report
 
-from qwen_jax.reading import iter_activations
+from qwen_jax.reading import iter_activations, load_shard
+from qwen_jax.reading.export import export
 from qwen_jax.shards import Sample, write_shard
+from qwen_jax.shards.parts import read_index, wanted_parts
 
 LAYERS, HIDDEN, SAMPLES = 24, 896, 8
+LAST, BATCH, BUFFER = LAYERS - 1, 4096, 1 << 14
+LATENCY_S, RATE, URL = 0.02, 200e6, "gs://bucket/run"
 
 
 def write_shards(folder: Path, count: int) -> int:
@@ -38,6 +51,109 @@ def write_shards(folder: Path, count: int) -> int:
     return rows
 
 
+def gzip_and_pickle(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        with gzip.open(path, "rb") as file:
+            shard = pickle.load(file)
+        np.concatenate([record["activation"] for record in shard[LAST]]).astype(np.float32)
+
+
+def inflate(folder: Path) -> None:
+    """What load_shard must at least do for the last layer, on every core."""
+
+    def one(path: Path) -> None:
+        with open(path, "rb") as file:
+            for part in wanted_parts(read_index(file), [LAST]):
+                file.seek(part.start)
+                data = file.read(part.size)
+                while data:
+                    member = zlib.decompressobj(31)
+                    member.decompress(data)
+                    data = member.unused_data
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(one, sorted(folder.iterdir())))
+
+
+def torch_loader(folder: Path) -> int:
+    from torch.utils.data import DataLoader
+
+    from qwen_jax.reading.torch import ActivationDataset
+
+    workers = len(os.sched_getaffinity(0))
+    dataset = ActivationDataset(folder, LAST, BATCH, BUFFER)
+    return sum(map(len, DataLoader(dataset, batch_size=None, num_workers=workers)))
+
+
+@contextmanager
+def bucket() -> Iterator[None]:
+    command = [sys.executable, str(ROOT / "tests" / "fake_gcs.py")]
+    command += ["--latency", str(LATENCY_S), "--rate", str(RATE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        os.environ["STORAGE_EMULATOR_HOST"] = server.stdout.readline().strip()
+        try:
+            yield
+        finally:
+            server.terminate()
+
+
+def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], None]]:
+    """Uploads the shards, and the last layer as safetensors and Arrow files; a case reads that layer's rows."""
+    import pyarrow as pa
+    import safetensors.numpy
+
+    from qwen_jax.storage.opening import open_store
+
+    export(folder, "safetensors", root / "safetensors", layers=[LAST])
+    store, whole = open_store(URL), root / "whole"
+    for path in folder.iterdir():
+        store.put_file(path.name, path)
+    peers = open_store("gs://bucket/peers")
+    files = sorted((root / "safetensors" / f"layer_{LAST:02d}").iterdir())
+    for path in files:
+        peers.put_file(path.name, path)
+        values = safetensors.numpy.load_file(path)["activations"]
+        column = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(2 * HIDDEN), len(values), [None, pa.py_buffer(values.view(np.uint8))]
+        )
+        arrow = root / path.with_suffix(".arrow").name
+        with (
+            pa.OSFile(str(arrow), "wb") as sink,
+            pa.ipc.new_file(sink, pa.schema([("row", column.type)])) as out,
+        ):
+            out.write(pa.record_batch([column], names=["row"]))
+        peers.put_file(arrow.name, arrow)
+
+    def ranged() -> None:
+        assert sum(map(len, iter_activations(URL, LAST, BATCH))) == rows
+
+    def fetch_whole() -> None:
+        for path in sorted(folder.iterdir()):
+            store.download_file(path.name, whole)
+            for record in load_shard(whole, layers=[LAST])[LAST]:
+                record["activation"].astype(np.float32)
+
+    def from_safetensors() -> None:
+        for path in files:
+            peers.download_file(path.name, whole)
+            safetensors.numpy.load_file(whole)["activations"].astype(np.float32)
+
+    def from_arrow() -> None:
+        for path in files:
+            peers.download_file(path.with_suffix(".arrow").name, whole)
+            with pa.memory_map(str(whole)) as source:
+                column = pa.ipc.open_file(source).read_all()["row"].chunk(0)
+                data = np.frombuffer(column.buffers()[1], ml_dtypes.bfloat16)
+                data.reshape(-1, HIDDEN).astype(np.float32)
+
+    return {
+        "of shards, that layer alone": ranged,
+        "of shards, fetched whole": fetch_whole,
+        "of safetensors files of that layer": from_safetensors,
+        "of Arrow files of that layer": from_arrow,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,38 +161,49 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where to write (default: the temporary folder)")
+    parser.add_argument("--torch", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
+        folder = Path(name) / "shards"
+        folder.mkdir()
         rows = write_shards(folder, args.shards)
-
-        def ours(layer: int) -> None:
-            assert sum(map(len, iter_activations(folder, layer, 4096))) == rows
-
-        def peer() -> None:
-            for path in sorted(folder.iterdir()):
-                with gzip.open(path, "rb") as file:
-                    shard = pickle.load(file)
-                np.concatenate([record["activation"] for record in shard[LAYERS - 1]]).astype(np.float32)
-
-        def file() -> None:
-            for path in sorted(folder.iterdir()):
-                path.read_bytes()
-
-        cases = {"first": lambda: ours(0), "last": lambda: ours(LAYERS - 1), "peer": peer, "file": file}
-        seconds = interleave(cases, args.rounds)
         size = sum(path.stat().st_size for path in folder.iterdir())
+
+        def ours(layer: int, buffer: int = 0) -> None:
+            assert sum(map(len, iter_activations(folder, layer, BATCH, buffer))) == rows
+
+        cases: dict[str, Callable[[], object]] = {
+            "first": lambda: ours(0),
+            "last": lambda: ours(LAST),
+            "shuffled": lambda: ours(LAST, BUFFER),
+            "peer": lambda: gzip_and_pickle(folder),
+            "inflated": lambda: inflate(folder),
+            "file": lambda: [path.read_bytes() for path in folder.iterdir()],
+        }
+        if args.torch:
+            cases["torch"] = lambda: torch_loader(folder)
+        seconds = interleave(cases, args.rounds)
+        with bucket():
+            of_bucket = bucket_cases(folder, Path(name), rows)
+            bucket_seconds = interleave(of_bucket, args.rounds)
     speed = {case: rows / seconds[case] for case in cases}
     report(
         f"One layer of {LAYERS} out of {args.shards} shards, {size / 1e9:.2f} GB, {rows:,} rows of width {HIDDEN}",
         [
             ("ours, the first layer", f"{speed['first']:,.0f} rows/s"),
             ("ours, the last layer", f"{speed['last']:,.0f} rows/s"),
+            (f"ours, shuffled, buffer of {BUFFER:,}", f"{speed['shuffled']:,.0f} rows/s"),
+            *([("ours, shuffled, by a DataLoader", f"{speed['torch']:,.0f} rows/s")] if args.torch else []),
             ("gzip.open + pickle.load", f"{speed['peer']:,.0f} rows/s"),
+            ("that layer's bytes inflated on all cores", f"{speed['inflated']:,.0f} rows/s"),
             ("all bytes of the files read", f"{size / seconds['file'] / 1e6:,.0f} MB/s"),
             ("ours, last layer / gzip + pickle", f"{speed['last'] / speed['peer']:.1f}"),
-            ("ours, last layer / ours, first layer", f"{speed['last'] / speed['first']:.2f}"),
+            ("ours, shuffled / inflated", f"{speed['shuffled'] / speed['inflated']:.2f}"),
         ],
+    )
+    report(
+        f"The last layer's rows out of a bucket, {LATENCY_S * 1e3:.0f} ms, {RATE / 1e6:.0f} MB/s",
+        [(case, f"{rows / bucket_seconds[case]:,.0f} rows/s") for case in of_bucket],
     )
 
 

@@ -18,9 +18,9 @@ from itertools import product
 from common import ROOT  # noqa: F401  (puts the package on the path)
 from jax.errors import JaxRuntimeError
 
+from qwen_jax.accelerators import ACCELERATORS, Accelerator
 from qwen_jax.cli import FlagParser
 from qwen_jax.errors import first_line
-from qwen_jax.model.chips import ACCELERATORS, Accelerator
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.published import PUBLISHED, config_fields

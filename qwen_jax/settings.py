@@ -24,7 +24,13 @@ from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KEEP_ALL, KINDS, STORED_DT
 from qwen_jax.ledger.names import bucket_folder, checkpoint_name, local_folder
 
 _LONGEST_ID = 9
-WORKER_ID_VARIABLES = ("WORKER_ID", "JOB_COMPLETION_INDEX", "SKYPILOT_JOB_RANK", "TPU_WORKER_ID")
+WORKER_ID_VARIABLES = (
+    "WORKER_ID",
+    "JOB_COMPLETION_INDEX",
+    "SKYPILOT_JOB_RANK",
+    "SLURM_ARRAY_TASK_ID",
+    "TPU_WORKER_ID",
+)
 ATTENTIONS = ("auto", "blocked", "ragged")
 AUTO = "auto"
 LONGEST = 0

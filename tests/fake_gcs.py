@@ -22,8 +22,10 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -32,8 +34,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import google_crc32c
 
 
+@lru_cache(maxsize=64)
 def crc32c(data: bytes) -> str:
     return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+
+
+@lru_cache(maxsize=64)
+def md5(data: bytes) -> str:
+    return base64.b64encode(hashlib.md5(data).digest()).decode()
 
 
 def turned_over(data: bytes) -> bytes:
@@ -94,7 +102,7 @@ class Stored:
             "generation": str(self.generation),
             "metageneration": "1",
             "crc32c": crc32c(self.data),
-            "md5Hash": base64.b64encode(hashlib.md5(self.data).digest()).decode(),
+            "md5Hash": md5(self.data),
             "metadata": self.metadata,
         }
 
@@ -118,6 +126,14 @@ class ApiError(Exception):
         self.status = status
 
 
+def wanted_range(headers: Mapping[str, str], size: int) -> tuple[int, int]:
+    """Start and end of the bytes that a request asks for."""
+    if "Range" not in headers:
+        return 0, size
+    first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", headers["Range"]).groups()
+    return int(first), int(last) + 1
+
+
 class FakeGcs:
     """The server; a context manager that serves on 127.0.0.1 in a thread.
 
@@ -125,6 +141,8 @@ class FakeGcs:
         faults: the script; each request takes the first fault that strikes.
         requests: (method, path with query) of everything that arrived.
         body_bytes: request body bytes that arrived.
+        sent_bytes: of objects' content, that were sent.
+        latency_s, rate: seconds before each answer, and bytes a second of all answers together (0: as fast as can be).
         uploads: names of the objects that whole bodies arrived for, stored or refused.
         page_size: objects in a page of a listing.
     """
@@ -132,7 +150,9 @@ class FakeGcs:
     def __init__(self, buckets: Sequence[str] = ("bucket",), port: int = 0, page_size: int = 1000):
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
-        self.body_bytes = 0
+        self.body_bytes = self.sent_bytes = 0
+        self.latency_s = self.rate = 0.0
+        self.link = threading.Lock()
         self.uploads: list[str] = []
         self.page_size = page_size
         self.location = "US-CENTRAL2"
@@ -193,8 +213,7 @@ class FakeGcs:
         self.check_condition(bucket, name, query)
         if resource.get("crc32c", crc32c(data)) != crc32c(data):
             raise ApiError(400, "Provided CRC32C does not match calculated CRC32C.")
-        md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
-        if resource.get("md5Hash", md5) != md5:
+        if resource.get("md5Hash", md5(data)) != md5(data):
             raise ApiError(400, "Provided MD5 hash does not match calculated MD5 hash.")
         self._generation += 1
         stored = Stored(bytes(data), self._generation, resource.get("metadata") or {})
@@ -296,13 +315,15 @@ class _Handler(BaseHTTPRequestHandler):
         stored = self.fake.get(bucket, name, self.query)
         if self.query.get("alt") != "media":
             return 200, {}, json.dumps(stored.resource(bucket, name)).encode()
-        data = stored.data
+        start, end = wanted_range(self.headers, len(stored.data))
+        data, status = stored.data[start:end], 206 if "Range" in self.headers else 200
+        self.fake.sent_bytes += len(data)
         if self.fault and self.fault.kind == "corrupt":
             # Without the header of checksums, as behind a proxy: the library alone would not see it.
-            return 200, {}, data[:-1] + bytes([data[-1] ^ 1])
+            return status, {}, data[:-1] + bytes([data[-1] ^ 1])
         resource = stored.resource(bucket, name)
         hashes = f"crc32c={resource['crc32c']},md5={resource['md5Hash']}"
-        return 200, {"X-Goog-Hash": hashes, "X-Goog-Generation": resource["generation"]}, data
+        return status, {"X-Goog-Hash": hashes, "X-Goog-Generation": resource["generation"]}, data
 
     def _list(self, bucket: str) -> bytes:
         prefix = self.query.get("prefix", "")
@@ -372,7 +393,14 @@ class _Handler(BaseHTTPRequestHandler):
         body = {"error": {"code": error.status, "message": str(error)}}
         self._send(error.status, {}, json.dumps(body).encode())
 
+    def _travel(self, size: int) -> None:
+        time.sleep(self.fake.latency_s)
+        if self.fake.rate:
+            with self.fake.link:
+                time.sleep(size / self.fake.rate)
+
     def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self._travel(len(data))
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -397,11 +425,14 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--bucket", default="bucket")
     parser.add_argument("--dump", type=Path, help="folder that gets the objects in the end")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--rate", type=float, default=0.0, help="bytes a second of all answers together")
     args = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with FakeGcs([args.bucket], args.port) as server:
+        server.latency_s, server.rate = args.latency, args.rate
         print(server.url, flush=True)
         stop.wait()
         for name, data in server.tree(args.bucket).items() if args.dump else ():

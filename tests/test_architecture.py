@@ -58,6 +58,12 @@ def test_the_ledger_needs_the_standard_library_alone():
             assert is_ours or name.split(".")[0] in sys.stdlib_module_names, (file.name, name)
 
 
+def test_accelerators_need_the_standard_library_alone():
+    """A fleet's control machine reads it, and so does every room."""
+    for name in imported_modules(ROOT / "qwen_jax" / "accelerators.py"):
+        assert name.startswith("qwen_jax.errors") or name.split(".")[0] in sys.stdlib_module_names, name
+
+
 NAMES = {
     "metadata.json": "ledger/names.py",
     "progress.json": "ledger/names.py",
@@ -84,10 +90,13 @@ def test_a_name_of_what_a_worker_leaves_is_spelled_in_one_place(name):
 
 
 def test_the_product_never_imports_torch():
-    """But for the reference that certify uses where torch is there."""
+    """But for the reference that certify uses where torch is there, and what a torch trainer imports by its name."""
     files = [*modules(), *ROOT.glob("*.py")]
     for file in files:
-        if file.name == "hugging_face.py":
+        assert "qwen_jax.reading.torch" not in {name.rpartition(".")[0] for name in imported_modules(file)}, (
+            file
+        )
+        if file.name in ("hugging_face.py", "torch.py"):
             continue
         assert not any(name.split(".")[0] == "torch" for name in imported_modules(file)), file
 

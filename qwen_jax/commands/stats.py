@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from qwen_jax.cli import FlagParser, say
 from qwen_jax.commands.arguments import add_paths
 from qwen_jax.errors import UsageError
+from qwen_jax.reading.merged_stats import groups_alike, merged_stats
 from qwen_jax.reading.runs import local_output, open_runs
-from qwen_jax.reading.statistics import groups_alike, merged_stats
 from qwen_jax.shards.statistics import Stats, stats_bytes
-from qwen_jax.storage.local import atomic_write
+from qwen_jax.storage.atomic import atomic_write
 
 
 def add_flags(parser: FlagParser) -> None:

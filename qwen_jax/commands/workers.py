@@ -32,7 +32,7 @@ from qwen_jax.fleet.monitor import (
     mark_slow,
     totals_line,
 )
-from qwen_jax.fleet.workers import number_of_workers
+from qwen_jax.fleet.worker_variables import number_of_workers
 from qwen_jax.ledger.schema import NOT_STARTED
 
 ENV_FOR_ALL = True

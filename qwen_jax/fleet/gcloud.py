@@ -1,22 +1,35 @@
-"""TPU VMs over the gcloud command: what it is asked, and what its answers mean."""
+"""TPU VMs over the gcloud command: what it is asked, and what its answers mean.
+
+A VM is made by the Cloud TPU API, at once or queued, or as an instance of Compute Engine.
+"""
 
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
+from qwen_jax.accelerators import IMAGE_PROJECT, CloudTpu, cloud_tpu
 from qwen_jax.data.streams import stream_name
+from qwen_jax.errors import UsageError
 from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.workers import SECRETS, settings_of
+from qwen_jax.fleet.worker_variables import SECRETS, secrets_of, settings_of
 from qwen_jax.ledger.checks import parse_json
 from qwen_jax.ledger.names import bucket_folder
 
-VM, QUEUED = "vm", "queued"
+VM, QUEUED, INSTANCE = "vm", "queued", "instance"
+_NOUNS = {
+    VM: ("compute", "tpus", "tpu-vm"),
+    QUEUED: ("compute", "tpus", "queued-resources"),
+    INSTANCE: ("compute", "instances"),
+}
+_READY = {VM: "READY", QUEUED: "ACTIVE", INSTANCE: "RUNNING"}
+BOOT_DISK = "100GB"
+"""Of an instance: its image's own 10 GB do not hold the packages."""
 READY, WAITING, LOST, ABSENT = "ready", "waiting", "lost", "absent"
 _LOST = {"PREEMPTED", "TERMINATED", "FAILED", "SUSPENDED"}
 _NOTHING_THERE = "matched no objects"
@@ -36,7 +49,7 @@ class Vms:
     remote_dir: str
     code_url: str | None = None
     accelerator_type: str = "v4-8"
-    runtime_version: str = "tpu-ubuntu2204-base"
+    runtime_version: str | None = None
     on_demand: bool = False
     kind: str = VM
     streams_url: str | None = None
@@ -52,31 +65,55 @@ class Vms:
         It reads the secrets among them, where there are any, from its input (`secrets_of`).
         """
         remote = self._remote_command(worker, environment)
-        return [*_TPU_VM, "ssh", self.name(worker), "--zone", self.zone, *self.ssh_flags, "--command", remote]
+        ssh = ["gcloud", "compute", "ssh"] if self.kind == INSTANCE else ["gcloud", *_NOUNS[VM], "ssh"]
+        return [*ssh, self.name(worker), "--zone", self.zone, *self.ssh_flags, "--command", remote]
 
     def create_command(self, worker: int) -> list[str]:
-        """A VM's creation is waited for: only then does gcloud say why there is none."""
-        name, spot = self.name(worker), [] if self.on_demand else ["--spot"]
-        like = ["--zone", self.zone, "--accelerator-type", self.accelerator_type]
-        further = [*spot, *self.create_flags, "--quiet"]
-        if self.kind == QUEUED:
-            version = ["--runtime-version", self.runtime_version]
-            return [*_QUEUED, "create", name, "--node-id", name, *like, *version, *further]
-        return [*_TPU_VM, "create", name, *like, "--version", self.runtime_version, *further]
+        """A VM's creation is waited for: only then does gcloud say why there is none. Raises UsageError for what does
+        not go together."""
+        name = self.name(worker)
+        command = ["gcloud", *_NOUNS[self.kind], "create", name, "--zone", self.zone]
+        return [*command, *self._like(name), *self._price(), *self.create_flags, "--quiet"]
 
     def delete_command(self, worker: int) -> list[str]:
-        name = self.name(worker)
-        if self.kind == QUEUED:
-            return [*_QUEUED, "delete", name, "--zone", self.zone, "--force", "--quiet"]
-        return [*_TPU_VM, "delete", name, "--zone", self.zone, "--quiet"]
+        force = ["--force"] if self.kind == QUEUED else []
+        command = ["gcloud", *_NOUNS[self.kind], "delete", self.name(worker), "--zone", self.zone]
+        return [*command, *force, "--quiet"]
 
     def list_commands(self) -> list[list[str]]:
         """Of VMs, and of queued resources where these are used."""
-        options = ["--zone", self.zone, "--format", "json"]
-        return [
-            [*_TPU_VM, "list", *options],
-            *([[*_QUEUED, "list", *options]] if self.kind == QUEUED else []),
-        ]
+        kinds = (VM, QUEUED) if self.kind == QUEUED else (self.kind,)
+        zone = "--zones" if self.kind == INSTANCE else "--zone"
+        return [["gcloud", *_NOUNS[kind], "list", zone, self.zone, "--format", "json"] for kind in kinds]
+
+    def _like(self, name: str) -> list[str]:
+        """What a new one is."""
+        if self.kind == INSTANCE:
+            machine = instance_machine(self.accelerator_type, self.runtime_version)
+            image = ["--image-family", str(machine.image_family), "--image-project", IMAGE_PROJECT]
+            # cloud-platform: what instances may do by default is to read buckets, not to write to them.
+            further = ["--boot-disk-size", BOOT_DISK, "--scopes", "cloud-platform"]
+            return [
+                "--machine-type",
+                machine.machine_type,
+                *image,
+                *further,
+                "--maintenance-policy",
+                "TERMINATE",
+            ]
+        version = self.runtime_version or runtime_version(self.accelerator_type, self.kind)
+        accelerator = ["--accelerator-type", self.accelerator_type]
+        if self.kind == QUEUED:
+            return ["--node-id", name, *accelerator, "--runtime-version", version]
+        return [*accelerator, "--version", version]
+
+    def _price(self) -> list[str]:
+        if self.on_demand:
+            return []
+        if self.kind == INSTANCE:
+            # One that is stopped instead would keep its name, and its disk would go on costing.
+            return ["--provisioning-model", "SPOT", "--instance-termination-action", "DELETE"]
+        return ["--spot"]
 
     def _remote_command(self, worker: int, environment: Mapping[str, str]) -> str:
         folder = shlex.quote(self.remote_dir)
@@ -127,16 +164,35 @@ class FirstAlone:
         return call(command, given=given)
 
 
-_TPU_VM = ("gcloud", "compute", "tpus", "tpu-vm")
-_QUEUED = ("gcloud", "compute", "tpus", "queued-resources")
+def runtime_version(accelerator_type: str, kind: str) -> str:
+    """Of the Cloud TPU API's VMs; raises UsageError where that has no such machine."""
+    found = cloud_tpu(accelerator_type).runtime_version
+    if found is None:
+        raise UsageError(f"--create {kind}: there is {accelerator_type} with --create {INSTANCE} only")
+    return found
+
+
+def instance_machine(accelerator_type: str, version: str | None) -> CloudTpu:
+    """Of Compute Engine; raises UsageError where that has no such machine."""
+    machine = cloud_tpu(accelerator_type)
+    if machine.image_family is None:
+        raise UsageError(
+            f"--create {INSTANCE}: there is {accelerator_type} with --create {VM} and {QUEUED} only"
+        )
+    if version is not None:
+        raise UsageError(
+            f"--runtime_version does not go with --create {INSTANCE}, which has an image; leave it out"
+        )
+    return machine
 
 
 def machine_states(vms: Vms) -> dict[str, tuple[str, str]]:
     """Name -> (one of our states, gcloud's word). What is not there is not in it. Raises CommandError."""
     answers = [_parse_list(call(command)) for command in vms.list_commands()]
-    nodes = {_name(entry): str(entry.get("state")) for entry in answers[0]}
-    if vms.kind == VM:
-        return {name: (_state(word, "READY"), word) for name, word in nodes.items()}
+    key = "status" if vms.kind == INSTANCE else "state"
+    nodes = {_name(entry): str(entry.get(key)) for entry in answers[0]}
+    if vms.kind != QUEUED:
+        return {name: (_state(word, _READY[vms.kind]), word) for name, word in nodes.items()}
     found = {}
     for entry in answers[1]:
         state = entry.get("state")
@@ -145,8 +201,48 @@ def machine_states(vms: Vms) -> dict[str, tuple[str, str]]:
         if word == "ACTIVE" and nodes.get(name) in (None, *_LOST):
             found[name] = (LOST, f"ACTIVE without its VM ({nodes.get(name, 'vanished')})")
         else:
-            found[name] = (_state(word, "ACTIVE"), word)
+            found[name] = (_state(word, _READY[QUEUED]), word)
     return found
+
+
+class Machines(Protocol):
+    """What a supervisor needs of a cloud (Cloud): each method raises CommandError where it cannot."""
+
+    def name(self, worker: int) -> str: ...
+    def machines(self) -> dict[str, tuple[str, str]]: ...
+    def documents(self, name: str) -> dict[int, dict[str, Any]]: ...
+    def start(self, worker: int) -> None: ...
+    def create(self, worker: int) -> None: ...
+    def delete(self, worker: int) -> None: ...
+
+
+@dataclass
+class Cloud:
+    """The supervisor's Google Cloud."""
+
+    vms: Vms
+    environment: Mapping[str, str]
+    _ssh: FirstAlone = field(default_factory=FirstAlone)
+
+    def name(self, worker: int) -> str:
+        return self.vms.name(worker)
+
+    def machines(self) -> dict[str, tuple[str, str]]:
+        return machine_states(self.vms)
+
+    def documents(self, name: str) -> dict[int, dict[str, Any]]:
+        """As `read_documents`, of the bucket that the workers upload to."""
+        bucket, prefix = self.environment["GCS_BUCKET"], self.environment.get("GCS_PREFIX") or "activations"
+        return read_documents(bucket, prefix, name)
+
+    def start(self, worker: int) -> None:
+        self._ssh(self.vms.start_command(worker, self.environment), secrets_of(self.environment))
+
+    def create(self, worker: int) -> None:
+        call(self.vms.create_command(worker))
+
+    def delete(self, worker: int) -> None:
+        call(self.vms.delete_command(worker))
 
 
 def _parse_list(text: str) -> list[dict[str, Any]]:

@@ -65,8 +65,7 @@ def shares(slots: int, gpus: Sequence[str], tpu_chips: int, cores: Sequence[int]
 
 def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Path) -> Spawn:
     """Starts ./launch_worker.sh; what it prints is added to `logs`/worker_N.log."""
-    with storage_errors("write", logs):
-        logs.mkdir(parents=True, exist_ok=True)
+    make_logs(logs)
 
     def spawn(worker: int, slot: int) -> subprocess.Popen:
         share = portions[slot]
@@ -85,6 +84,12 @@ def spawner(environment: Mapping[str, str], portions: Sequence[Share], logs: Pat
             )
 
     return spawn
+
+
+def make_logs(folder: Path) -> None:
+    """Raises StorageError."""
+    with storage_errors("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from qwen_jax.ledger.checkpoint import SeenCheckpoint, seen_checkpoint
 from qwen_jax.ledger.checks import DamagedError, read_bounded
 from qwen_jax.ledger.metadata import seen_metadata
 from qwen_jax.ledger.names import METADATA_NAME, bucket_folder, checkpoint_name, local_folder, progress_name
-from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.ledger.schema import (
     COMPLETED,
     FAILED,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from qwen_jax.fleet.workers import PLACES, SECRETS, bucket_name, settings_of
+from qwen_jax.fleet.worker_variables import PLACES, SECRETS, bucket_name, settings_of
 
 TASK = Path("deploy") / "skypilot" / "worker.yaml"
 

@@ -6,26 +6,16 @@ Each round looks at the machines and at the bucket, and acts on workers that nee
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_jax.errors import BadDataError, ConfigError, UsageError
-from qwen_jax.fleet.command import CommandError, call
-from qwen_jax.fleet.gcloud import (
-    ABSENT,
-    LOST,
-    READY,
-    WAITING,
-    FirstAlone,
-    Vms,
-    machine_states,
-    read_documents,
-)
-from qwen_jax.fleet.workers import secrets_of
+from qwen_jax.fleet.command import CommandError
+from qwen_jax.fleet.gcloud import ABSENT, LOST, READY, WAITING, Machines
 from qwen_jax.ledger.names import CHECKPOINT_PATTERN, PROGRESS_NAME
-from qwen_jax.ledger.progress import one_line
+from qwen_jax.ledger.progress_record import one_line
 from qwen_jax.ledger.schema import COMPLETED, FAILED, RUNNING
 
 FINAL_EXITS = tuple(kind.exit_code for kind in (UsageError, BadDataError, ConfigError))
@@ -46,6 +36,10 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def wait(self, futures: Collection[Future], seconds: float) -> None:
+        """Until all are done, but no longer than so many seconds."""
+        wait(futures, timeout=seconds)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -59,7 +53,7 @@ class Policy:
 
 
 @dataclass
-class _Care:
+class _Tracked:
     """What the supervisor remembers of a worker. started_at: its last start on the machine that is there now.
     samples: what its checkpoint covered when it last grew, at grew_at. word: gcloud's for its machine."""
 
@@ -81,28 +75,27 @@ class Outcome:
 
 @dataclass
 class Supervisor:
-    """`run` returns when every worker is finished or given up; raises CommandError when gcloud has been of no use for
+    """`run` returns when every worker is finished or given up; raises CommandError when gcloud has failed for
     BLIND_ROUNDS rounds."""
 
-    vms: Vms
+    cloud: Machines
     workers: Sequence[int]
-    environment: Mapping[str, str]
     policy: Policy
     clock: Clock
     say: Callable[[str], None]
-    _care: dict[int, _Care] = field(default_factory=dict)
+    pool: Callable[[int], Executor] = ThreadPoolExecutor
+    _tracked: dict[int, _Tracked] = field(default_factory=dict)
     _finished: set[int] = field(default_factory=set)
     _given_up: dict[int, str] = field(default_factory=dict)
     _busy: dict[int, Future] = field(default_factory=dict)
-    _ssh: FirstAlone = field(default_factory=FirstAlone)
     _count_at: float = 0.0
 
     def __post_init__(self) -> None:
         # Creations take minutes: starts must not stand behind them.
-        self._starts, self._creations = (ThreadPoolExecutor(self.policy.parallel) for _ in range(2))
+        self._starts, self._creations = (self.pool(self.policy.parallel) for _ in range(2))
 
     def run(self) -> Outcome:
-        self._care = {worker: _Care() for worker in self.workers}
+        self._tracked = {worker: _Tracked() for worker in self.workers}
         blind = 0
         with self._starts, self._creations:
             while True:
@@ -124,24 +117,23 @@ class Supervisor:
     def _round(self) -> None:
         """Looks first, all of it; then acts, and waits for that no longer than until the next round."""
         self._collect()
-        bucket, prefix = self.environment["GCS_BUCKET"], self.environment.get("GCS_PREFIX") or "activations"
-        checkpoints = read_documents(bucket, prefix, CHECKPOINT_PATTERN)
+        checkpoints = self.cloud.documents(CHECKPOINT_PATTERN)
         for worker in self._open():
             if checkpoints.get(worker, {}).get("status") == COMPLETED:
                 self._finished.add(worker)
                 self.say(f"worker {worker}: completed")
         if not self._open():
             return
-        records = self._records(bucket, prefix)
-        machines = machine_states(self.vms)
+        records = self._records()
+        machines = self.cloud.machines()
         now = self.clock.time()
         for worker in self._open():
             record = None if records is None else records.get(worker, {})
-            self._note_progress(self._care[worker], checkpoints.get(worker, {}), record or {}, now)
+            self._note_progress(self._tracked[worker], checkpoints.get(worker, {}), record or {}, now)
             if worker not in self._busy:
                 self._act(worker, machines, record, now)
         self._say_count(machines, now)
-        wait(self._busy.values(), timeout=self.policy.poll_s)
+        self.clock.wait(self._busy.values(), self.policy.poll_s)
         self._collect()
 
     def _collect(self) -> None:
@@ -149,10 +141,10 @@ class Supervisor:
         for worker in [worker for worker, future in self._busy.items() if future.done()]:
             self._busy.pop(worker).result()
 
-    def _records(self, bucket: str, prefix: str) -> dict[int, dict[str, Any]] | None:
+    def _records(self) -> Mapping[int, dict[str, Any]] | None:
         """None where they cannot be read: machines are looked after without them, but nobody is called silent."""
         try:
-            return read_documents(bucket, prefix, PROGRESS_NAME)
+            return self.cloud.documents(PROGRESS_NAME)
         except CommandError as error:
             self.say(f"progress records not read this round: {error}")
             return None
@@ -162,7 +154,9 @@ class Supervisor:
         if now < self._count_at:
             return
         self._count_at = now + COUNT_EVERY_S
-        words = Counter(machines.get(self.vms.name(worker), (ABSENT, "absent"))[1] for worker in self._open())
+        words = Counter(
+            machines.get(self.cloud.name(worker), (ABSENT, "absent"))[1] for worker in self._open()
+        )
         machines_are = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
         self.say(
             f"{len(self._finished)} of {len(self.workers)} workers completed, {len(self._given_up)} given up; "
@@ -177,77 +171,79 @@ class Supervisor:
         now: float,
     ) -> None:
         """Lets something be done for an unfinished worker, if it needs it now."""
-        care = self._care[worker]
-        state, word = machines.get(self.vms.name(worker), (ABSENT, "absent"))
-        if state == WAITING and word != care.word:
-            self.say(f"worker {worker}: {self.vms.name(worker)} is {word}{_NEEDS_SOMEBODY.get(word, '')}")
-        care.word = word
+        tracked = self._tracked[worker]
+        state, word = machines.get(self.cloud.name(worker), (ABSENT, "absent"))
+        if state == WAITING and word != tracked.word:
+            self.say(f"worker {worker}: {self.cloud.name(worker)} is {word}{_NEEDS_SOMEBODY.get(word, '')}")
+        tracked.word = word
         if not self._is_due(worker, state, record, now):
             return
-        care.attempts += 1
-        care.not_before = now + min(self.policy.backoff_s * 2 ** (care.attempts - 1), LONGEST_WAIT_S)
+        tracked.attempts += 1
+        tracked.not_before = now + min(self.policy.backoff_s * 2 ** (tracked.attempts - 1), LONGEST_WAIT_S)
         if state == READY:
-            self._busy[worker] = self._starts.submit(self._start, worker, care, now)
+            self._busy[worker] = self._starts.submit(self._start, worker, tracked, now)
         else:
-            self._busy[worker] = self._creations.submit(self._create, worker, care, state)
+            self._busy[worker] = self._creations.submit(self._create, worker, tracked, state)
 
     def _is_due(self, worker: int, state: str, record: Mapping[str, Any] | None, now: float) -> bool:
-        """Whether to act for it; gives it up where that is of no use."""
-        care = self._care[worker]
+        """Whether to act for it; gives it up where another try would change nothing."""
+        tracked = self._tracked[worker]
         known = record or {}
-        if _failed_since(care.started_at, known) and known.get("exit_code") in FINAL_EXITS:
+        if _failed_since(tracked.started_at, known) and known.get("exit_code") in FINAL_EXITS:
             self._give_up(
                 worker, f"it failed with exit {known['exit_code']}: {one_line(str(known.get('message')))}"
             )
             return False
-        if now < care.not_before or not self._needs_action(state, care, record, now):
+        if now < tracked.not_before or not self._needs_action(state, tracked, record, now):
             return False
-        if care.attempts >= self.policy.max_attempts:
-            self._give_up(worker, f"{care.attempts} tries without progress; its machine is {care.word}")
+        if tracked.attempts >= self.policy.max_attempts:
+            self._give_up(worker, f"{tracked.attempts} tries without progress; its machine is {tracked.word}")
             return False
         return True
 
-    def _needs_action(self, state: str, care: _Care, record: Mapping[str, Any] | None, now: float) -> bool:
+    def _needs_action(
+        self, state: str, tracked: _Tracked, record: Mapping[str, Any] | None, now: float
+    ) -> bool:
         if state != READY:
             return state in (LOST, ABSENT)
-        if care.started_at is None:
+        if tracked.started_at is None:
             return True
         if record is None:
             return False
-        heard = max(_number(record, "updated_at"), care.started_at, care.grew_at)
-        return _failed_since(care.started_at, record) or now - heard > SILENCE_S
+        heard = max(_number(record, "updated_at"), tracked.started_at, tracked.grew_at)
+        return _failed_since(tracked.started_at, record) or now - heard > SILENCE_S
 
     def _note_progress(
-        self, care: _Care, checkpoint: Mapping[str, Any], record: Mapping[str, Any], now: float
+        self, tracked: _Tracked, checkpoint: Mapping[str, Any], record: Mapping[str, Any], now: float
     ) -> None:
         """A worker that gets on has its tries back."""
         samples = _number(checkpoint, "total_samples_processed")
-        if samples > care.samples:
-            care.samples, care.grew_at = samples, now
+        if samples > tracked.samples:
+            tracked.samples, tracked.grew_at = samples, now
         runs = record.get("status") == RUNNING and _number(record, "tokens") > 0
-        heard = max(care.grew_at, _number(record, "updated_at") if runs else 0.0)
-        if care.started_at is not None and heard > care.started_at:
-            care.attempts = 0
+        heard = max(tracked.grew_at, _number(record, "updated_at") if runs else 0.0)
+        if tracked.started_at is not None and heard > tracked.started_at:
+            tracked.attempts = 0
 
-    def _start(self, worker: int, care: _Care, now: float) -> None:
+    def _start(self, worker: int, tracked: _Tracked, now: float) -> None:
         try:
-            self._ssh(self.vms.start_command(worker, self.environment), secrets_of(self.environment))
+            self.cloud.start(worker)
         except CommandError as error:
             self.say(f"worker {worker}: not started: {error}")
             return
-        care.started_at = now
-        self.say(f"worker {worker}: started on {self.vms.name(worker)}")
+        tracked.started_at = now
+        self.say(f"worker {worker}: started on {self.cloud.name(worker)}")
 
-    def _create(self, worker: int, care: _Care, state: str) -> None:
+    def _create(self, worker: int, tracked: _Tracked, state: str) -> None:
         """A machine that is lost still has its name, so it is deleted first."""
-        care.started_at = None
-        name = self.vms.name(worker)
-        attempt = f"try {care.attempts} of {self.policy.max_attempts}"
-        self.say(f"worker {worker}: {name} is {care.word}; creating it ({attempt})")
+        tracked.started_at = None
+        name = self.cloud.name(worker)
+        attempt = f"try {tracked.attempts} of {self.policy.max_attempts}"
+        self.say(f"worker {worker}: {name} is {tracked.word}; creating it ({attempt})")
         try:
             if state == LOST:
-                call(self.vms.delete_command(worker))
-            call(self.vms.create_command(worker))
+                self.cloud.delete(worker)
+            self.cloud.create(worker)
         except CommandError as error:
             self.say(f"worker {worker}: {name} not created: {error}")
 

@@ -13,8 +13,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
+from qwen_jax.accelerators import Accelerator
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.chips import Accelerator
 from qwen_jax.model.sharding import check_division
 
 

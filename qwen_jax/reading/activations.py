@@ -21,6 +21,10 @@ Keep = Callable[[dict[str, Any]], np.ndarray] | str | None
 READERS = 2
 """Threads that read and unpack shards, each one shard ahead."""
 _PIECE_ROWS = 4096
+_DRAWN_ROWS = 512
+
+Columns = tuple[np.ndarray, ...]
+"""Arrays over the same n rows: activations [n, hidden], and with tokens the rest of Rows."""
 
 
 class Rows(NamedTuple):
@@ -74,12 +78,15 @@ def iter_activations(
     shuffle_buffer: int = 0,
     seed: int = 0,
     *,
+    shards_at_once: int = 1,
     keep: Keep = None,
     kind: str | None = None,
     as_float32: bool = True,
     with_tokens: bool = False,
     epochs: int = 1,
     cursor: dict[str, int | str] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> "ActivationBatches":
     """Batches of rows of one layer at `path` (see open_runs), of one worker or many.
 
@@ -88,6 +95,8 @@ def iter_activations(
         batch_size: rows of a batch; the last one of an epoch may be smaller.
         shuffle_buffer: rows to draw from at random; with it the shards come in random order too. 0 keeps order.
         seed: the same one gives the same batches; each epoch is shuffled anew.
+        shards_at_once: of how many shards the rows come that enter the shuffle buffer, in random order. More make two
+            rows of a batch come from one sample less often.
         keep: which rows of a sample (a dict as iter_samples gives it): a function to a bool array, or
             `"role:test_input,answer"` in the words of --keep_tokens. None is all.
         kind: which of several stored kinds; None is the main one.
@@ -97,38 +106,80 @@ def iter_activations(
         cursor: `ActivationBatches.cursor` of an earlier iteration with the same arguments, to go on behind it. Whole
             epochs are skipped at once, and without shuffle_buffer and keep whole shards too; else the epoch is read
             again up to there.
+        process_index, process_count: which of how many processes asks. Each reads shards of its own, so that together
+            they read every row once an epoch; the numbers of their batches may differ.
 
     Returns:
-        An iterator of [batch, hidden] arrays. READERS threads read ahead; in memory are that layer of READERS + 1
-        shards, the shuffle buffer in the stored dtype, and a batch.
+        An iterator of [batch, hidden] arrays. READERS threads read ahead; in memory are that layer of READERS +
+        shards_at_once shards, the shuffle buffer in the stored dtype, and a batch.
 
     Raises:
-        UsageError: arguments that do not fit together, a layer or kind that is not stored. ShardError and
-        BadDataError, while iterating: see load_shard.
+        UsageError: arguments that do not fit together, a layer or kind that is not stored, fewer shards than
+        processes. ShardError and BadDataError, while iterating: see load_shard.
     """
-    if batch_size < 1 or shuffle_buffer < 0 or epochs < 1:
-        raise UsageError("batch_size and epochs are at least 1, shuffle_buffer at least 0")
-    shards = [(run, name) for run in runs_with_layer(open_runs(path), layer) for name in run.shards]
-    order = _Order(batch_size, shuffle_buffer, seed)
-    said = keep if isinstance(keep, str) or keep is None else "a function"
-    arguments = _digest([layer, kind, said, asdict(order)], shards)
-    start = Cursor(0, 0, arguments) if cursor is None else Cursor.parse(cursor, arguments)
-    source = _Source(shards, layer, _row_mask(keep), kind)
-    return ActivationBatches(source, order, start, epochs, as_float32=as_float32, with_tokens=with_tokens)
+    reading = Reading(
+        layer, batch_size, shuffle_buffer, seed, shards_at_once, keep, kind, as_float32, with_tokens
+    )
+    shards = share_of(open_shards(path, layer), process_index, process_count)
+    return reading.batches(shards, epochs, cursor)
 
 
-def _digest(arguments: Sequence[Any], shards: Sequence[tuple[Run, str]]) -> str:
-    about = [[run.worker_id, name, (run.entry(name) or {}).get("crc32c")] for run, name in shards]
-    return hashlib.sha256(json.dumps([arguments, about]).encode()).hexdigest()[:16]
+Shard = tuple[Run, str]
+"""A run and the name of one of its shards."""
+
+
+def open_shards(path: str | Path, layer: Layer) -> list[Shard]:
+    """The shards at `path` that store the layer, or may; raises UsageError where none does."""
+    return [(run, name) for run in runs_with_layer(open_runs(path), layer) for name in run.shards]
+
+
+def share_of(shards: Sequence[Shard], process_index: int, process_count: int) -> Sequence[Shard]:
+    """Those of one process of several; raises UsageError where that has none."""
+    if not 0 <= process_index < process_count:
+        raise UsageError(f"process_index {process_index} is none of process_count {process_count}")
+    if len(shards) < process_count > 1:
+        raise UsageError(
+            f"{len(shards)} shards cannot be divided over {process_count} processes; use fewer of these"
+        )
+    return shards[process_index::process_count]
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What decides the order of rows; see iter_activations."""
+class Reading:
+    """What is read of shards, and in which order; iter_activations says what each field means."""
 
+    layer: Layer
     batch_size: int
-    shuffle_buffer: int
-    seed: int
+    shuffle_buffer: int = 0
+    seed: int = 0
+    shards_at_once: int = 1
+    keep: Keep = None
+    kind: str | None = None
+    as_float32: bool = True
+    with_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shuffle_buffer < 0 or self.shards_at_once < 1:
+            raise UsageError("batch_size and shards_at_once are at least 1, shuffle_buffer at least 0")
+        if self.shards_at_once > 1 and not self.shuffle_buffer:
+            raise UsageError("shards_at_once mixes what is shuffled: give a shuffle_buffer too")
+
+    def batches(
+        self, shards: Sequence[Shard], epochs: int = 1, cursor: dict[str, int | str] | None = None
+    ) -> "ActivationBatches":
+        """What iter_activations gives of these shards."""
+        if epochs < 1:
+            raise UsageError("epochs are at least 1")
+        arguments = self.digest(shards)
+        start = Cursor(0, 0, arguments) if cursor is None else Cursor.parse(cursor, arguments)
+        return ActivationBatches(_Source(self, shards), start, epochs)
+
+    def known_batches(self, shards: Sequence[Shard]) -> int | None:
+        """How many batches an epoch of these shards has, where that is known without reading them."""
+        source = _Source(self, shards)
+        rows = [source.known_rows(number) for number in range(len(shards))]
+        known = [count for count in rows if count is not None]
+        return -(-sum(known) // self.batch_size) if len(known) == len(rows) else None
 
     def shards_of(self, epoch: int, count: int) -> tuple[np.ndarray, np.random.Generator]:
         """The order of `count` shards, and the generator that goes on to shuffle their rows."""
@@ -138,24 +189,24 @@ class _Order:
             rng.shuffle(numbers)
         return numbers, rng
 
+    def digest(self, shards: Sequence[Shard]) -> str:
+        """Of what decides the batches; a cursor has it as `arguments`."""
+        said = self.keep if isinstance(self.keep, str) or self.keep is None else "a function"
+        order = {name: getattr(self, name) for name in ("batch_size", "shuffle_buffer", "seed")}
+        if self.shards_at_once > 1:
+            order["shards_at_once"] = self.shards_at_once
+        about = [[run.worker_id, name, (run.entry(name) or {}).get("crc32c")] for run, name in shards]
+        arguments = [[self.layer, self.kind, said, order], about]
+        return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
+
 
 class ActivationBatches:
     """An iterator of batches that knows how far it is."""
 
-    def __init__(
-        self,
-        source: "_Source",
-        order: _Order,
-        start: Cursor,
-        epochs: int,
-        *,
-        as_float32: bool,
-        with_tokens: bool,
-    ):
-        self._as_float32 = as_float32
-        self._with_tokens = with_tokens
+    def __init__(self, source: "_Source", start: Cursor, epochs: int):
+        self._with_tokens = source.reading.with_tokens
         self._now = start
-        self._batches = self._all(source, order, start, epochs)
+        self._batches = self._all(source, start, epochs)
 
     @property
     def cursor(self) -> dict[str, int | str]:
@@ -166,34 +217,25 @@ class ActivationBatches:
         return self
 
     def __next__(self) -> np.ndarray | Rows:
-        self._now, rows = next(self._batches)
-        if self._as_float32:
-            rows = rows._replace(activations=rows.activations.astype(np.float32, copy=False))
-        return rows if self._with_tokens else rows.activations
+        self._now, columns = next(self._batches)
+        return Rows(*columns) if self._with_tokens else columns[0]
 
     @staticmethod
-    def _all(source: "_Source", order: _Order, start: Cursor, epochs: int) -> Iterator[tuple[Cursor, Rows]]:
+    def _all(source: "_Source", start: Cursor, epochs: int) -> Iterator[tuple[Cursor, Columns]]:
         """Each batch, with the cursor behind it."""
         for epoch in range(start.epoch, epochs):
             done = start.batches if epoch == start.epoch else 0
-            for number, rows in enumerate(_batches(source, order, epoch, done), done + 1):
-                yield Cursor(epoch, number, start.arguments), rows
+            for number, columns in enumerate(_batches(source, epoch, done), done + 1):
+                yield Cursor(epoch, number, start.arguments), columns
 
 
 class _Source:
     """Rows of one layer, shard by shard."""
 
-    def __init__(
-        self,
-        shards: Sequence[tuple[Run, str]],
-        layer: Layer,
-        mask: Callable[[dict[str, Any]], np.ndarray] | None,
-        kind: str | None,
-    ):
+    def __init__(self, reading: Reading, shards: Sequence[Shard]):
+        self.reading = reading
         self.shards = shards
-        self._layer = layer
-        self._mask = mask
-        self._kind = kind
+        self._mask = _row_mask(reading.keep)
 
     def known_rows(self, number: int) -> int | None:
         """How many rows shard `number` gives, where that is known without reading it."""
@@ -201,15 +243,16 @@ class _Source:
         entry = run.entry(name)
         return entry["tokens"] if entry is not None and self._mask is None else None
 
-    def read(self, number: int) -> list[Rows]:
+    def read(self, number: int) -> list[Columns]:
         """Of shard `number`, the kept rows in the stored dtype, one entry a sample."""
         run, name = self.shards[number]
-        samples = shard_samples(run, name, [self._layer], self._kind)
-        return [rows for rows in map(self._rows, samples) if len(rows.token_ids)]
+        samples = shard_samples(run, name, [self.reading.layer], self.reading.kind)
+        return [columns for columns in map(self._columns, samples) if len(columns[0])]
 
-    def _rows(self, sample: dict[str, Any]) -> Rows:
-        rows = Rows(activations=sample["activations"][self._layer], **row_arrays(sample))
-        return rows if self._mask is None else _take(rows, self._mask(sample))
+    def _columns(self, sample: dict[str, Any]) -> Columns:
+        rows = sample["activations"][self.reading.layer]
+        columns = Rows(activations=rows, **row_arrays(sample)) if self.reading.with_tokens else (rows,)
+        return columns if self._mask is None else _take(columns, self._mask(sample))
 
 
 def _row_mask(keep: Keep) -> Callable[[dict[str, Any]], np.ndarray] | None:
@@ -230,17 +273,21 @@ def _row_mask(keep: Keep) -> Callable[[dict[str, Any]], np.ndarray] | None:
     return mask
 
 
-def _batches(source: _Source, order: _Order, epoch: int, done: int) -> Iterator[Rows]:
+def _batches(source: _Source, epoch: int, done: int) -> Iterator[Columns]:
     """The batches of one epoch behind its first `done`."""
-    numbers, rng = order.shards_of(epoch, len(source.shards))
-    skip = done * order.batch_size
-    if not order.shuffle_buffer:
+    reading = source.reading
+    numbers, rng = reading.shards_of(epoch, len(source.shards))
+    skip = done * reading.batch_size
+    if not reading.shuffle_buffer:
         numbers, skip = _without_whole_shards(source, numbers, skip)
     shards = _read_ahead(source.read, numbers.tolist())
-    pieces: Iterator[Rows] = (rows for shard in shards for rows in shard)
-    if order.shuffle_buffer:
-        pieces = _shuffled(pieces, order.shuffle_buffer, rng)
-    yield from _cut(_behind(pieces, skip), order.batch_size)
+    if reading.shards_at_once > 1:
+        pieces = _mixed(shards, reading.shards_at_once, rng)
+    else:
+        pieces = (columns for shard in shards for columns in shard)
+    if reading.shuffle_buffer:
+        pieces = _shuffled(pieces, reading.shuffle_buffer, rng)
+    yield from _cut(_behind(pieces, skip), reading.batch_size, np.float32 if reading.as_float32 else None)
 
 
 def _without_whole_shards(source: _Source, numbers: np.ndarray, skip: int) -> tuple[np.ndarray, int]:
@@ -253,9 +300,9 @@ def _without_whole_shards(source: _Source, numbers: np.ndarray, skip: int) -> tu
     return numbers[:0], skip
 
 
-def _read_ahead(read: Callable[[int], list[Rows]], numbers: Iterable[int]) -> Iterator[list[Rows]]:
+def _read_ahead(read: Callable[[int], list[Columns]], numbers: Iterable[int]) -> Iterator[list[Columns]]:
     """What `read` gives for each number, in order, READERS of them being read meanwhile; its errors are raised here."""
-    under_way: deque[Future[list[Rows]]] = deque()
+    under_way: deque[Future[list[Columns]]] = deque()
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
     try:
         for number in numbers:
@@ -268,65 +315,98 @@ def _read_ahead(read: Callable[[int], list[Rows]], numbers: Iterable[int]) -> It
         pool.shutdown(cancel_futures=True)
 
 
-def _shuffled(pieces: Iterable[Rows], size: int, rng: np.random.Generator) -> Iterator[Rows]:
+def _mixed(shards: Iterable[list[Columns]], at_once: int, rng: np.random.Generator) -> Iterator[Columns]:
+    """The rows of `at_once` shards in turn, each in random order; a shard that is used up makes room for the next."""
+    drawn: deque[Iterator[Columns]] = deque()
+    for shard in shards:
+        drawn.append(_drawn(shard, rng))
+        if len(drawn) == at_once:
+            yield from _until_one_ends(drawn)
+    while drawn:
+        yield from _until_one_ends(drawn)
+
+
+def _drawn(shard: list[Columns], rng: np.random.Generator) -> Iterator[Columns]:
+    if not shard:
+        return
+    columns = _join(shard)
+    order = rng.permutation(len(columns[0]))
+    for start in range(0, len(order), _DRAWN_ROWS):
+        yield _take(columns, order[start : start + _DRAWN_ROWS])
+
+
+def _until_one_ends(drawn: deque[Iterator[Columns]]) -> Iterator[Columns]:
+    """A piece of each in turn; the one that ends is taken out."""
+    while (piece := next(drawn[0], None)) is not None:
+        yield piece
+        drawn.rotate(-1)
+    drawn.popleft()
+
+
+def _shuffled(pieces: Iterable[Columns], size: int, rng: np.random.Generator) -> Iterator[Columns]:
     """Fills a buffer of `size` rows; each further row takes the place of a random one, which is given out."""
-    buffer: Rows | None = None
+    buffer: Columns | None = None
     filled = 0
     for piece in pieces:
         if buffer is None:
-            buffer = Rows(*(np.empty((size, *array.shape[1:]), array.dtype) for array in piece))
-        first = min(size - filled, len(piece.token_ids))
+            buffer = tuple(np.empty((size, *array.shape[1:]), array.dtype) for array in piece)
+        first = min(size - filled, len(piece[0]))
         _put(buffer, slice(filled, filled + first), _take(piece, slice(0, first)))
         filled += first
         # A quarter at a time: what replaced the whole buffer at once would mix nothing with what comes later.
-        for rows in _in_pieces(_take(piece, slice(first, None)), max(1, size // 4)):
-            places = rng.choice(size, len(rows.token_ids), replace=False)
+        for columns in _in_pieces(_take(piece, slice(first, None)), max(1, size // 4)):
+            places = rng.choice(size, len(columns[0]), replace=False)
             yield _take(buffer, places)
-            _put(buffer, places, rows)
+            _put(buffer, places, columns)
     if buffer is not None:
         left = rng.permutation(filled)
         for start in range(0, filled, _PIECE_ROWS):
             yield _take(buffer, left[start : start + _PIECE_ROWS])
 
 
-def _in_pieces(rows: Rows, size: int) -> Iterator[Rows]:
-    for start in range(0, len(rows.token_ids), size):
-        yield _take(rows, slice(start, start + size))
+def _in_pieces(columns: Columns, size: int) -> Iterator[Columns]:
+    for start in range(0, len(columns[0]), size):
+        yield _take(columns, slice(start, start + size))
 
 
-def _behind(pieces: Iterable[Rows], skip: int) -> Iterator[Rows]:
+def _behind(pieces: Iterable[Columns], skip: int) -> Iterator[Columns]:
     """The rows behind the first `skip`."""
-    for rows in pieces:
-        if skip < len(rows.token_ids):
-            yield _take(rows, slice(skip, None))
-        skip = max(0, skip - len(rows.token_ids))
+    for columns in pieces:
+        if skip < len(columns[0]):
+            yield _take(columns, slice(skip, None))
+        skip = max(0, skip - len(columns[0]))
 
 
-def _cut(pieces: Iterable[Rows], batch_size: int) -> Iterator[Rows]:
-    held: list[Rows] = []
-    count = 0
-    for rows in pieces:
-        held.append(rows)
-        count += len(rows.token_ids)
-        if count < batch_size:
-            continue
-        joined, start = _join(held), 0
-        while count - start >= batch_size:
-            yield _take(joined, slice(start, start + batch_size))
-            start += batch_size
-        held, count = [_take(joined, slice(start, None))], count - start
-    if count:
-        yield _join(held)
+def _cut(pieces: Iterable[Columns], batch_size: int, dtype: type[np.float32] | None) -> Iterator[Columns]:
+    """Batches, joined and cast in one step."""
+    held: list[Columns] = []
+    missing = batch_size
+    for columns in pieces:
+        # Up to where the batch is full, then whole batches, then what is left.
+        for piece in (
+            _take(columns, slice(0, missing)),
+            *_in_pieces(_take(columns, slice(missing, None)), batch_size),
+        ):
+            held.append(piece)
+            missing -= len(piece[0])
+            if not missing:
+                yield _join(held, dtype)
+                held, missing = [], batch_size
+    if held:
+        yield _join(held, dtype)
 
 
-def _join(pieces: list[Rows]) -> Rows:
-    return Rows(*map(np.concatenate, zip(*pieces, strict=True))) if len(pieces) > 1 else pieces[0]
+def _join(pieces: Sequence[Columns], dtype: type[np.float32] | None = None) -> Columns:
+    """dtype: of the activations; None leaves them as they are."""
+    activations, *rest = zip(*pieces, strict=True)
+    dtype = dtype or activations[0].dtype
+    return np.concatenate(activations, dtype=dtype), *map(np.concatenate, rest)
 
 
-def _take(rows: Rows, index: np.ndarray | slice) -> Rows:
-    return Rows(*(array[index] for array in rows))
+def _take(columns: Columns, index: np.ndarray | slice) -> Columns:
+    return tuple(array[index] for array in columns)
 
 
-def _put(buffer: Rows, index: np.ndarray | slice, rows: Rows) -> None:
-    for array, values in zip(buffer, rows, strict=True):
+def _put(buffer: Columns, index: np.ndarray | slice, columns: Columns) -> None:
+    for array, values in zip(buffer, columns, strict=True):
         array[index] = values

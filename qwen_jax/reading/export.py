@@ -3,8 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +28,9 @@ from qwen_jax.reading.runs import (
     runs_with_layer,
     stored_layers,
 )
-from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
+from qwen_jax.reading.samples import Layer, fetched, row_arrays, samples_in, shard_samples
 from qwen_jax.shards import EMBEDDING
-from qwen_jax.storage.local import atomic_write, json_bytes
+from qwen_jax.storage.atomic import atomic_write, json_bytes
 
 _UNKNOWN_HOOK = "blocks.{}.activation"
 """What stands for what no metadata.json names."""
@@ -153,7 +154,10 @@ def _choose(path: str | Path, layers: Sequence[Layer] | None) -> tuple[list[Run]
 
 def _rows(run: Run, name: str) -> int:
     entry = run.entry(name)
-    return entry["tokens"] if entry else sum(len(sample["token_ids"]) for sample in shard_samples(run, name))
+    if entry:
+        return entry["tokens"]
+    one_layer = stored_layers(run)[:1]
+    return sum(len(sample["token_ids"]) for sample in shard_samples(run, name, one_layer))
 
 
 def _crc32cs(shards: Sequence[tuple[Run, str]]) -> dict[str, str]:
@@ -173,16 +177,19 @@ def _write_parts(
     kind: str,
 ) -> int:
     """Writes what is missing; returns how many parts were there."""
-    kept = first_row = 0
-    for (run, name), rows in with_bar(zip(shards, counts, strict=True), len(shards)):
-        part = part_name(run, name)
-        missing = [layer for layer in layers if not writer.has(layer, part)]
-        kept += len(layers) - len(missing)
-        for arrays, layer in _arrays(run, name, missing, kind):
-            _check_rows(run, name, rows, len(arrays["activations"]))
-            writer.write(Part(layer, part, first_row, arrays))
-        first_row += rows
-    return kept
+    rows = dict(zip(shards, counts, strict=True))
+    first_rows = dict(zip(shards, accumulate(counts, initial=0), strict=False))
+    missing = {
+        (run, name): [layer for layer in layers if not writer.has(layer, part_name(run, name))]
+        for run, name in shards
+    }
+    wanted = [(*shard, left) for shard, left in missing.items() if left]
+    for run, name, path in with_bar(fetched(wanted), len(wanted)):
+        shard = run, name
+        for arrays, layer in _arrays(samples_in(path, run, name, missing[shard], kind), missing[shard]):
+            _check_rows(run, name, rows[shard], len(arrays["activations"]))
+            writer.write(Part(layer, part_name(run, name), first_rows[shard], arrays))
+    return len(layers) * len(shards) - sum(map(len, missing.values()))
 
 
 def _check_rows(run: Run, name: str, said: int, found: int) -> None:
@@ -219,11 +226,10 @@ def part_name(run: Run, name: str) -> str:
 
 
 def _arrays(
-    run: Run, name: str, layers: Sequence[Layer], kind: str
+    samples: Iterable[dict[str, Any]], layers: Sequence[Layer]
 ) -> Iterator[tuple[dict[str, np.ndarray], Layer]]:
-    if not layers:
-        return
-    samples = list(shard_samples(run, name, layers, kind))
+    """Of all samples of a shard what a Part of each layer holds."""
+    samples = list(samples)
     rows = [row_arrays(sample) for sample in samples]
     about = {key: np.concatenate([each[key] for each in rows]) for key in rows[0]}
     for layer in layers:

@@ -53,6 +53,6 @@ def why_not_recorded(run: DescribedRun) -> str | None:
 
 def record_fidelity(run: DescribedRun, record: dict[str, Any]) -> None:
     """Puts `record` (run.certify.certify) into the run's metadata.json under `fidelity`; the rest stays as it is."""
-    from qwen_jax.storage.local import json_bytes
+    from qwen_jax.storage.atomic import json_bytes
 
     run.place.replace(METADATA_NAME, json_bytes({**run.metadata, "fidelity": record}))

@@ -11,7 +11,7 @@ from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard
+from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard, shard_layers
 
 
 def describe(runs: Sequence[Run]) -> Iterator[str]:
@@ -71,13 +71,21 @@ def _size(totals: Mapping[str, int]) -> str:
 
 
 def _describe_shard(run: Run, name: str) -> Iterator[str]:
-    with run.place.local(name) as path:
-        shard = load_shard(path)
-    first = next(iter(shard.values()))
-    raw = sum(array.nbytes for records in shard.values() for record in records for array in _arrays(record))
-    layers = [layer for layer in shard if isinstance(layer, int)]
+    """Of its layers the first is read: all have the same samples and shapes, but for the embedding."""
+    with run.place.local(name, layers=()) as path:
+        stored = shard_layers(path)
+    read = {stored[0], *([EMBEDDING] if EMBEDDING in stored else [])}
+    with run.place.local(name, read) as path:
+        shard = load_shard(path, layers=read, name=f"{run.where}/{name}")
+    first, layers = shard[stored[0]], [layer for layer in stored if isinstance(layer, int)]
+    raw = sum(
+        (1 if layer == EMBEDDING else len(layers)) * array.nbytes
+        for layer, records in shard.items()
+        for record in records
+        for array in _arrays(record)
+    )
     kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
-    besides = [EMBEDDING] if EMBEDDING in shard else []
+    besides = [EMBEDDING] if EMBEDDING in stored else []
     yield f"{run.where}/{name}"
     yield f"  model    {_model(run.metadata) if run.metadata else 'not known: there is no metadata.json beside it'}"
     yield f"  layers   {_ranges(layers)}: {', '.join([*kinds, *besides])}"

@@ -8,7 +8,7 @@ from typing import Any, Self
 from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.ledger.checks import DamagedError, parse, read_bounded
 from qwen_jax.ledger.schema import EXPORT
-from qwen_jax.storage.local import write_json
+from qwen_jax.storage.atomic import write_json
 
 MANIFEST_NAME = "export.json"
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from qwen_jax.bar import with_bar
 from qwen_jax.errors import ConfigError, UsageError
+from qwen_jax.reading.merged_stats import merged_stats
 from qwen_jax.reading.runs import Run
 from qwen_jax.reading.samples import shard_samples
-from qwen_jax.reading.statistics import merged_stats
 from qwen_jax.shards import EMBEDDING
 from qwen_jax.shards.statistics import MASSIVE, KindStats
 
@@ -117,12 +117,12 @@ def _plot_norms(axes: Any, drawn: _Drawn, kind: str) -> None:
 def _plot_lengths(axes: Any, drawn: _Drawn, runs: Sequence[Run]) -> None:
     axes.hist(drawn.lengths, bins=min(40, max(5, len(set(drawn.lengths)) // 2)))
     axes.set(title="Length of samples", xlabel="kept tokens", ylabel="samples")
-    axes.margins(x=0.05, y=0.1)
+    axes.margins(x=0.05, y=0.3)  # the legend stands above the bars
     limits = {run.metadata["fingerprint"]["max_seq_length"] for run in runs if run.metadata is not None}
     for limit in sorted(limits):
         axes.axvline(limit, linestyle="--", color="gray", label=f"max_seq_length {limit:,}")
     if limits:
-        axes.legend()
+        axes.legend(loc="upper left")
     _whole_ticks(axes.xaxis)
     _whole_ticks(axes.yaxis)
 
@@ -173,7 +173,7 @@ def _plot_massive(axes: Any, stats: KindStats, kind: str) -> None:
     axes.set(
         title=f"Massive channels, {kind}",
         xlabel="layer",
-        ylabel="largest |value| / median channel's rms",
+        ylabel="largest |value| / median rms",
         yscale="log",
     )
     _whole_ticks(axes.xaxis)
@@ -191,7 +191,7 @@ def _massive(stats: KindStats, ratio_CD: np.ndarray) -> Iterator[tuple[int, int,
 def _whole_ticks(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 

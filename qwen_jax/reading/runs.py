@@ -1,8 +1,9 @@
 """Where shards lie: one worker's folder, many workers', a bucket, or a single file."""
 
+import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,15 +13,23 @@ from qwen_jax.files import plain_path
 from qwen_jax.ledger.checks import DamagedError, read_bounded
 from qwen_jax.ledger.metadata import Ledger, parse_metadata
 from qwen_jax.ledger.names import METADATA_NAME, shard_number
+from qwen_jax.shards import EMBEDDING, shard_layers
+from qwen_jax.shards.compress import MalformedError
+from qwen_jax.shards.parts import TAIL_BYTES, parse_index, ranges, wanted_parts
 
 UNKNOWN_KIND = "activation"
 """The kind of what a shard holds where no metadata.json says it."""
 _FOLDERS_DEEP = 3
+_MOST_RANGES = 4
+"""Requests for a shard's parts, behind the two for what it is and where they lie."""
+_TRIES = 5
 HOW_TO_RESTORE = (
     "a start of the worker restores it where a whole copy lies in its bucket or on its disk; else put a copy of "
     "your own there, or start over with --force_restart"
 )
 """What to do about a metadata.json that cannot be used."""
+
+log = logging.getLogger(__name__)
 
 
 class Place(Protocol):
@@ -36,8 +45,11 @@ class Place(Protocol):
         """A small file's content; None if it is not there."""
         ...
 
-    def local(self, name: str) -> Any:
-        """A context manager that gives the file's path on this machine; raises BadDataError if it is not there."""
+    def local(self, name: str, layers: Collection[int | str] | None = None) -> Any:
+        """A context manager that gives the file's path on this machine; raises BadDataError if it is not there.
+
+        layers: of a shard, those that will be read; of a copy the rest may be missing. None is all of it.
+        """
         ...
 
     def describe(self, name: str) -> tuple[int, str]:
@@ -64,7 +76,7 @@ class Folder:
         return read_bounded(path) if path.is_file() else None
 
     @contextmanager
-    def local(self, name: str) -> Iterator[Path]:
+    def local(self, name: str, layers: Collection[int | str] | None = None) -> Iterator[Path]:
         yield self._present(name)
 
     def describe(self, name: str) -> tuple[int, str]:
@@ -73,7 +85,7 @@ class Folder:
         return file_crc32c(self._present(name))
 
     def replace(self, name: str, data: bytes) -> None:
-        from qwen_jax.storage.local import atomic_write
+        from qwen_jax.storage.atomic import atomic_write
 
         with atomic_write(self.path / name) as file:
             file.write(data)
@@ -85,7 +97,7 @@ class Folder:
 
 
 class Bucket:
-    """A Place in a bucket; a shard is copied to a temporary file while it is read."""
+    """A Place in a bucket; what is wanted of a shard is copied to a temporary file while it is read."""
 
     def __init__(self, store: Any):
         self._store = store
@@ -99,17 +111,58 @@ class Bucket:
         return stored[0] if stored else None
 
     @contextmanager
-    def local(self, name: str) -> Iterator[Path]:
+    def local(self, name: str, layers: Collection[int | str] | None = None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / name
-            if self._store.download_file(name, copy) is None:
-                raise BadDataError(f"{self.where}/{name} is not there")
+            in_parts = layers is not None and self._fetch_layers(name, layers, copy)
+            if not in_parts and self._store.download_file(name, copy) is None:
+                raise self._absent(name)
             yield copy
 
-    def describe(self, name: str) -> tuple[int, str]:
+    def _fetch_layers(self, name: str, layers: Collection[int | str], copy: Path) -> bool:
+        """Fetches what of a shard these layers take, to where it lies in the shard, all of one generation; False where
+        the shard does not say where they lie."""
+        from qwen_jax.storage.store import ReplacedError
+
+        for _ in range(_TRIES):
+            try:
+                return self._fetch_generation(self._stat(name), layers, copy)
+            except ReplacedError as error:
+                log.warning("%s; reading the new one", error)
+        raise StorageError(f"{self.where}/{name} was replaced each time that it was read; start again")
+
+    def _fetch_generation(self, info: Any, layers: Collection[int | str], copy: Path) -> bool:
+        tail_start = max(0, info.size - TAIL_BYTES)
+        with open(copy, "wb+") as file:
+
+            def fetch(start: int, end: int) -> None:
+                file.seek(start)
+                if start < end:
+                    self._store.download_range(info, start, end, file)
+
+            fetch(tail_start, info.size)
+            file.seek(tail_start)
+            try:
+                parts = parse_index(file.read(), info.size)
+            except MalformedError as error:
+                raise BadDataError(f"{self.where}/{info.name} {error}; fetch or extract it again") from error
+            if not parts:
+                return False
+            for start, end in ranges(wanted_parts(parts, layers), _MOST_RANGES):
+                fetch(start, min(end, tail_start))
+        return True
+
+    def _stat(self, name: str) -> Any:
         info = self._store.stat(name)
         if info is None:
-            raise BadDataError(f"{self.where}/{name} is not there")
+            raise self._absent(name)
+        return info
+
+    def _absent(self, name: str) -> BadDataError:
+        return BadDataError(f"{self.where}/{name} is not there")
+
+    def describe(self, name: str) -> tuple[int, str]:
+        info = self._stat(name)
         return info.size, info.crc32c
 
     def replace(self, name: str, data: bytes) -> None:
@@ -242,13 +295,11 @@ def runs_with_layer(runs: Sequence[Run], layer: int | str) -> list[Run]:
 
 def stored_layers(run: Run) -> list[int | str]:
     """The layers of a run, "embedding" last; without metadata those of its first shard."""
-    from qwen_jax.shards import EMBEDDING, load_shard
-
     if isinstance(run, DescribedRun):
         with_embedding = run.metadata["fingerprint"]["include_embedding"]
         return [*run.metadata["layers"], *([EMBEDDING] if with_embedding else [])]
-    with run.place.local(run.shards[0]) as path:
-        return list(load_shard(path))
+    with run.place.local(run.shards[0], layers=()) as path:
+        return shard_layers(path)
 
 
 def is_bucket_url(path: str | Path) -> bool:

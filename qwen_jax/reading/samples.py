@@ -1,6 +1,7 @@
 """Samples one after another, whatever shards they lie in."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,6 +10,7 @@ import numpy as np
 from qwen_jax import shards
 from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.ledger.names import METADATA_NAME
+from qwen_jax.prefetch import prefetch
 from qwen_jax.reading.runs import Run, is_bucket_url, open_runs
 from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
@@ -32,8 +34,8 @@ def load_shard(
     (run,) = open_runs(path_or_file)
     if not run.is_part:
         raise UsageError(f"{path_or_file} is no shard; iter_samples reads folders")
-    with run.place.local(run.shards[0]) as path:
-        return shards.load_shard(path, layers=layers, max_bytes=max_bytes)
+    with run.place.local(run.shards[0], layers) as path:
+        return shards.load_shard(path, layers=layers, max_bytes=max_bytes, name=str(path_or_file))
 
 
 def iter_samples(
@@ -44,20 +46,43 @@ def iter_samples(
     A sample: `sample_idx`, `task_id`, `text_preview`, `token_ids`, those of the optional arrays that are stored
     (docs/guide.md), `worker_id` (None where there is no metadata.json), and `activations`: `{layer: [n, hidden]}` in
     the stored dtype. layers: those to read, by default all. kind: which of several stored kinds; None is the main
-    one. One shard is held in memory at a time. Raises ShardError for what is no whole shard, UsageError for a kind
-    that is not stored.
+    one. One shard is held in memory at a time, and the next one is fetched meanwhile. Raises ShardError for what is no
+    whole shard, UsageError for a kind that is not stored.
     """
-    for run in open_runs(path):
-        for name in run.shards:
-            yield from shard_samples(run, name, layers, kind)
+    wanted = [(run, name, layers) for run in open_runs(path) for name in run.shards]
+    for run, name, file in fetched(wanted):
+        yield from samples_in(file, run, name, layers, kind)
+
+
+def fetched(
+    wanted: Iterable[tuple[Run, str, Collection[Layer] | None]],
+) -> Iterator[tuple[Run, str, Path]]:
+    """Run, name and path of each shard that is wanted, given by its run, its name and the layers to read. A path holds
+    for its turn; meanwhile the next shard is fetched."""
+
+    def fetch() -> Iterator[tuple[Run, str, Path, ExitStack]]:
+        for run, name, layers in wanted:
+            turn = ExitStack()
+            yield run, name, turn.enter_context(run.place.local(name, layers)), turn
+
+    for run, name, path, turn in prefetch(fetch(), 1):
+        with turn:
+            yield run, name, path
 
 
 def shard_samples(
     run: Run, name: str, layers: Collection[Layer] | None = None, kind: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """The samples of one shard, as iter_samples gives them."""
-    with run.place.local(name) as file:
-        shard = shards.load_shard(file, layers=layers)
+    with run.place.local(name, layers) as path:
+        yield from samples_in(path, run, name, layers, kind)
+
+
+def samples_in(
+    path: Path, run: Run, name: str, layers: Collection[Layer] | None, kind: str | None
+) -> Iterator[dict[str, Any]]:
+    """As shard_samples, of a shard that was fetched."""
+    shard = shards.load_shard(path, layers=layers, name=f"{run.where}/{name}")
     wanted = kind or run.kinds[0]
     key = shards.record_keys(run.kinds).get(wanted, wanted)
     for records in zip(*shard.values(), strict=True):
@@ -67,7 +92,7 @@ def shard_samples(
 def listed_shard(run: Run, name: str) -> dict[Layer, list[dict]]:
     """All of one shard, as far as metadata.json describes it; raises BadDataError where it holds something else."""
     with run.place.local(name) as path:
-        shard = shards.load_shard(path)
+        shard = shards.load_shard(path, name=f"{run.where}/{name}")
     first, entry = next(iter(shard.values())), run.entry(name)
     keys = set(shards.record_keys(run.kinds).values()) if set(shard) != {EMBEDDING} else {"activation"}
     lacking = [

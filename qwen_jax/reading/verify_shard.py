@@ -18,6 +18,7 @@ from qwen_jax.shards import (
     OPTIONAL_KEYS,
     RECORD_KEYS,
     ShardError,
+    check_index,
     load_shard,
     record_keys,
 )
@@ -61,6 +62,7 @@ class ShardFaults:
                 return found
             with self._run.place.local(self.name) as path:
                 shard = load_shard(path)
+                check_index(path, shard)
         except ShardError as error:
             return [str(error)]
         first = next(iter(shard.values()))

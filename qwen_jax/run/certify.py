@@ -19,7 +19,7 @@ from qwen_jax.model.weights import load_model
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import captured_samples
-from qwen_jax.run.prompts import PromptMaker
+from qwen_jax.run.sample_reader import PromptMaker
 
 log = logging.getLogger(__name__)
 

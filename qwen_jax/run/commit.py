@@ -25,7 +25,7 @@ from qwen_jax.run.run_stats import StoredStats
 from qwen_jax.run.stages import timed
 from qwen_jax.shards import ShardInfo, write_shard
 from qwen_jax.shards.statistics import Stats, stats_bytes
-from qwen_jax.storage.local import AtomicFile, atomic_write, json_bytes, write_json
+from qwen_jax.storage.atomic import AtomicFile, atomic_write, json_bytes, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)

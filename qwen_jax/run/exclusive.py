@@ -12,7 +12,7 @@ from typing import BinaryIO
 from qwen_jax.errors import WriterConflictError
 from qwen_jax.files import storage_errors
 from qwen_jax.settings import Settings
-from qwen_jax.storage.local import no_link
+from qwen_jax.storage.atomic import no_link
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from qwen_jax.model.source import ModelSource, fetch_adapter, fetch_model
 from qwen_jax.model.weights import Checkpoint, open_checkpoint
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.fingerprint import Fingerprint, files_digest
-from qwen_jax.run.prompts import PromptMaker
+from qwen_jax.run.sample_reader import PromptMaker
 from qwen_jax.run.written_by import written_by
 from qwen_jax.settings import BYTES, HOW, LONGEST, Settings, recorded
 

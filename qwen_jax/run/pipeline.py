@@ -11,7 +11,7 @@ from qwen_jax.data.prompts import SkippedSample, TokenizedSample
 from qwen_jax.data.steps import Part, Step
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.capture import RowResult, TapRows
-from qwen_jax.run.prompts import SampleReader
+from qwen_jax.run.sample_reader import SampleReader
 from qwen_jax.shards import EMBEDDING, Rows, Sample
 from qwen_jax.shards.statistics import KindStats, RowSums, Stats
 

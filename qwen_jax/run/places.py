@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qwen_jax.files import storage_errors
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX, SHARD_SUFFIX, STATS_PREFIX, STATS_SUFFIX
-from qwen_jax.storage.local import TEMP_SUFFIX
+from qwen_jax.storage.atomic import TEMP_SUFFIX
 from qwen_jax.storage.store import Store
 
 

@@ -7,19 +7,19 @@ from itertools import islice
 import numpy as np
 from jax.errors import JaxRuntimeError
 
+from qwen_jax.accelerators import Accelerator, accelerator
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.steps import StepShape
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import UsageError
-from qwen_jax.model.chips import Accelerator, accelerator
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import planned_mesh
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
-from qwen_jax.run.prompts import BadRecordLimit, PromptMaker
 from qwen_jax.run.roof import Roof, as_on_an_accelerator, complaint, device_memory, machine_mesh
+from qwen_jax.run.sample_reader import BadRecordLimit, PromptMaker
 from qwen_jax.settings import Settings
 
 COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
@@ -32,7 +32,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Assumptions:
-    """plan_samples: lines to tokenise, None for all. accelerator: the machine planned for, by a name of model/chips.py,
+    """plan_samples: lines to tokenise, None for all. accelerator: a name of accelerators.py, the machine planned for;
     None for this machine or one with so many `devices`. compile: asks that machine's compiler. roof_share: of what its
     devices could do, where tokens_per_second is not given. Prices in any currency; a GB is 10**9 bytes."""
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from qwen_jax.cli import FlagParser, parse_bool
 from qwen_jax.errors import ToolkitError, UsageError
 from qwen_jax.run.doctor import examine
-from qwen_jax.run.progress_record import RecordPlaces, record_refusal
+from qwen_jax.run.record_writer import RecordPlaces, record_refusal
 from qwen_jax.settings import Settings, bucket_url, resolve_worker_id, take_settings, worker_folder
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
-from qwen_jax.run.prompts import PromptMaker, SampleReader
 from qwen_jax.run.recorded import recorded_job
+from qwen_jax.run.sample_reader import PromptMaker, SampleReader
 from qwen_jax.run.worker import load_capture
 from qwen_jax.run.written_by import in_words, written_by
 from qwen_jax.shards import write_shard
-from qwen_jax.storage.local import AtomicFile
+from qwen_jax.storage.atomic import AtomicFile
 
 log = logging.getLogger(__name__)
 

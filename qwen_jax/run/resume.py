@@ -22,8 +22,8 @@ from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.failpoints import failpoint
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.places import Places
+from qwen_jax.storage.atomic import sync_folder
 from qwen_jax.storage.checksum import file_crc32c
-from qwen_jax.storage.local import sync_folder
 from qwen_jax.storage.store import ObjectInfo
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
+from qwen_jax.accelerators import Accelerator
 from qwen_jax.data.steps import StepShape
 from qwen_jax.data.streams import StreamSummary
 from qwen_jax.errors import ConfigError
-from qwen_jax.model.chips import Accelerator
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import check_split, planned_mesh

@@ -9,8 +9,8 @@ from qwen_jax.ledger.names import STATS_PREFIX, shard_stats_name
 from qwen_jax.run.places import Places
 from qwen_jax.shards import load_shard
 from qwen_jax.shards.statistics import Stats, first_whole, merge_stats, shard_stats
+from qwen_jax.storage.atomic import TEMP_SUFFIX
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
-from qwen_jax.storage.local import TEMP_SUFFIX
 from qwen_jax.storage.store import ObjectInfo
 
 log = logging.getLogger(__name__)

@@ -29,10 +29,10 @@ from qwen_jax.run.memory import activation_bytes_bound, prompt_memory_bound, reu
 from qwen_jax.run.pipeline import CapturedSample, captured_samples, filled_shards
 from qwen_jax.run.places import Places
 from qwen_jax.run.preemption import watch_for_notice
-from qwen_jax.run.progress import Progress
-from qwen_jax.run.progress_record import ProgressWriter, record_writer
-from qwen_jax.run.prompts import PromptMaker, SampleReader
+from qwen_jax.run.progress_bar import Progress
+from qwen_jax.run.record_writer import ProgressWriter, record_writer
 from qwen_jax.run.resume import take_up
+from qwen_jax.run.sample_reader import PromptMaker, SampleReader
 from qwen_jax.run.stages import Stages, timed
 from qwen_jax.run.written_by import differences
 from qwen_jax.settings import Settings

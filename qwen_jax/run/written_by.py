@@ -13,7 +13,7 @@ import jax
 from qwen_jax import __version__
 from qwen_jax.ledger.checks import DamagedError, parse_json, read_bounded
 from qwen_jax.shards.compress import isal_version
-from qwen_jax.storage.local import write_json
+from qwen_jax.storage.atomic import write_json
 
 ABSENT = "absent"
 DEVICE_CHECK = "device_check"

@@ -10,8 +10,10 @@ from qwen_jax.shards.format import (
     Sample,
     ShardError,
     ShardInfo,
+    check_index,
     load_shard,
     record_keys,
+    shard_layers,
     write_shard,
 )
 
@@ -25,7 +27,9 @@ __all__ = [
     "Sample",
     "ShardError",
     "ShardInfo",
+    "check_index",
     "load_shard",
     "record_keys",
+    "shard_layers",
     "write_shard",
 ]

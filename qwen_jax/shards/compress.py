@@ -5,6 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from types import ModuleType, TracebackType
 from typing import BinaryIO, Protocol, Self
@@ -36,6 +37,7 @@ _HEADER = struct.Struct("<10sH2sHI")
 _FIXED = b"\x1f\x8b\x08\x04\x00\x00\x00\x00\x00\xff"
 _FIELD = b"QM"
 _TRAILER = struct.Struct("<II")
+MEMBER_HEAD_BYTES = _HEADER.size
 
 DEFAULT_FLOOR_BYTES = 256 << 20
 DEFAULT_RATIO = 64
@@ -63,13 +65,19 @@ def compress_block(block: Buffer) -> bytes:
     """Returns `block` as one gzip member that says how long it is, without time or file name."""
     block = memoryview(block)
     deflated = _deflate(block)
-    size = _HEADER.size + sum(map(len, deflated)) + _TRAILER.size
-    header = _HEADER.pack(_FIXED, 8, _FIELD, 4, size)
-    return b"".join([header, *deflated, _TRAILER.pack(_crc32(block), len(block))])
+    header = member_head(sum(map(len, deflated)) + _TRAILER.size)
+    return b"".join([header, *deflated, _TRAILER.pack(crc32(block), len(block))])
 
 
-def _crc32(block: memoryview) -> int:
-    return (isal_zlib or zlib).crc32(block)
+def member_head(behind: int, extra: int = 0) -> bytes:
+    """The MEMBER_HEAD_BYTES that a member begins with. behind: how many of its bytes follow; extra: how many of these
+    belong to the header's extra field."""
+    return _HEADER.pack(_FIXED, 8 + extra, _FIELD, 4, MEMBER_HEAD_BYTES + behind)
+
+
+def crc32(data: Buffer, before: int = 0) -> int:
+    """The crc32 of `data`, or of what has the crc32 `before` and then `data`."""
+    return (isal_zlib or zlib).crc32(data, before)
 
 
 def _deflate(block: memoryview) -> list[bytes]:
@@ -86,25 +94,41 @@ def _deflate(block: memoryview) -> list[bytes]:
     return [*head, deflate.compress(block[_HEAD_BYTES:]), deflate.flush()]
 
 
+@dataclass
+class Span:
+    """Members that belong together: their bytes, and the crc32 of these."""
+
+    size: int = 0
+    crc32: int = 0
+
+    def add(self, member: bytes) -> None:
+        self.size += len(member)
+        self.crc32 = crc32(member, self.crc32)
+
+
 class ParallelGzipWriter:
     """A file-like that writes gzip, a member per block of at most BLOCK_BYTES, compressed on a thread pool.
 
     Small writes are gathered into blocks. A write of IN_PLACE_BYTES or more is cut into blocks of its own
     and never copied, as a copy costs a tenth of the speed: its buffer must not change before `close`. The
-    output depends on the writes alone, never on `threads`. Memory: at most `threads + 10` blocks. Leave the
+    output depends on the writes and cuts alone, never on `threads`. Memory: at most `threads + 10` blocks. Leave the
     `with` block by an exception and nothing more is written: the file then ends early and is never
     mistaken for a whole shard.
 
     Args:
         file: where the members go, in order; it is not closed.
         threads: compressing threads; None takes every core this process may use.
+
+    Attributes:
+        spans: the members between cuts, known once it is closed.
     """
 
     def __init__(self, file: Writable, threads: int | None = None):
+        self.spans = [Span()]
         self._file = file
         self._threads = threads or len(this_machines_cores())
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="gzip")
-        self._pending: deque[Future[bytes]] = deque()
+        self._pending: deque[tuple[Span, Future[bytes]]] = deque()
         self._block = bytearray()
         self._submitted = False
         self._failure: BaseException | None = None
@@ -125,6 +149,13 @@ class ParallelGzipWriter:
             for view in views:
                 self._gather(view)
         return size
+
+    def cut(self) -> None:
+        """What is written from now on comes into members of its own, and is counted in a span of its own."""
+        self._check_open()
+        if self._block:
+            self._submit_gathered()
+        self.spans.append(Span())
 
     def close(self) -> None:
         """Writes what is left; a second call does nothing, a call after a failure raises it again."""
@@ -178,7 +209,7 @@ class ParallelGzipWriter:
         self._block = bytearray()
 
     def _submit(self, block: Buffer) -> None:
-        self._pending.append(self._pool.submit(compress_block, block))
+        self._pending.append((self.spans[-1], self._pool.submit(compress_block, block)))
         self._submitted = True
         # Enough in flight to keep the pool busy while this thread waits for the file.
         self._drain(self._threads + _BLOCKS_WAITING)
@@ -187,7 +218,10 @@ class ParallelGzipWriter:
         """Writes finished members, oldest first, until at most `keep` blocks are in flight."""
         try:
             while len(self._pending) > keep:
-                self._file.write(self._pending.popleft().result())
+                span, compressed = self._pending.popleft()
+                member = compressed.result()
+                self._file.write(member)
+                span.add(member)
         except BaseException as error:
             # Kept for the next call: a caller that swallows this one must not get a file with a hole.
             self._failure = error

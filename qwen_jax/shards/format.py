@@ -4,10 +4,10 @@ import itertools
 import os
 import pickle
 import struct
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +16,7 @@ from qwen_jax.errors import BadDataError
 from qwen_jax.kinds import EMBEDDING, KINDS, NOTES, STORED_DTYPES
 from qwen_jax.ledger.checks import MOST
 from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
+from qwen_jax.shards.parts import HEAD, PartReader, index_member, read_index, stored_keys, wanted_parts
 from qwen_jax.shards.unpickle import ArrayShell, Unpickler
 
 RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "token_ids")
@@ -146,16 +147,21 @@ _DTYPES: dict[np.dtype, tuple[str | _Name, tuple]] = {
 """The arguments and the state with which numpy and ml_dtypes pickle each dtype that a shard may hold."""
 ACTIVATION_DTYPES = tuple(map(np.dtype, STORED_DTYPES))
 
-# Memo numbers: the record keys come first, then these, then what _Memo numbers.
+# Memo numbers: the record keys come first, then these, then what _Memo numbers. Under _SLOT_MAIN is the record's array
+# of the main kind, where that stands in it twice.
 _SLOT_RECONSTRUCT = len(RECORD_KEYS)
 _SLOT_ARRAY_ARGS = _SLOT_RECONSTRUCT + 1
-_SLOT_FREE = _SLOT_RECONSTRUCT + 2
+_SLOT_MAIN = _SLOT_RECONSTRUCT + 2
+_SLOT_FREE = _SLOT_RECONSTRUCT + 3
 
 
 def write_shard(
     file: Writable, layers: Sequence[int], samples: Sequence[Sample], *, threads: int | None = None
 ) -> ShardInfo:
     """Writes one shard: `{layer: [record, ...]}` with the samples' records in order; the embedding, if any, last.
+
+    What layers share stands before the first of them, so that one layer is read without the others; where each lies is
+    said behind the last (shards.parts).
 
     The bytes depend on the arguments' values alone, not on `threads`. Beside the samples it needs a few
     megabytes of memory. When it raises, what reached `file` is not a whole shard.
@@ -170,9 +176,16 @@ def write_shard(
         ShardError: the samples do not fit together (the message names the sample), or there are none.
     """
     _check_samples(layers, samples)
+    keys: list[int | str] = []
     with ParallelGzipWriter(file, threads) as out:
-        for piece in _pickle_pieces(layers, samples):
-            out.write_joined(piece if isinstance(piece, list) else [piece])
+        for key, pieces in _pickled_parts(layers, samples):
+            if keys:
+                out.cut()
+            keys.append(key)
+            for piece in pieces:
+                out.write_joined(piece if isinstance(piece, list) else [piece])
+        out.write(pickle.STOP)
+    file.write(index_member(keys, out.spans))
     return ShardInfo(
         samples=len(samples),
         tokens=sum(len(sample.token_ids) for sample in samples),
@@ -187,6 +200,7 @@ def load_shard(
     *,
     layers: Collection[int | str] | None = None,
     max_bytes: int | None = None,
+    name: str | None = None,
 ) -> dict[int | str, list[dict]]:
     """Reads a shard without trusting it: no code from the file runs, and memory is bounded.
 
@@ -194,10 +208,12 @@ def load_shard(
 
     Args:
         path_or_file: the shard's path or an open binary file.
-        layers: the layers to keep in memory. Large arrays of the others are jumped over where the file can seek, and
-            what lies behind the last one is not read: neither is checked. None is all of them.
+        layers: the layers to keep in memory. Of a shard that says where they lie they alone are read, and checked; of
+            others, and of files that cannot seek, large arrays of unwanted layers are jumped over where that can be,
+            and what lies behind the last wanted one is not read. None is all of them.
         max_bytes: bound on the memory that the content may take; by default it grows with the size of the
             file (`shards.compress.Budget`), enough for any hidden states.
+        name: what messages call the shard; by default its path.
 
     Returns:
         `{layer: [record, ...]}`, the embedding's records under EMBEDDING where it is stored, with the keys
@@ -209,38 +225,77 @@ def load_shard(
             is wrong.
     """
     if not isinstance(path_or_file, str | os.PathLike):
-        return _load(path_or_file, str(getattr(path_or_file, "name", "the open file")), layers, max_bytes)
+        name = name or str(getattr(path_or_file, "name", "the open file"))
+        with _shard_errors(name):
+            return _load(path_or_file, name, layers, max_bytes)
+    path = os.fspath(path_or_file)
+    if path.startswith("gs://"):
+        raise ShardError(f"{path} lies in a bucket: qwen_jax.reading.load_shard reads it")
+    with _shard_errors(name or path), open(path, "rb") as file:
+        return _load(file, name or path, layers, max_bytes)
+
+
+def shard_layers(path: str | os.PathLike) -> list[int | str]:
+    """The layers that a shard holds, EMBEDDING last; raises as load_shard does."""
+    with _shard_errors(os.fspath(path)), open(path, "rb") as file:
+        return stored_keys(read_index(file)) or list(load_shard(path))
+
+
+def check_index(path: str | os.PathLike, layers: Iterable[int | str]) -> None:
+    """Raises ShardError where the shard says that its parts are others than they are. layers: those that it holds."""
+    with _shard_errors(os.fspath(path)), open(path, "rb") as file:
+        parts = read_index(file)
+        PartReader(file, parts).finish()
+        if parts and stored_keys(parts) != list(layers):
+            raise MalformedError("has an index of other layers than it holds")
+
+
+@contextmanager
+def _shard_errors(name: str) -> Iterator[None]:
     try:
-        with open(path_or_file, "rb") as file:
-            return _load(file, os.fspath(path_or_file), layers, max_bytes)
+        yield
+    except MalformedError as error:
+        raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error
     except OSError as error:
-        raise ShardError(f"cannot read shard {path_or_file}: {error.strerror or error}") from error
+        raise ShardError(f"cannot read shard {name}: {error.strerror or error}") from error
 
 
 def _load(
     file: BinaryIO, name: str, layers: Collection[int | str] | None, max_bytes: int | None
 ) -> dict[int | str, list[dict]]:
     budget = Budget(max_bytes)
-    try:
-        data = Unpickler(
-            GzipReader(file, budget), budget, (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING), layers
-        ).load()
-        return _to_shard(_only(data, layers, name), budget)
-    except MalformedError as error:
-        raise ShardError(f"{name} is not a whole shard: it {error}. Fetch or extract it again.") from error
+    source = file if layers is None or not file.seekable() else _wanted(file, layers, name)
+    keys = (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING)
+    data = Unpickler(GzipReader(source, budget), budget, keys, layers).load()
+    if isinstance(source, PartReader):
+        source.finish()
+    return _to_shard(_only(data, layers, name), budget)
+
+
+def _wanted(file: BinaryIO, layers: Collection[int | str], name: str) -> BinaryIO:
+    """What of a shard to read for these layers: their parts, or all where it does not say where they lie."""
+    parts = read_index(file)
+    if not parts:
+        return file
+    _refuse_absent(layers, stored_keys(parts), name)
+    return cast(BinaryIO, PartReader(file, wanted_parts(parts, layers)))  # it has what is read with
 
 
 def _only(data: Any, layers: Collection[int | str] | None, name: str) -> Any:
     """The wanted layers, in the shard's order; raises ShardError for one that is not there."""
     if layers is None or type(data) is not dict:
         return data
-    absent = [layer for layer in layers if layer not in data]
-    if absent:
-        there = ", ".join(map(str, data)) or "none"
-        raise ShardError(
-            f"{name} has no layer {', '.join(map(str, absent))}, but {there}; ask for one of these"
-        )
+    _refuse_absent(layers, data, name)
     return {layer: records for layer, records in data.items() if layer in layers}
+
+
+def _refuse_absent(layers: Collection[int | str], there: Collection[int | str], name: str) -> None:
+    absent = [layer for layer in layers if layer not in there]
+    if absent:
+        raise ShardError(
+            f"{name} has no layer {', '.join(map(str, absent))}, but {', '.join(map(str, there)) or 'none'}; ask for "
+            "one of these"
+        )
 
 
 def _check_samples(layers: Sequence[int], samples: Sequence[Sample]) -> None:
@@ -300,41 +355,77 @@ def _answers_agree(arrays: Mapping[str, np.ndarray]) -> bool:
 
 
 class _Memo:
-    """Memo numbers of what a shard repeats, given out in the order of first use."""
+    """Memo numbers of what a shard repeats, given out in the order in which it is put there."""
 
     def __init__(self) -> None:
         self._slots: dict[Hashable, int] = {}
 
-    def once(self, key: Hashable, pieces: Callable[[], Iterable["Piece"]]) -> Iterator["Piece"]:
-        """The pieces at the first call for `key`; from then on what fetches their value again."""
-        if key in self._slots:
-            yield _get(self._slots[key])
-            return
-        yield from pieces()
+    def put(self, key: Hashable, pieces: Iterable["Piece"]) -> Iterator["Piece"]:
+        """Pieces that remember the value of `pieces`, and leave nothing behind."""
+        yield from pieces
         self._slots[key] = _SLOT_FREE + len(self._slots)
-        yield _put(self._slots[key])
+        yield _put(self._slots[key]) + pickle.POP
+
+    def get(self, key: Hashable) -> bytes:
+        """What fetches that value again."""
+        return _get(self._slots[key])
 
 
 Piece = Buffer | list[Buffer]
 """Bytes of the pickle; a list is one array's, which belong together."""
 
 
-def _pickle_pieces(layers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Piece]:
+def _pickled_parts(
+    layers: Sequence[int], samples: Sequence[Sample]
+) -> Iterator[tuple[int | str, Iterator[Piece]]]:
+    """All but the pickle's end, part by part. A part behind the first needs that one, and no other."""
     memo = _Memo()
-    yield pickle.PROTO + b"\x04" + _prologue() + pickle.EMPTY_DICT
+    yield HEAD, _head_pieces(memo, samples)
     for position, layer in enumerate(layers):
-        yield _encode(int(layer)) + pickle.EMPTY_LIST
-        for sample in samples:
-            kinds = {name: kind[position] for name, kind in sample.kinds.items()}
-            yield from _record_pieces(memo, sample, position, sample.activations[position], kinds)
-        yield pickle.SETITEM
+        yield layer, _layer_pieces(memo, layer, position, samples)
     if samples[0].embedding is not None:
-        yield _encode(EMBEDDING) + pickle.EMPTY_LIST
-        for sample in samples:
-            if sample.embedding is not None:
-                yield from _record_pieces(memo, sample, EMBEDDING, sample.embedding, {})
-        yield pickle.SETITEM
-    yield pickle.STOP
+        yield EMBEDDING, _embedding_pieces(memo, samples)
+
+
+def _head_pieces(memo: _Memo, samples: Sequence[Sample]) -> Iterator[Piece]:
+    yield pickle.PROTO + b"\x04" + _prologue()
+    first = samples[0]
+    shared = [_shared_arrays(sample) for sample in samples]
+    described = list(zip(samples, shared, strict=True))
+    for key in OPTIONAL_KEYS:
+        if key in first.kinds or any(key in arrays or key in sample.notes for sample, arrays in described):
+            yield from memo.put(key, [_encode(key)])
+    dtypes = [first.activations[0].dtype, *(array.dtype for arrays in shared for array in arrays.values())]
+    for dtype in dict.fromkeys(dtypes):
+        yield from memo.put(dtype, [_dtype_opcodes(dtype)])
+    for sample, arrays in described:
+        for name, array in arrays.items():
+            yield from memo.put((sample.sample_idx, name), _array_pieces(memo, array))
+        for name, note in sample.notes.items():
+            yield from memo.put((sample.sample_idx, name), [_encode(note)])
+    yield pickle.EMPTY_DICT
+
+
+def _shared_arrays(sample: Sample) -> dict[str, np.ndarray]:
+    """What the sample's records of all layers share, in the order of a record."""
+    extras = {key: sample.extras[key] for key in OPTIONAL_KEYS if key in sample.extras}
+    return {"token_ids": sample.token_ids, **extras}
+
+
+def _layer_pieces(memo: _Memo, layer: int, position: int, samples: Sequence[Sample]) -> Iterator[Piece]:
+    yield _encode(int(layer)) + pickle.EMPTY_LIST
+    for sample in samples:
+        kinds = {name: kind[position] for name, kind in sample.kinds.items()}
+        yield from _record_pieces(memo, sample, sample.activations[position], kinds)
+    yield pickle.SETITEM
+
+
+def _embedding_pieces(memo: _Memo, samples: Sequence[Sample]) -> Iterator[Piece]:
+    yield _encode(EMBEDDING) + pickle.EMPTY_LIST
+    for sample in samples:
+        if sample.embedding is not None:
+            yield from _record_pieces(memo, sample, sample.embedding, {})
+    yield pickle.SETITEM
 
 
 def _prologue() -> bytes:
@@ -342,6 +433,7 @@ def _prologue() -> bytes:
     values = [_encode(key) for key in RECORD_KEYS]
     values.append(_encode(_RECONSTRUCT))
     values.append(_encode((_NDARRAY, (0,), b"b")))
+    values.append(_encode(None))
     return b"".join(value + _put(slot) + pickle.POP for slot, value in enumerate(values))
 
 
@@ -351,49 +443,34 @@ def _dtype_opcodes(dtype: np.dtype) -> bytes:
 
 
 def _record_pieces(
-    memo: _Memo,
-    sample: Sample,
-    place: Hashable,
-    activation: np.ndarray | Rows,
-    kinds: Mapping[str, np.ndarray | Rows],
+    memo: _Memo, sample: Sample, activation: np.ndarray | Rows, kinds: Mapping[str, np.ndarray | Rows]
 ) -> Iterator[Piece]:
-    """One record. place: tells it from the sample's records of other layers."""
     values: Mapping[str, Any] = {
         "sample_idx": int(sample.sample_idx),
         "shape": tuple(activation.shape),
         "text_preview": sample.text_preview,
         "task_id": sample.task_id,
     }
-    first_kind = next(iter(kinds), None)
-    shared = {"token_ids": sample.token_ids, **sample.extras}
-
-    def array_once(name: str, array: np.ndarray | Rows) -> Iterator[Piece]:
-        return memo.once(
-            (place if name in kinds else "", sample.sample_idx, name), lambda: _array_pieces(memo, array)
-        )
-
+    main = next(iter(kinds), None)
     yield pickle.EMPTY_DICT + pickle.MARK
     for slot, key in enumerate(RECORD_KEYS):
         yield _get(slot)
         if key in values:
             yield _encode(values[key])
-        elif key in shared:
-            yield from array_once(key, shared[key])
-        elif first_kind is not None:
-            yield from array_once(first_kind, activation)
+        elif key == "token_ids":
+            yield memo.get((sample.sample_idx, key))
         else:
             yield from _array_pieces(memo, activation)
-    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds]:
-        yield from memo.once(key, partial(_one_piece, key))
-        yield from array_once(key, kinds[key] if key in kinds else shared[key])
-    for key in [key for key in NOTE_KEYS if key in sample.notes]:
-        yield from memo.once(key, partial(_one_piece, key))
-        yield from memo.once((sample.sample_idx, key), partial(_one_piece, sample.notes[key]))
+            yield b"" if main is None else _put(_SLOT_MAIN)
+    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds or key in sample.notes]:
+        yield memo.get(key)
+        if key == main:
+            yield _get(_SLOT_MAIN)
+        elif key in kinds:
+            yield from _array_pieces(memo, kinds[key])
+        else:
+            yield memo.get((sample.sample_idx, key))
     yield pickle.SETITEMS + pickle.APPEND
-
-
-def _one_piece(value: str | int) -> list[Piece]:
-    return [_encode(value)]
 
 
 def _array_pieces(memo: _Memo, array: np.ndarray | Rows) -> Iterator[Piece]:
@@ -407,8 +484,7 @@ def _array_pieces(memo: _Memo, array: np.ndarray | Rows) -> Iterator[Piece]:
         else pickle.BINBYTES8 + struct.pack("<Q", size)
     )
     yield _get(_SLOT_RECONSTRUCT) + _get(_SLOT_ARRAY_ARGS) + pickle.REDUCE + pickle.MARK
-    yield _encode(1) + _encode(tuple(array.shape))
-    yield from memo.once(array.dtype, lambda: [_dtype_opcodes(array.dtype)])
+    yield _encode(1) + _encode(tuple(array.shape)) + memo.get(array.dtype)
     yield pickle.NEWFALSE + length
     yield data
     yield pickle.TUPLE + pickle.BUILD

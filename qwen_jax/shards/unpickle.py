@@ -233,7 +233,7 @@ class Unpickler:
     def _wants_no_such_array(self) -> bool:
         """Whether what comes are the values of activations in a layer that is not wanted.
 
-        Other arrays belong to all layers of a sample, and the first layer alone holds them.
+        Other arrays belong to all layers of a sample, and are stored once, before or in the first layer.
         """
         layer = self._layer_at_hand()
         if self._wanted is None or layer is None or layer in self._wanted:

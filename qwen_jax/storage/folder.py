@@ -13,8 +13,8 @@ from qwen_jax.errors import StorageError, TerminatedError, UsageError
 from qwen_jax.files import storage_errors
 from qwen_jax.ledger.checks import DamagedError, list_of, or_null, parse, record, text, whole
 from qwen_jax.ledger.schema import CRC32C
+from qwen_jax.storage.atomic import AtomicFile, atomic_write, sync_folder, write_json
 from qwen_jax.storage.checksum import crc32c_of, file_crc32c
-from qwen_jax.storage.local import AtomicFile, atomic_write, sync_folder, write_json
 from qwen_jax.storage.store import ObjectInfo, accept_or_conflict, check_small, conflict
 
 HIDDEN = ".store"

@@ -1,5 +1,6 @@
 """A store by its URL."""
 
+import logging
 import re
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ def open_store(
     stop: threading.Event | None = None,
     budget_s: float = RETRY_BUDGET_S,
     timeout_s: float = ANSWER_S,
+    log_retries_at: int = logging.WARNING,
 ) -> Store:
     """Opens `gs://bucket/prefix`, `file:///folder` or a plain folder path (made if missing).
 
@@ -28,6 +30,7 @@ def open_store(
         url: where.
         stop: once set, every wait of the store ends with TerminatedError.
         budget_s, timeout_s: of a bucket, how long an operation may fail, and how long it may give no answer.
+        log_retries_at: level of the log line of each failure that a bucket's store tries again.
 
     Raises:
         UsageError: a URL that is none of these.
@@ -39,7 +42,14 @@ def open_store(
         from qwen_jax.storage.gcs import GcsStore
 
         bucket, _, prefix = url.removeprefix("gs://").partition("/")
-        return GcsStore(bucket, prefix.strip("/"), stop=stop, budget_s=budget_s, timeout_s=timeout_s)
+        return GcsStore(
+            bucket,
+            prefix.strip("/"),
+            stop=stop,
+            budget_s=budget_s,
+            timeout_s=timeout_s,
+            log_retries_at=log_retries_at,
+        )
     return FolderStore(Path(plain_path(url)), stop=stop)
 
 

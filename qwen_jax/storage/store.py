@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwen_jax.errors import BadDataError, WriterConflictError
+from qwen_jax.errors import BadDataError, StorageError, WriterConflictError
 from qwen_jax.ledger.checks import MOST_BYTES
 
 
@@ -37,6 +37,10 @@ class PreconditionFailedError(WriterConflictError):
     def __init__(self, message: str, present: ObjectInfo | None):
         super().__init__(message)
         self.present = present
+
+
+class ReplacedError(StorageError):
+    """The object that was being read is no longer there; another may stand in its place."""
 
 
 class Store(Protocol):

@@ -1,6 +1,6 @@
 """Hides from the product's own commands what only the tests install: a Python that starts with this folder on its
-PYTHONPATH, or imports this module first, finds what requirements.txt brings and nothing more. So what works by accident,
-because torch brought a package along, fails in the tests as it would for a user."""
+PYTHONPATH, or imports this module first, finds what requirements.txt brings and nothing more. So what works by
+accident, because torch brought a package along, fails in the tests as it would for a user."""
 
 import sys
 from importlib.machinery import PathFinder

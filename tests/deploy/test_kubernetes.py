@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from qwen_jax.errors import BadDataError, ConfigError, TerminatedError, UsageError
+from qwen_jax.fleet.kubernetes import node_selector
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 MANIFESTS = [path for path in sorted(DEPLOY.rglob("*.yaml")) if path.name != "kustomization.yaml"]
@@ -65,11 +66,7 @@ def one_worker() -> dict:
 def test_a_pod_lands_on_a_spot_tpu_with_room_for_it(spec):
     """As docs/fleet.md says: one-chip v5e hosts."""
     pod = spec["template"]["spec"]
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-spot": "true",
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-        "cloud.google.com/gke-tpu-topology": "1x1",
-    }
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true", **node_selector("v5litepod-1")}
     spot = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
     assert pod["tolerations"] == [spot]
     (worker,) = pod["containers"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_jax.accelerators import TPUS
 from qwen_jax.errors import StorageError
 from qwen_jax.settings import WORKER_ID_VARIABLES
 from tests.scripts.conftest import ROOT, launch_worker_variables, setting_variables
@@ -53,6 +54,13 @@ def test_a_spot_job_that_is_recovered(task):
     assert resources["use_spot"] and resources["infra"] == "gcp"
     assert resources["job_recovery"]["recover_on_exit_codes"] == [StorageError.exit_code]
     assert resources["job_recovery"]["strategy"] == "EAGER_NEXT_REGION"
+
+
+def test_its_machine_is_one_of_the_table(task):
+    (asked,) = task["resources"]["accelerators"]
+    name = asked.removeprefix("tpu-")
+    version = task["resources"]["accelerator_args"]["runtime_version"]
+    assert version == TPUS[name].runtime_version
 
 
 def test_it_runs_the_worker_with_variables_that_it_reads(task):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from qwen_jax.ledger.names import progress_name
-from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.ledger.schema import ENDED, FAILED, RUNNING
 
 NOW = 1_800_000_000.0

@@ -12,7 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from qwen_jax.fleet.workers import PASSED_ON, PLACES, SECRETS
+from qwen_jax.accelerators import TPUS
+from qwen_jax.fleet.kubernetes import node_selector
+from qwen_jax.fleet.worker_variables import PASSED_ON, PLACES, SECRETS
 from tests.scripts.conftest import ROOT, Fakes, write_script
 from tests.scripts.test_launch_all import every_setting, launch
 from tests.waiting import until
@@ -94,6 +96,27 @@ def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
     assert "only-dir=streams" in volume["csi"]["volumeAttributes"]["mountOptions"]
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
+@pytest.mark.parametrize("name", TPUS)
+def test_pods_land_on_the_tpu_that_was_asked_for(fakes, name):
+    flags = ("--engine", "kubernetes", "--accelerator_type", name, "--dry_run")
+    done = launch(fakes, *flags, IMAGE="image")
+    assert done.returncode == 0, done.stderr
+    (job,) = (each for each in yaml.safe_load_all(done.stdout) if each["kind"] == "Job")
+    kubernetes_validate.validate(job, "1.36", strict=True)
+    pod = job["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == node_selector(name) | {"cloud.google.com/gke-spot": "true"}
+    (worker,) = pod["containers"]
+    asked, limits = worker["resources"]["requests"], worker["resources"]["limits"]
+    assert asked["google.com/tpu"] == limits["google.com/tpu"] == str(TPUS[name].chips)
+    assert "cpu" in asked and worker["env"]
+
+
+def test_pods_cannot_land_on_an_unknown_tpu(fakes):
+    done = launch(fakes, "--engine", "kubernetes", "--accelerator_type", "v3-8", "--dry_run", IMAGE="image")
+    assert done.returncode == 2 and "no TPU machine 'v3-8'" in done.stderr
+
+
 def test_kubernetes_needs_an_image(fakes):
     fakes.add("kubectl", "")
     done = launch(fakes, "--engine", "kubernetes")
@@ -111,11 +134,40 @@ def test_these_engines_need_a_bucket_and_nothing_else(fakes, engine, tool, bucke
     assert fakes.calls() == []
 
 
-@pytest.mark.parametrize("engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky")])
+@pytest.mark.parametrize(
+    "engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky"), ("slurm", "sbatch")]
+)
 def test_what_the_tool_says_is_passed_on(fakes, engine, tool):
     fakes.add(tool, "echo 'it broke' >&2; exit 3")
     done = launch(fakes, "--engine", engine, IMAGE="image")
     assert done.returncode == 75 and "it broke" in done.stderr
+
+
+def test_sbatch_gets_one_array(fakes):
+    """What it makes of it is in test_slurm.py."""
+    fakes.add("sbatch", "echo Submitted batch job 7")
+    flags = (
+        "--engine",
+        "slurm",
+        "--workers",
+        "3,7-8",
+        "--parallel",
+        "2",
+        "--sbatch_flags=--gpus=1 --comment='a b'",
+    )
+    shown = launch(fakes, *flags, "--dry_run")
+    assert fakes.calls() == []
+    done = launch(fakes, *flags, HF_TOKEN="hf_secret")
+    assert done.returncode == 0 and done.stdout.startswith("Submitted batch job 7\n3 workers handed to Slurm")
+    (call,) = fakes.calls("sbatch")
+    own = ["--array=3,7,8%2", "--export=ALL,UPLOAD_TO_GCS=true", "--gpus=1", "--comment=a b"]
+    assert call.arguments == [*own, "deploy/slurm/worker.sbatch"] == shlex.split(shown.stdout)[1:]
+    assert call.environment["PWD"] == str(ROOT) and call.environment["HF_TOKEN"] == "hf_secret"
+
+
+def test_slurm_needs_no_bucket(fakes):
+    shown = launch(fakes, "--engine", "slurm", "--num_workers", "64", "--dry_run", bucket="")
+    assert shown.stdout == "sbatch --array=0-63 --export=ALL deploy/slurm/worker.sbatch\n"
 
 
 def local(fakes: Fakes, *flags: str, script: str) -> subprocess.Popen:

@@ -12,7 +12,7 @@ import pytest
 from qwen_jax.errors import StorageError, UsageError
 from qwen_jax.fleet.local import Ended, LocalFleet, Share, shares, spawner
 from qwen_jax.fleet.supervise import LONGEST_WAIT_S, Clock, Policy
-from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.progress_record import ProgressRecord
 from tests.fake_gcs import FakeGcs
 from tests.run_worker.conftest import CloudWorkspace, inputs
 from tests.run_worker.starts import Start

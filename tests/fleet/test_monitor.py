@@ -17,7 +17,7 @@ from qwen_jax.errors import StorageError
 from qwen_jax.fleet import monitor
 from qwen_jax.fleet.monitor import BucketSource, LocalSource, WorkerState, details, exit_code, look, mark_slow
 from qwen_jax.fleet.page import make_page, throughput
-from qwen_jax.ledger.progress import HISTORY_POINTS, ProgressRecord
+from qwen_jax.ledger.progress_record import HISTORY_POINTS, ProgressRecord
 from qwen_jax.ledger.schema import FAILED, STARTING, TERMINATED
 from qwen_jax.storage.folder import FolderStore
 from qwen_jax.storage.gcs import GcsStore

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.errors import ConfigError, TerminatedError, WriterConflictError
-from qwen_jax.ledger.progress import ProgressRecord
-from qwen_jax.run.progress_record import ProgressWriter
+from qwen_jax.ledger.progress_record import ProgressRecord
+from qwen_jax.run.record_writer import ProgressWriter
 from tests.fake_gcs import FakeGcs, Fault
 from tests.fleet.fleets import NOW, record
 from tests.run_worker.conftest import cloud, inputs, server, tree, workspace  # noqa: F401  (fixtures)
@@ -136,11 +136,20 @@ def test_the_end_waits_two_seconds_for_a_bucket_that_does_not_answer(tmp_path, m
     with FakeGcs() as silent:
         silent.faults.append(Fault("stall", times=99))
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", silent.url)
-        monkeypatch.setenv("GCS_RETRY_BUDGET_S", "0")
         with ProgressWriter(3, snapshot, None, "gs://bucket/tpu_3", 60) as writer:
             writer.follow(snapshot)
             before = time.monotonic()
         assert time.monotonic() - before < 10
+
+
+def test_what_is_tried_again_is_said_by_the_workers_own_store_alone(monkeypatch, caplog):
+    with FakeGcs() as failing:
+        failing.faults.append(Fault("status"))
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", failing.url)
+        with ProgressWriter(3, snapshot, None, "gs://bucket/tpu_3", 60) as writer:
+            writer.follow(snapshot)
+            until(failing.tree)
+        assert failing.faults[0].seen > 1 and "next try" not in caplog.text
 
 
 def test_what_goes_wrong_is_said_once_and_hurts_nothing(tmp_path, caplog):

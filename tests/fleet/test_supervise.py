@@ -1,5 +1,6 @@
 """Supervision of TPU VMs, against a scripted gcloud on the PATH that writes down what it was asked."""
 
+import itertools
 import json
 import shlex
 import threading
@@ -10,11 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax.fleet import gcloud, supervise
+from qwen_jax.accelerators import TPUS
+from qwen_jax.errors import UsageError
+from qwen_jax.fleet import gcloud
 from qwen_jax.fleet.command import CommandError
-from qwen_jax.fleet.gcloud import QUEUED, VM, FirstAlone, Vms, machine_states, read_documents
+from qwen_jax.fleet.gcloud import (
+    INSTANCE,
+    QUEUED,
+    VM,
+    Cloud,
+    FirstAlone,
+    Vms,
+    machine_states,
+    read_documents,
+)
 from qwen_jax.fleet.supervise import BLIND_ROUNDS, Clock, Outcome, Policy, Supervisor
-from qwen_jax.fleet.workers import listed, parse_workers
+from qwen_jax.fleet.worker_variables import listed, parse_workers
 from tests.scripts.conftest import Fakes
 from tests.scripts.test_launch_all import HARD
 
@@ -36,7 +48,7 @@ NO_MATCH = "ERROR: (gcloud.storage.cat) The following URLs matched no objects or
 
 
 @dataclass
-class Cloud:
+class ScriptedCloud:
     """What gcloud answers, and what it was asked. rounds: what happens after each round of a supervisor."""
 
     folder: Path
@@ -59,6 +71,10 @@ class Cloud:
             for name, state in states.items()
         ]
         self.answer("vms", json.dumps(nodes))
+
+    def instances(self, **states: str) -> None:
+        entries = [{"name": f"tpu-worker-{name[1:]}", "status": state} for name, state in states.items()]
+        self.answer("vms", json.dumps(entries))
 
     def queued(self, **states: str) -> None:
         entries = [
@@ -86,15 +102,14 @@ class Cloud:
         """Verb and machine of each call that changes something, in order."""
         verbs = {"create", "delete", "ssh"}
         calls = [call.arguments for call in self.fakes.calls("gcloud")]
-        return [
-            f"{call[3]} {call[4]}" for call in calls if call[0] == "compute" and call[3] in verbs
-        ]  # compute tpus KIND VERB NAME
+        pairs = [pair for call in calls for pair in itertools.pairwise(call[:5])]
+        return [f"{verb} {name}" for verb, name in pairs if verb in verbs]
 
 
 class Rounds(Clock):
     """Time goes on by itself; after round i, steps[i] happens; a supervisor that wants more rounds fails."""
 
-    def __init__(self, cloud: Cloud, steps: list[Callable[[], object]]):
+    def __init__(self, cloud: ScriptedCloud, steps: list[Callable[[], object]]):
         self._cloud, self._steps = cloud, steps
 
     def time(self) -> float:
@@ -106,8 +121,8 @@ class Rounds(Clock):
 
 
 @pytest.fixture
-def cloud(tmp_path, fakes, monkeypatch) -> Cloud:
-    made = Cloud(tmp_path / "cloud", fakes)
+def cloud(tmp_path, fakes, monkeypatch) -> ScriptedCloud:
+    made = ScriptedCloud(tmp_path / "cloud", fakes)
     made.folder.mkdir()
     fakes.add("gcloud", GCLOUD)
     monkeypatch.setenv("PATH", fakes.environment()["PATH"])
@@ -120,17 +135,22 @@ def cloud(tmp_path, fakes, monkeypatch) -> Cloud:
 
 
 def run_supervisor(
-    cloud: Cloud, steps: list[Callable[[], object]], workers: tuple[int, ...] = (3,), kind: str = VM, **policy
+    cloud: ScriptedCloud,
+    steps: list[Callable[[], object]],
+    workers: tuple[int, ...] = (3,),
+    kind: str = VM,
+    **policy,
 ) -> tuple[Outcome, list[str]]:
     said: list[str] = []
-    vms = Vms("zone", "tpu-worker-{}", "qwen", kind=kind)
+    accelerator = "tpu7x-8" if kind == INSTANCE else "v4-8"
+    vms = Vms("zone", "tpu-worker-{}", "qwen", kind=kind, accelerator_type=accelerator)
     rules = Policy(**({"poll_s": 60.0, "backoff_s": 1.0, "max_attempts": 5, "parallel": 1} | policy))
     clock = Rounds(cloud, steps)
-    outcome = Supervisor(vms, workers, {"GCS_BUCKET": "b"}, rules, clock, said.append).run()
+    outcome = Supervisor(Cloud(vms, {"GCS_BUCKET": "b"}), workers, rules, clock, said.append).run()
     return outcome, said
 
 
-def done(cloud: Cloud, *workers: int) -> Callable[[], None]:
+def done(cloud: ScriptedCloud, *workers: int) -> Callable[[], None]:
     def step() -> None:
         (cloud.folder / "fail-checkpoints").unlink(missing_ok=True)
         cloud.complete(*workers)
@@ -301,6 +321,53 @@ def test_queued_resources(cloud, word):
     assert kinds == {"queued-resources"}
 
 
+@pytest.mark.parametrize("word", ["TERMINATED", "SUSPENDED", None])
+def test_instances(cloud, word):
+    """One that was pre-empted is stopping first, and then it is gone."""
+    cloud.instances()
+    steps = [
+        lambda: cloud.instances(w3="STAGING"),
+        lambda: cloud.instances(w3="RUNNING"),
+        lambda: cloud.instances(w3="STOPPING"),
+        lambda: cloud.instances(**({"w3": word} if word else {})),
+        lambda: cloud.instances(w3="RUNNING"),
+        done(cloud, 3),
+    ]
+    run_supervisor(cloud, steps, kind=INSTANCE)
+    name = "tpu-worker-3"
+    lost = [f"delete {name}"] if word else []
+    assert cloud.asked() == [f"create {name}", f"ssh {name}", *lost, f"create {name}", f"ssh {name}"]
+    created = next(call.arguments for call in cloud.fakes.calls("gcloud") if "create" in call.arguments)
+    assert created[created.index("--machine-type") + 1] == TPUS["tpu7x-8"].machine_type
+
+
+@pytest.mark.parametrize("kind", [VM, QUEUED, INSTANCE])
+@pytest.mark.parametrize("name", TPUS)
+def test_what_does_not_go_together_is_refused(kind, name):
+    """v4 and v5e are not instances, and TPU7x is nothing else."""
+    vms = Vms("zone", "{}", "qwen", accelerator_type=name, kind=kind)
+    if name in {"tpu7x-8"} if kind != INSTANCE else name.startswith(("v4", "v5lite")):
+        with pytest.raises(UsageError, match=f"{name} with --create"):
+            vms.create_command(3)
+    else:
+        words = vms.create_command(3)
+        there = TPUS[name].machine_type if kind == INSTANCE else TPUS[name].runtime_version
+        assert there in words and ("--spot" in words) == (kind != INSTANCE)
+
+
+def test_an_unknown_machine_needs_a_runtime_version():
+    vms = Vms("zone", "{}", "qwen", accelerator_type="v3-8")
+    with pytest.raises(UsageError, match="known are v4-8"):
+        vms.create_command(3)
+    assert "mine" in replace(vms, runtime_version="mine").create_command(3)
+    for each in (
+        replace(vms, kind=INSTANCE),
+        Vms("zone", "{}", "qwen", None, "v6e-4", "mine", kind=INSTANCE),
+    ):
+        with pytest.raises(UsageError):
+            each.create_command(3)
+
+
 def test_any_value_reaches_gcloud_whole(cloud):
     vms = Vms(HARD, f"{HARD}-{{}}", HARD, HARD, HARD, HARD)
     for each in (vms, replace(vms, kind=QUEUED, on_demand=True)):
@@ -314,9 +381,12 @@ def test_any_value_reaches_gcloud_whole(cloud):
 def test_no_more_at_once_than_the_limit(cloud, monkeypatch, words):
     """Starts, and creations: each waits for a third one at its side, which must not come."""
     running, peak, changed = 0, 0, threading.Condition()
+    ask = gcloud.call
 
     def call(command: list[str]) -> str:
         nonlocal running, peak
+        if not {"ssh", "create"} & set(command):
+            return ask(command)
         with changed:
             running, peak = running + 1, max(peak, running + 1)
             changed.notify_all()
@@ -324,7 +394,7 @@ def test_no_more_at_once_than_the_limit(cloud, monkeypatch, words):
             running -= 1
         return ""
 
-    monkeypatch.setattr(supervise, "call", call)
+    monkeypatch.setattr(gcloud, "call", call)
     monkeypatch.setattr(FirstAlone, "__call__", lambda self, command, given: call(command))
     cloud.vms(**{f"w{worker}": word for worker, word in enumerate(words)})
     run_supervisor(cloud, [done(cloud, *range(6))], workers=tuple(range(6)), parallel=2)

@@ -39,6 +39,43 @@ def test_shuffled_every_row_once_and_the_same_again(clean):
     assert not np.array_equal(two[len(rows) :], drawn_rows)
 
 
+def test_processes_share_the_rows(clean):
+    parts = [
+        np.concatenate(list(iter_activations(clean, 3, 512, 1000, process_index=index, process_count=3)))
+        for index in range(3)
+    ]
+    np.testing.assert_array_equal(sort_rows(np.concatenate(parts)), sort_rows(all_rows(clean, 3)))
+    for index, count in ((3, 3), (-1, 3), (0, 0)):
+        with pytest.raises(UsageError, match="is none of process_count"):
+            iter_activations(clean, 3, 512, process_index=index, process_count=count)
+    with pytest.raises(UsageError, match="cannot be divided over 99 processes"):
+        iter_activations(clean, 3, 512, process_index=0, process_count=99)
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 100])
+def test_rows_of_several_shards_at_once(clean, at_once):
+    def drawn(**options):
+        return iter_activations(clean, 3, 512, 1000, seed=1, shards_at_once=at_once, **options)
+
+    rows = np.concatenate(list(drawn()))
+    np.testing.assert_array_equal(sort_rows(rows), sort_rows(all_rows(clean, 3)))
+    np.testing.assert_array_equal(rows, np.concatenate(list(drawn())))
+    begun = drawn()
+    next(begun)
+    np.testing.assert_array_equal(np.concatenate(list(drawn(cursor=begun.cursor))), rows[512:])
+    with pytest.raises(UsageError, match="give a shuffle_buffer"):
+        iter_activations(clean, 3, 512, shards_at_once=at_once)
+
+
+def test_shards_at_once_part_the_rows_of_a_sample(clean):
+    def same_sample(at_once: int) -> float:
+        drawn = iter_activations(clean, 3, 512, 1000, shards_at_once=at_once, with_tokens=True)
+        order = np.concatenate([rows.sample_idx for rows in drawn])
+        return float((order[1:] == order[:-1]).mean())
+
+    assert same_sample(4) < 0.5 * same_sample(1)
+
+
 def sort_rows(rows: np.ndarray) -> np.ndarray:
     return rows[np.lexsort(rows.T)]
 
@@ -136,7 +173,7 @@ def test_the_shuffle_buffer_is_held_once(clean):
         tracemalloc.stop()
         return held
 
-    bytes_a_row = 64 * 4 + sum((4, 8, 4, 4, 4, 16))  # activations, and what is known of a row
+    bytes_a_row = 64 * 4
     assert 0.5 * 15_000 * bytes_a_row < peak(15_000) - peak(0) < 1.2 * 15_000 * bytes_a_row
 
 

@@ -83,8 +83,21 @@ def test_the_fifth_command_trains_an_sae(demo):
     shutil.rmtree(demo / "sae")
 
 
-def test_the_python_of_the_page_runs(demo):
-    code = re.search(r"```python\n(.+?)```", PAGE, re.DOTALL).group(1)
+BLOCKS = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
+
+
+def test_there_are_three_short_ways_and_one_with_everything():
+    assert len(BLOCKS) == 4 and all(len(block.splitlines()) < 10 for block in BLOCKS[:3])
+    assert PAGE.index("```python") < PAGE.index("```bash")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["torch", "jax", "numpy", "everything"])
+def test_the_python_of_the_page_runs(demo, block):
     scope: dict = {}
-    exec(code, scope)
-    assert scope["batches"].cursor["batches"] == 1 and scope["rows"].shape == (2384, 64)
+    exec(block, scope)
+    if "x" in scope:
+        assert scope["x"].ndim == 2 and scope["x"].shape[1] == 64
+    if "loss" in scope:
+        assert 0 < float(scope["loss"]) < 1000
+    if "batches" in scope:
+        assert scope["batches"].cursor["batches"] == 1 and scope["rows"].shape == (2384, 64)

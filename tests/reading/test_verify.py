@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import json
 import pickle
 import re
@@ -15,9 +16,12 @@ from qwen_jax.errors import BadDataError, ConfigError
 from qwen_jax.reading.runs import open_runs
 from qwen_jax.reading.verify import verify_runs
 from qwen_jax.shards import load_shard
+from qwen_jax.shards.compress import Span
+from qwen_jax.shards.parts import index_member, read_index
 from qwen_jax.shards.statistics import parse_stats, stats_bytes
 from tests.reading.conftest import DEMO, STREAMS, Copy, extract
 from tests.run_worker.conftest import tree
+from tests.shards.samples import without_index
 
 
 def faults(*paths, streams=STREAMS, jobs=2) -> list[str]:
@@ -85,6 +89,23 @@ def drop_sample(copy: Copy) -> None:
     copy.record(2, **entry)
 
 
+def with_index(copy: Copy, index: bytes) -> None:
+    path = copy.folder / "shard_0002.pkl.gz"
+    path.write_bytes(without_index(path.read_bytes()) + index)
+    copy.record(2)
+
+
+def foreign_index(copy: Copy) -> None:
+    other = (copy.folder / "shard_0001.pkl.gz").read_bytes()
+    with_index(copy, other[len(without_index(other)) :])
+
+
+def false_index(copy: Copy) -> None:
+    parts = read_index(io.BytesIO((copy.folder / "shard_0002.pkl.gz").read_bytes()))
+    spans = [Span(part.size, part.crc32 ^ (part.key == 1)) for part in parts]
+    with_index(copy, index_member([part.key for part in parts], spans))
+
+
 def shift(shard) -> None:
     for record in records(shard):
         record["sample_idx"] -= 1
@@ -111,6 +132,14 @@ PLANTED = {
     ),
     "byte changed": (lambda copy: flip(copy.folder / "shard_0003.pkl.gz"), ["shard_0003.pkl.gz: has crc32c"]),
     "code in it": (gadget, ["shard_0002.pkl.gz: .*print"]),
+    "index of another shard": (
+        foreign_index,
+        ["shard_0002.pkl.gz is not a whole shard: it has an index of other layers"],
+    ),
+    "index with false checksums": (
+        false_index,
+        ["shard_0002.pkl.gz is not a whole shard: it has a damaged part, 1"],
+    ),
     "foreign shard": (write("shard_0099.pkl.gz", b"x"), ["shard_0099.pkl.gz: is not listed"]),
     "no metadata": (
         lambda copy: (copy.folder / "metadata.json").unlink(),
@@ -482,6 +511,6 @@ def test_repair_refuses_another_model(copy, tmp_path):
 
 
 def test_stats_bytes_of_a_run_are_found(clean):
-    from qwen_jax.reading.statistics import merged_stats
+    from qwen_jax.reading.merged_stats import merged_stats
 
     assert stats_bytes(merged_stats(open_runs(clean))) == (clean / "stats.safetensors").read_bytes()

@@ -8,7 +8,7 @@ import pytest
 from extract_activations import main
 from qwen_jax.errors import ConfigError, DeviceError, WriterConflictError
 from qwen_jax.ledger.names import progress_name
-from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.run import devices, job, worker
 from qwen_jax.run.devices import device_errors, find_devices
 from qwen_jax.run.exclusive import exclusive_folders

@@ -13,7 +13,7 @@ import pytest
 import extract_activations
 from qwen_jax.__main__ import main
 from qwen_jax.errors import ToolkitError
-from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.run import devices, doctor
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.run.refusal import WorkerParser

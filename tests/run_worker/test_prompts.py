@@ -12,7 +12,7 @@ import pytest
 from qwen_jax.data import prompts
 from qwen_jax.data.prompts import load_tokenizer
 from qwen_jax.errors import BadDataError
-from qwen_jax.run.prompts import PromptMaker, SampleReader
+from qwen_jax.run.sample_reader import PromptMaker, SampleReader
 from tests.run_worker.conftest import TOKENIZER, arc_lines
 
 LINES = 40

@@ -69,7 +69,7 @@ class Fakes:
         ours = {*setting_variables(), *launch_worker_variables(), *WORKER_ID_VARIABLES}
         ours |= {"NUM_WORKERS", "ZONE", "NAME_PATTERN", "REMOTE_DIR", "CODE_URL", "STREAMS_URL"}
         ours |= {"ACCELERATOR_TYPE", "RUNTIME_VERSION", "IMAGE"}
-        ours |= {"GCLOUD_CREATE_FLAGS", "GCLOUD_SSH_FLAGS", "HF_TOKEN"}
+        ours |= {"GCLOUD_CREATE_FLAGS", "GCLOUD_SSH_FLAGS", "SBATCH_FLAGS", "HF_TOKEN"}
         kept = {name: value for name, value in os.environ.items() if name not in ours}
         path = f"{self.folder}:{os.environ['PATH']}"
         return kept | {"PATH": path, "CALLS": str(self.calls_folder)} | variables

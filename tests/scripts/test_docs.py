@@ -20,7 +20,10 @@ COMMANDS = {"launch_all_workers.sh": "launch", "check_all_workers.sh": "workers"
 PAGES = {**dict.fromkeys(SCRIPTS, "guide.md"), **dict.fromkeys(COMMANDS, "fleet.md")}
 SHELL_FLAGS = {"--demo", "--setup"}
 # Lines of docs/fleet.md that call other people's programs or are handed to them, whose flags are theirs.
-FOREIGN = re.compile(r"^(`?(\w+=\$\()?(gcloud|git|docker|kubectl|sky) |export GCLOUD_)(\\\n|.)*$", re.M)
+FOREIGN = re.compile(
+    r"^(`?(\w+=\$\()?(gcloud|git|docker|kubectl|sky|sbatch|srun) |export GCLOUD_)(\\\n|.)*$|(?<=_flags)='[^']*'",
+    re.M,
+)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 # `--name` ... [default: X, variable: Y], as FlagParser writes each flag of --help.
 HELP_ENTRY = re.compile(r"^ {2}--(\w+)(.*?)(?=^ {2}-|\Z)", re.M | re.S)

@@ -229,7 +229,10 @@ def test_gcloud_does_not_eat_the_input(fakes):
     assert launch(fakes, NUM_WORKERS="3").stdout.splitlines()[-1] == "3 of 3 workers started"
 
 
-ENGINES = {"gcloud": "gcloud", "kubernetes": "kubectl", "skypilot": "sky", "local": "nothing"}
+ENGINES = {
+    **{"gcloud": "gcloud", "kubernetes": "kubectl", "skypilot": "sky"},
+    **{"slurm": "sbatch", "local": "nothing"},
+}
 
 
 @pytest.mark.parametrize("engine, tool", ENGINES.items())

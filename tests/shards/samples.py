@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen_jax.shards import Sample, write_shard
+from qwen_jax.shards.parts import read_index
 
 LAYERS = (0, 3, 7)
 
@@ -34,6 +35,11 @@ def shard_bytes(samples: Sequence[Sample], layers: Sequence[int] = LAYERS, threa
     file = io.BytesIO()
     write_shard(file, layers, samples, threads=threads)
     return file.getvalue()
+
+
+def without_index(shard: bytes) -> bytes:
+    """The shard as it was written before shards said where their layers lie."""
+    return shard[: read_index(io.BytesIO(shard))[-1].end]
 
 
 def assert_same_shard(left: dict, right: dict) -> None:

@@ -1,4 +1,5 @@
-"""A layer is read without the bytes of the others, from any file, and no false size leads astray."""
+"""Of a shard that does not say where its layers lie, one is read without the bytes of the others, from any file, and no
+false size leads astray."""
 
 import gzip
 import io
@@ -11,11 +12,11 @@ import pytest
 
 from qwen_jax.shards import ShardError, load_shard
 from qwen_jax.shards.compress import Budget, GzipReader, MalformedError, compress_block
-from tests.shards.samples import LAYERS, assert_same_shard, make_sample, shard_bytes
+from tests.shards.samples import LAYERS, assert_same_shard, make_sample, shard_bytes, without_index
 
 # Samples whose activations are large enough to be members of their own, and small ones between them.
 SAMPLES = [make_sample(n, n_tokens, hidden=256) for n, n_tokens in enumerate((700, 3, 1500, 9, 400))]
-SHARD = shard_bytes(SAMPLES)
+SHARD = without_index(shard_bytes(SAMPLES))
 WHOLE = load_shard(io.BytesIO(SHARD))
 
 

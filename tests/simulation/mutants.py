@@ -11,8 +11,8 @@ from qwen_jax.ledger.metadata import Ledger
 from qwen_jax.ledger.names import METADATA_NAME, shard_stats_name
 from qwen_jax.run import commit, resume
 from qwen_jax.run.commit import Committer
-from qwen_jax.storage import gcs, local
-from qwen_jax.storage.local import json_bytes, write_json
+from qwen_jax.storage import atomic, gcs
+from qwen_jax.storage.atomic import json_bytes, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 Mutant = Callable[[], contextlib.AbstractContextManager]
@@ -196,22 +196,22 @@ def _() -> Iterator[None]:
     def finish(self: Any) -> None:
         with storage_errors("write", self.path):
             self._file.close()
-            local.os.rename(local._temp_path(self.path), self.path)
-            local.sync_folder(self.path.parent)
+            atomic.os.rename(atomic._temp_path(self.path), self.path)
+            atomic.sync_folder(self.path.parent)
 
-    with instead(local.AtomicFile, "_finish", finish):
+    with instead(atomic.AtomicFile, "_finish", finish):
         yield
 
 
 @mutant("the folder is not synced")
 def _() -> Iterator[None]:
-    with instead(local, "sync_folder", lambda folder: None):
+    with instead(atomic, "sync_folder", lambda folder: None):
         yield
 
 
 @mutant("files are written under their final names")
 def _() -> Iterator[None]:
-    with instead(local, "_temp_path", lambda path: path):
+    with instead(atomic, "_temp_path", lambda path: path):
         yield
 
 

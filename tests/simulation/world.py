@@ -22,7 +22,7 @@ from qwen_jax.errors import ConfigError, StorageError, WriterConflictError
 from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.run import commit, resume, run_stats
 from qwen_jax.run.places import Places
-from qwen_jax.storage import checksum, gcs, local, resumable
+from qwen_jax.storage import atomic, checksum, gcs, resumable
 from tests.simulation.bucket import Bucket, Client, Http, arrive
 from tests.simulation.disk import Disk, DiskOs, SimPath, machines, open_file
 from tests.simulation.shards import LINES, SHARDS, filled, stats_file, stats_of, write_known_shard
@@ -422,11 +422,11 @@ def simulated() -> Iterator[None]:
     """The real code stands on the simulated disks, bucket and clocks."""
     now = SimpleNamespace(monotonic=lambda: _world().clock)
     patches = [
-        mock.patch.object(local, "os", DiskOs),
-        mock.patch.object(local, "open", open_file, create=True),
-        mock.patch.object(local, "Path", lambda path: path),
+        mock.patch.object(atomic, "os", DiskOs),
+        mock.patch.object(atomic, "open", open_file, create=True),
+        mock.patch.object(atomic, "Path", lambda path: path),
         # Without line ends and blanks, which Python itself adds slowly.
-        mock.patch.object(local, "json", SimpleNamespace(dumps=lambda obj, **_: json.dumps(obj))),
+        mock.patch.object(atomic, "json", SimpleNamespace(dumps=lambda obj, **_: json.dumps(obj))),
         mock.patch.object(checksum, "open", open_file, create=True),
         mock.patch.object(gcs, "open", open_file, create=True),
         mock.patch.object(gcs, "time", now),

@@ -18,6 +18,7 @@ from qwen_jax.settings import bucket_url
 from qwen_jax.storage import PreconditionFailedError, open_store
 from qwen_jax.storage.checksum import crc32c_of
 from qwen_jax.storage.gcs import GcsStore
+from qwen_jax.storage.store import ReplacedError
 from tests import fake_gcs
 from tests.fake_gcs import FakeGcs, Fault
 from tests.storage.contract import BIG, StoreContract
@@ -519,8 +520,41 @@ def wait_for(url: str) -> None:
     def answers() -> bool:
         try:
             requests.get(url, timeout=1)
-        except requests.ConnectionError:
+        except requests.RequestException:
             return False
         return True
 
     until(answers)
+
+
+def downloaded(store: GcsStore, info, start: int, end: int, path) -> bytes:
+    with open(path, "wb+") as file:
+        file.write(b"before")
+        store.download_range(info, start, end, file)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fault", [None, Fault("status", "GET", status=503), Fault("cut", "GET"), Fault("reset", "GET")]
+)
+def test_a_range_is_those_bytes_behind_what_is_there(server, store, tmp_path, fault):
+    info = store.put_bytes("a", BIG)
+    server.faults += [fault] if fault else []
+    sent = server.sent_bytes
+    assert downloaded(store, info, 1000, 70_000, tmp_path / "a") == b"before" + BIG[1000:70_000]
+    assert server.sent_bytes - sent <= 2 * 69_000
+
+
+def test_a_range_is_of_the_generation_that_was_asked_for(server, store, tmp_path):
+    info = store.put_bytes("a", BIG)
+    store.put_bytes("a", BIG[::-1])
+    with pytest.raises(ReplacedError, match="activations/a was replaced while it was read"):
+        downloaded(store, info, 0, 10, tmp_path / "a")
+
+
+def test_a_server_that_sends_more_than_the_range_is_not_believed(server, tmp_path, monkeypatch):
+    store = quick_store(budget_s=0.05)
+    info = store.put_bytes("a", BIG)
+    monkeypatch.setattr(fake_gcs, "wanted_range", lambda headers, size: (0, size))
+    with pytest.raises(StorageError, match="1000000 bytes came instead of 10"):
+        downloaded(store, info, 0, 10, tmp_path / "a")

@@ -13,9 +13,9 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
+from qwen_jax.accelerators import ACCELERATORS
 from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.model.attention import make_form, resolve_attention
-from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.config import ModelConfig, parse_config
 from qwen_jax.model.program import Program

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen_jax.accelerators import ACCELERATORS
 from qwen_jax.cli import FlagParser
-from qwen_jax.model.chips import ACCELERATORS
 from qwen_jax.model.config import parse_config
 from qwen_jax.model.published import PUBLISHED, config_fields
 from qwen_jax.run.roof import (

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from qwen_jax.ledger.progress import ProgressRecord
+from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.ledger.schema import RUNNING
 
 LINE_EVERY_S = 30.0

@@ -14,11 +14,11 @@ from typing import Any, Self
 from qwen_jax.errors import RETRY_BUDGET_S, TerminatedError, ToolkitError, WriterConflictError
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import progress_name
-from qwen_jax.ledger.progress import ProgressRecord, one_line
+from qwen_jax.ledger.progress_record import ProgressRecord, one_line
 from qwen_jax.ledger.schema import ENDED, FAILED, RUNNING, STARTING, TERMINATED
 from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.settings import Settings
-from qwen_jax.storage.local import atomic_write
+from qwen_jax.storage.atomic import atomic_write
 from qwen_jax.storage.opening import open_store
 from qwen_jax.storage.store import Store
 
@@ -187,7 +187,10 @@ class ProgressWriter:
         """Of the records alone, so that its waits and retries are nobody else's."""
         if self._bucket_url is None:
             return None
-        return open_store(self._bucket_url, stop=self._give_up, budget_s=self._budget_s)
+        # The worker's own store says what the bucket refuses; this one would say it once more.
+        return open_store(
+            self._bucket_url, stop=self._give_up, budget_s=self._budget_s, log_retries_at=logging.DEBUG
+        )
 
     def _write(self, record: ProgressRecord) -> None:
         data = record.to_bytes()

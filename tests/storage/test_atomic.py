@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from qwen_jax.errors import StorageError
-from qwen_jax.storage import atomic_write, file_crc32c, local, write_json
+from qwen_jax.storage import atomic, atomic_write, file_crc32c, write_json
 
 
 def test_the_file_appears_at_the_end_with_its_checksum(tmp_path):
@@ -102,7 +102,7 @@ def test_system_errors_name_the_file_and_the_remedy(tmp_path, monkeypatch, where
         raise OSError(code, os.strerror(code))
 
     if where == "open":
-        monkeypatch.setattr(local, "open", fail, raising=False)
+        monkeypatch.setattr(atomic, "open", fail, raising=False)
     else:
         monkeypatch.setattr(os, where, fail)
     expected = pytest.raises(StorageError, match=f"cannot write .*/a: .*{advice}")
