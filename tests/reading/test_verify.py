@@ -212,8 +212,8 @@ PLANTED = {
         ["sample 0: token_positions do not ascend", "has token_positions, which such a run does not store"],
     ),
     "unknown role": (
-        edited(1, lambda shard: each(shard, "token_roles", lambda tokens: tokens * 0 + 9)),
-        ["sample 0: token_roles: no role has the code 9"],
+        edited(1, lambda shard: each(shard, "token_roles", lambda tokens: tokens * 0 + 12)),
+        ["sample 0: token_roles: no role has the code 12"],
     ),
     "other tokens in a later layer": (
         lambda copy: copy.pickled(
