@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, chain
 from typing import Protocol
 
@@ -123,44 +123,64 @@ class GridLayout:
     def show(self, role: int, number: int, grid: Grid) -> Segment:
         """The grid's text and cells. number: the grid's number in its task (TokenizedSample.token_cells)."""
         colours = bytes(chain.from_iterable(grid))
-        rows = [self.between_cells.join(row) for row in self._symbols(colours, len(grid[0]))]
         heads = [self.row_end + self.row_start(row) for row in range(len(grid))]
         heads[0] = self._before(grid) + self.row_start(0)
+        rows = self._rows(colours, len(grid[0]))
         text = "".join(chain.from_iterable(zip(heads, rows, strict=True))) + self.row_end + self.after
         return Segment(role, text, partial(self._cells, number, heads, colours))
-
-    def _symbols(self, colours: bytes, width: int) -> Iterator[Sequence[str]]:
-        """Those of each row's cells."""
-        if self.symbols == _DIGITS:  # at once, since a stream has some hundred million cells
-            digits = colours.translate(_TO_DIGITS).decode()
-            return (digits[first : first + width] for first in range(0, len(digits), width))
-        named = [self.symbols[colour] for colour in colours]
-        return (named[first : first + width] for first in range(0, len(named), width))
 
     def _before(self, grid: Grid) -> str:
         return f"{len(grid)} x {len(grid[0])}\n{self.before}" if self.shape else self.before
 
+    def _rows(self, colours: bytes, width: int) -> list[str]:
+        """Each row's cells."""
+        shown: Sequence[str]
+        if self.symbols == _DIGITS:  # at once, since a stream has some hundred million cells
+            shown = colours.translate(_TO_DIGITS).decode()
+        else:
+            shown = [self.symbols[colour] for colour in colours]
+        rows = [shown[first : first + width] for first in range(0, len(colours), width)]
+        if isinstance(shown, str) and not self.between_cells:
+            return [str(row) for row in rows]
+        return [self.between_cells.join(row) for row in rows]
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """Of the symbols; one entry where they have the same."""
+        lengths = np.array([len(symbol) for symbol in self.symbols])
+        return lengths[:1] if len(set(lengths.tolist())) == 1 else lengths
+
+    def _cell_lengths(self, colours: np.ndarray) -> np.ndarray:
+        """[rows or 1, columns]"""
+        if len(self._lengths) == 1:
+            return np.full((1, colours.shape[1]), self._lengths[0])
+        return self._lengths[colours]
+
     def characters(self, grid: Grid) -> int:
         """Of its text."""
-        lengths = [len(symbol) for symbol in self.symbols]
-        cells = sum(lengths[colour] for colour in chain.from_iterable(grid))
-        between = len(grid) * ((len(grid[0]) - 1) * len(self.between_cells) + len(self.row_end))
-        heads = sum(len(self.row_start(number)) for number in range(len(grid)))
+        height, width = len(grid), len(grid[0])
+        if len(self._lengths) == 1:
+            cells = height * width * int(self._lengths[0])
+        else:
+            cells = int(self._lengths[list(chain.from_iterable(grid))].sum())
+        between = height * ((width - 1) * len(self.between_cells) + len(self.row_end))
+        heads = sum(len(self.row_start(number)) for number in range(height))
         return len(self._before(grid)) + heads + cells + between + len(self.after)
 
     def _cells(self, number: int, heads: list[str], colours_of_cells: bytes) -> np.ndarray:
         """As Segment has them. heads: what stands before each row."""
         colours = np.frombuffer(colours_of_cells, np.uint8).reshape(len(heads), -1)
-        lengths = np.array([len(symbol) for symbol in self.symbols], np.int32)[colours]
-        rows, columns = np.indices(colours.shape, np.int32)
-        # What stands before a cell is the separator, or the head of its row.
-        before = np.full(colours.shape, len(self.between_cells), np.int32)
-        before[:, 0] = [len(head) for head in heads]
-        stops = np.cumsum(before + lengths).reshape(colours.shape)
+        lengths, separator = self._cell_lengths(colours), len(self.between_cells)
+        ends = np.cumsum(lengths + separator, axis=1)  # in its row, with what separates it from the next cell
+        row_lengths = np.broadcast_to(ends[:, -1] - separator, len(heads))
+        starts = np.cumsum([len(head) for head in heads]) + np.cumsum(row_lengths) - row_lengths
         cells = np.empty((*colours.shape, 6), np.int32)
-        grid = np.full_like(rows, number)
-        for place, values in enumerate((stops - lengths, stops, grid, rows, columns, colours)):
-            cells[..., place] = values
+        cells[..., 1] = starts[:, None] + ends - separator
+        cells[..., 0] = cells[..., 1] - lengths
+        cells[..., 2] = number
+        cells[..., 3] = np.arange(len(heads))[:, None]
+        cells[..., 4] = np.arange(colours.shape[1])
+        cells[..., 5] = colours
         return cells.reshape(-1, 6)
 
 
@@ -181,6 +201,9 @@ PROMPT_FORMATS: dict[str, PromptFormat] = {
     "output_from_examples": replace(_FENCED_ROWS, words=_SECTIONS, shape=True),
 }
 """By name."""
+
+
+_NOWHERE = np.iinfo(np.int32).max
 
 
 class Prompt:
@@ -211,10 +234,10 @@ class Prompt:
         cells = self._cells()
         if cells is None:
             return None
-        # The first cell that ends behind the token's start, and the first that begins at its end or later.
+        # The first cell that ends behind the token's start: the token's if the token reaches it, and not the next.
         first = np.searchsorted(cells[:, 1], spans[:, 0], side="right")
-        behind = np.searchsorted(cells[:, 0], spans[:, 1])
-        holds_one = behind - first == 1
+        starts = np.append(cells[:, 0], [_NOWHERE, _NOWHERE])
+        holds_one = (starts[first] < spans[:, 1]) & (starts[first + 1] >= spans[:, 1])
         return np.where(holds_one[:, None], cells[first.clip(max=len(cells) - 1), 2:], np.int32(-1))
 
     def _cells(self) -> np.ndarray | None:
