@@ -28,6 +28,7 @@ from common import ROOT, interleave, report
 from qwen_jax.reading import iter_activations, load_shard
 from qwen_jax.reading.export import export
 from qwen_jax.shards import Sample, write_shard
+from qwen_jax.shards.compress import BLOCK_BYTES
 from qwen_jax.shards.parts import read_index, wanted_parts
 
 LAYERS, HIDDEN, SAMPLES = 24, 896, 8
@@ -65,23 +66,24 @@ def inflate(folder: Path) -> None:
         with open(path, "rb") as file:
             for part in wanted_parts(read_index(file), [LAST]):
                 file.seek(part.start)
-                data = file.read(part.size)
-                while data:
-                    member = zlib.decompressobj(31)
-                    member.decompress(data)
-                    data = member.unused_data
+                data, at = memoryview(file.read(part.size)), 0
+                while at < len(data):
+                    # A member says its size (docs/guide.md).
+                    size = int.from_bytes(data[at + 16 : at + 20], "little")
+                    zlib.decompress(data[at : at + size], wbits=31, bufsize=BLOCK_BYTES)
+                    at += size
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(one, sorted(folder.iterdir())))
 
 
-def torch_loader(folder: Path) -> int:
+def torch_loader(path: Path | str) -> int:
     from torch.utils.data import DataLoader
 
     from qwen_jax.reading.torch import ActivationDataset
 
     workers = len(os.sched_getaffinity(0))
-    dataset = ActivationDataset(folder, LAST, BATCH, BUFFER)
+    dataset = ActivationDataset(path, LAST, BATCH, BUFFER)
     return sum(map(len, DataLoader(dataset, batch_size=None, num_workers=workers)))
 
 
@@ -97,7 +99,7 @@ def bucket() -> Iterator[None]:
             server.terminate()
 
 
-def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], None]]:
+def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], object]]:
     """Uploads the shards, and the last layer as safetensors and Arrow files; a case reads that layer's rows."""
     import pyarrow as pa
     import safetensors.numpy
@@ -185,6 +187,8 @@ def main() -> None:
         seconds = interleave(cases, args.rounds)
         with bucket():
             of_bucket = bucket_cases(folder, Path(name), rows)
+            if args.torch:
+                of_bucket["of shards, shuffled, by a DataLoader"] = lambda: torch_loader(URL)
             bucket_seconds = interleave(of_bucket, args.rounds)
     speed = {case: rows / seconds[case] for case in cases}
     report(

@@ -134,7 +134,8 @@ def save_for_sae_lens(folder: Path, state: Tree, layer: int, args: Any) -> None:
     about = {"architecture": args.kind, "d_in": len(weights["b_dec"]), "d_sae": args.d_sae}
     about |= {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
     about |= {"normalize_activations": "none", "reshape_activations": "none"}
-    about |= {"metadata": {"hook_name": f"blocks.{layer}.hook_resid_post"}}
+    hook = f"blocks.{layer}.hook_resid_post"
+    about["metadata"] = {"hook_name": hook, "sae_lens_version": "6.0.0"}  # the format's, not a package's
     if args.kind == "topk":
         about |= {"k": args.k, "rescale_acts_by_decoder_norm": False}
     else:

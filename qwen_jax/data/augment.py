@@ -7,11 +7,12 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from qwen_jax.data.arc import BadRecord, Grid, parse_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _COLOURS = 10
 
@@ -93,8 +94,10 @@ class Augmentation:
             for side, grid in pair.items()
         }
 
-    def undo(self, cells: np.ndarray) -> np.ndarray:
+    def undo(self, cells: "np.ndarray") -> "np.ndarray":
         """The cells of the task that those of the view are. cells: int32 [n, 4], as token_cells; -1 stays -1."""
+        import numpy as np  # a fleet's control machine, which asks for streams' names, may not have it
+
         undone = cells.copy()
         for grid in np.unique(cells[cells[:, 0] >= 0, 0]).tolist():
             here = cells[:, 0] == grid
@@ -114,7 +117,7 @@ class Augmentation:
         return 2 * self.examples[example] + side if example < len(self.examples) else number
 
 
-def undo_cells(cells: np.ndarray, augmentation: str | None) -> np.ndarray:
+def undo_cells(cells: "np.ndarray", augmentation: str | None) -> "np.ndarray":
     """A sample's `token_cells` as they would be in the task itself, so that the same cell can be found in all views of
     it. augmentation: the sample's, None where it has none. Raises BadRecord for one that cannot be read."""
     return cells if augmentation is None else Augmentation.parse(augmentation).undo(cells)

@@ -4,6 +4,7 @@ It is kept twice, written in this order: `metadata.json` holds all of it, for re
 `checkpoint_worker_N.json` holds how far it goes, for people and for the next start (checkpoint.py).
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -43,7 +44,6 @@ class ShardEntry:
     bytes: int
     raw_bytes: int
     crc32c: str
-    layer_norms: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,6 @@ class Ledger:
             "last_processed_sample_idx": self.last_processed_sample_idx,
             **run.header,
             "totals": self.totals(),
-            "layer_norms": self.layer_norms(),
             "statistics": self.statistics,
             "shards": [vars(shard) for shard in self.shards],
             "skipped": list(self.skipped),
@@ -176,19 +175,6 @@ class Ledger:
             "bad_records": self.bad_records,
             "truncated": len(self.truncated),
             "shortened": len(self.shortened),
-        }
-
-    def layer_norms(self) -> dict[str, dict[str, float]]:
-        """Mean and maximum token norm of each layer over all shards."""
-        tokens = sum(shard.tokens for shard in self.shards)
-        layers = self.shards[0].layer_norms if self.shards else {}
-        return {
-            layer: {
-                "mean": sum(shard.layer_norms[layer]["mean"] * shard.tokens for shard in self.shards)
-                / tokens,
-                "max": max(shard.layer_norms[layer]["max"] for shard in self.shards),
-            }
-            for layer in layers
         }
 
     def checkpoint(self, run: RunIdentity) -> dict[str, Any]:
@@ -245,8 +231,6 @@ def parse_metadata(data: bytes, source: str = METADATA_NAME, *, described: bool 
     _check_order(ledger)
     if max(ledger.totals().values()) > MOST_SUM:
         raise DamagedError("its shards hold more than any disk")
-    if len({frozenset(shard.layer_norms) for shard in ledger.shards}) > 1:
-        raise DamagedError("its shards have different layers")
     return StoredMetadata(
         ledger,
         fields["worker_id"],
@@ -268,16 +252,18 @@ def row_widths(fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def seen_metadata(data: bytes) -> tuple[int, dict[str, float], str]:
-    """Compressed bytes, mean norms by layer and the model's name, for those who watch; raises DamagedError."""
+    """Compressed bytes, mean norms of the main kind by layer once the run is complete, and the model's name, for those
+    who watch; raises DamagedError."""
     fields = parse(data, SEEN_METADATA)
-    norms = {layer: float(norm["mean"]) for layer, norm in fields["layer_norms"].items()}
+    main: dict[str, Any] = next(iter(fields["statistics"].values()), {})
+    norms = {layer: float(norm["norm_mean"]) for layer, norm in main.items()}
     return fields["totals"]["bytes"], norms, shown(fields["model"]["name"]) if "model" in fields else ""
 
 
 def _shard_entry(entry: dict[str, Any], number: int) -> ShardEntry:
     if entry["filename"] != shard_name(number):
         raise DamagedError(f"shard {number} is called {entry['filename']!r}")
-    return ShardEntry(**entry)
+    return ShardEntry(**{each.name: entry[each.name] for each in dataclasses.fields(ShardEntry)})
 
 
 def _refuse_newer(fields: Mapping[str, Any], source: str) -> None:

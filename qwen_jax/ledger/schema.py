@@ -32,7 +32,7 @@ _worker = whole(most=_MOST_WORKER)
 _status = one_of(IN_PROGRESS, COMPLETED)
 _norm = number(0, _MOST_NORM)
 _layer = whole(most=MOST_LAYERS - 1)
-_layer_word = text(r"[0-9]{1,5}")
+_layer_or_embedding_word = text(rf"[0-9]{{1,5}}|{EMBEDDING}")
 _object = record({}, others=None)
 CRC32C, _sha256 = text(r"[A-Za-z0-9+/]{6}=="), text(r"[0-9a-f]{64}")
 _file_name = text(r"[^/\0]+", most=255)
@@ -51,8 +51,8 @@ _SHARD = record(
         "last_sample_idx": _count,
         **dict.fromkeys(("samples", "tokens", "bytes", "raw_bytes"), whole(1)),
         "crc32c": CRC32C,
-        "layer_norms": map_of(_layer_word, record({"mean": _norm, "max": _norm}, others=unknown)),
     },
+    optional={"layer_norms": _object},  # of the first versions; the statistics say it
     others=unknown,
 )
 _MARKER = {
@@ -93,7 +93,6 @@ DESCRIBED_METADATA = record(
         "compute_dtype": one_of(*STORED_DTYPES),
         "activation_dtype": one_of(*STORED_DTYPES),
         "totals": map_of(text(), _sum),
-        "layer_norms": map_of(_layer_word, record({"mean": _norm, "max": _norm})),
         "fingerprint": record(
             {
                 **dict.fromkeys(("stream_sha256", "keep_tokens"), text()),
@@ -120,7 +119,9 @@ SEEN_CHECKPOINT = record(
 SEEN_METADATA = record(
     {
         "totals": record({"bytes": _sum}, others=None),
-        "layer_norms": map_of(_layer_word, record({"mean": _norm}, others=None)),
+        "statistics": map_of(
+            text(), map_of(_layer_or_embedding_word, record({"norm_mean": _norm}, others=None))
+        ),
     },
     optional={"model": record({"name": text()}, others=None)},
     others=None,

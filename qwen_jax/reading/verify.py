@@ -197,11 +197,10 @@ def _shorten(spans: Sequence[range], most: int = 10) -> str:
 
 def _sums(run: DescribedRun) -> Iterator[Fault]:
     """What metadata.json adds up from the entries of the shards."""
-    for key, sums in (("totals", run.ledger.totals()), ("layer_norms", run.ledger.layer_norms())):
-        said = run.metadata[key]
-        for name in [name for name in {**said, **sums} if said.get(name) != sums.get(name)]:
-            what = f"{key}: {name} is {said.get(name)}, its shards and notes come to {sums.get(name)}"
-            yield Fault(f"{run.where}/{METADATA_NAME}", what)
+    said, sums = run.metadata["totals"], run.ledger.totals()
+    for name in [name for name in {**said, **sums} if said.get(name) != sums.get(name)]:
+        what = f"totals: {name} is {said.get(name)}, its shards and notes come to {sums.get(name)}"
+        yield Fault(f"{run.where}/{METADATA_NAME}", what)
 
 
 def _statistics(run: DescribedRun) -> Iterator[Fault]:

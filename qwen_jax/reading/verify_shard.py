@@ -71,7 +71,7 @@ class ShardFaults:
         entry, run = self._entry, self._run
         if entry is not None and isinstance(run, DescribedRun):
             faults += [*self._against_entry(shard, entry), *self._against_settings(shard, run.metadata)]
-            faults += self._against_statistics(shard, entry["layer_norms"])
+            faults += self._against_statistics(shard)
         return faults
 
     def _of_bytes(self) -> list[str]:
@@ -122,8 +122,8 @@ class ShardFaults:
             if wanted is not None and there != wanted:
                 yield f"has {what}, which such a run does not store" if there else f"has no {what}"
 
-    def _against_statistics(self, shard: Shard, norms: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-        """Against the norms of the main kind in metadata.json, and the file of the shard's statistics."""
+    def _against_statistics(self, shard: Shard) -> Iterator[str]:
+        """Against the file of the shard's statistics."""
         name = stats_name_beside(self.name)
         data = self._run.place.read(name)
         stats: Mapping[str, KindStats] = {}
@@ -135,9 +135,8 @@ class ShardFaults:
             if data is None:
                 yield f"has no {name} beside it"
         for kind, key in {**record_keys(self._run.kinds), EMBEDDING: "activation"}.items():
-            if (kind in stats or norms) and key in next(iter(shard.values()))[0]:
-                yield from _of_kind(shard, kind, key, stats.get(kind), norms)
-            norms = {}
+            if kind in stats and key in next(iter(shard.values()))[0]:
+                yield from _of_kind(shard, kind, key, stats[kind])
 
 
 def _widths(shard: Shard, metadata: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -172,16 +171,14 @@ def _raw_bytes(shard: Shard) -> int:
     return sum(arrays.values())
 
 
-def _of_kind(
-    shard: Shard, kind: str, key: str, stats: KindStats | None, norms: Mapping[str, Mapping[str, float]]
-) -> Iterator[str]:
-    """Mean and largest norm of each layer's rows as stated, and the channels' means and variances. key: of a record,
-    where it has the kind's rows."""
+def _of_kind(shard: Shard, kind: str, key: str, stats: KindStats) -> Iterator[str]:
+    """Norms of each layer's rows, and the channels' means and variances, as stated. key: of a record, where it has the
+    kind's rows."""
     layers: list[int | str] = (
         [EMBEDDING] if kind == EMBEDDING else [layer for layer in shard if layer != EMBEDDING]
     )
-    of_layers: list[int | str] = [] if stats is None else [*stats.layers] or [EMBEDDING]
-    if stats is not None and of_layers != layers:
+    of_layers: list[int | str] = [*stats.layers] or [EMBEDDING]
+    if of_layers != layers:
         yield f"the statistics of {kind} are of layers {list(stats.layers)}"
         return
     for place, layer in enumerate(layers):
@@ -189,12 +186,7 @@ def _of_kind(
         norms_R = np.linalg.norm(rows_RD, axis=1).astype(np.float64)
         if not np.isfinite(norms_R).all():
             continue  # _of_records names the values
-        found = {"mean": norms_R.mean(), "max": norms_R.max()}
-        for what, said in norms.get(str(layer), {}).items():
-            if not _close(found[what], said):
-                yield f"layer {layer} has {what} norm {found[what]:.6g}, metadata.json says {said:.6g}"
-        if stats is not None:
-            yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, place)
+        yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, place)
 
 
 def _of_channels(

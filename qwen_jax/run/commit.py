@@ -139,7 +139,6 @@ class Committer:
             filename=shard.file.path.name,
             bytes=shard.file.size,
             crc32c=shard.file.crc32c,
-            layer_norms=next(iter(shard.stats.values())).layer_norms(),
             **vars(shard.info),
         )
         with timed(f"making {entry.filename} durable"):

@@ -105,13 +105,6 @@ class KindStats:
         root mean square."""
         return np.flatnonzero(self.max_abs_CD[entry] > MASSIVE * self.median_rms_C[entry]).tolist()
 
-    def layer_norms(self) -> dict[str, dict[str, float]]:
-        """Mean and maximum norm, by layer index as a string."""
-        return {
-            str(layer): {"mean": float(self.norm_mean_C[entry]), "max": float(self.norm_max_C[entry])}
-            for entry, layer in enumerate(self.layers)
-        }
-
     def summary(self) -> dict:
         """By layer as a string (`embedding` for the embedding): norms and massive channels, for metadata.json."""
         names = [str(layer) for layer in self.layers] or ["embedding"]

@@ -35,8 +35,8 @@ def record(worker: int, *, pace: float = 1.0, **changes) -> ProgressRecord:
 
 
 def metadata(worker: int, layers: int = 24) -> dict:
-    norms = {str(layer): {"mean": 8.0 + layer**1.4 + 0.05 * worker, "max": 99.0} for layer in range(layers)}
-    return {"totals": {"bytes": 9_400_000_000 + worker}, "layer_norms": norms}
+    norms = {str(layer): {"norm_mean": 8.0 + layer**1.4 + 0.05 * worker} for layer in range(layers)}
+    return {"totals": {"bytes": 9_400_000_000 + worker}, "statistics": {"residual": norms}}
 
 
 def checkpoint(samples: int, shards: int, status: str = "in_progress") -> dict:

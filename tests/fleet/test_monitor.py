@@ -113,8 +113,8 @@ def test_a_worker_that_failed_before_it_knew_its_stream(tmp_path):
 
 def norms_of(text: str, size: str = "5", layer: str = "1") -> str:
     """metadata.json whose second layer's mean norm is `text`."""
-    layers = f'{{"0": {{"mean": 1.0}}, "{layer}": {{"mean": {text}}}}}'
-    return f'{{"layer_norms": {layers}, "totals": {{"bytes": {size}}}}}'
+    layers = f'{{"0": {{"norm_mean": 1.0}}, "{layer}": {{"norm_mean": {text}}}}}'
+    return f'{{"statistics": {{"residual": {layers}}}, "totals": {{"bytes": {size}}}}}'
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def norms_of(text: str, size: str = "5", layer: str = "1") -> str:
     [
         "",
         "{",
-        '{"layer_norms": {}, "totals": {"bytes": 1e999}}',
+        '{"statistics": {}, "totals": {"bytes": 1e999}}',
         "[]",
         "null",
         "[" * 100_000,
@@ -131,7 +131,7 @@ def norms_of(text: str, size: str = "5", layer: str = "1") -> str:
         json.dumps({"history": [[1, 2]]}),
         *(norms_of(text) for text in ("NaN", "Infinity", "-1", '"x"', "1e300", "1" * 400)),
         *(norms_of("1", size) for size in ("1" * 400, "1" * 5000, "-1", "1.5", "NaN", "true")),
-        *(norms_of("1", layer=layer) for layer in ("embedding", "-1", "1" * 400, "1.5")),
+        *(norms_of("1", layer=layer) for layer in ("-1", "1" * 400, "1.5")),
     ],
 )
 def test_torn_records_and_metadata_are_as_if_absent(tmp_path, text):

@@ -87,7 +87,7 @@ class Copy:
         def change(metadata: dict) -> None:
             metadata["shards"][number - 1].update(bytes=size, crc32c=crc32c, **entry)
             ledger = parse_metadata(json.dumps(metadata).encode()).ledger
-            metadata.update(totals=ledger.totals(), layer_norms=ledger.layer_norms())
+            metadata.update(totals=ledger.totals())
 
         self.metadata(change)
 

@@ -98,9 +98,6 @@ def test_metadata_agrees_with_the_shards(finished):
         assert entry["tokens"] == sum(len(record["token_ids"]) for record in data[0])
         assert entry["raw_bytes"] == sum(r["activation"].nbytes for layer in data.values() for r in layer)
         assert entry["raw_bytes"] >= 0.002 * 2**30 or entry is metadata["shards"][-1]
-        norms = np.concatenate([np.linalg.norm(record["activation"], axis=-1) for record in data[1]])
-        np.testing.assert_allclose(entry["layer_norms"]["1"]["mean"], norms.mean(dtype=np.float64), rtol=1e-6)
-        np.testing.assert_allclose(entry["layer_norms"]["1"]["max"], norms.max(), rtol=1e-6)
 
 
 def test_checkpoint_has_the_guides_keys(finished):
