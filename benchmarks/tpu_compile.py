@@ -61,7 +61,7 @@ def figures(outline: Outline, size: str, machine: Accelerator, ask: bool) -> lis
     settings = outline.settings
     parts, length = settings.model_parallel, settings.max_seq_length
     program = outline.program(machine_mesh(machine, parts), machine.platform)
-    roof, memory = Roof(program, machine, context=length / 2), device_memory(program)
+    roof, memory = Roof(program, machine, context=length / 2), device_memory(program, machine)
     seconds, temporaries = "not compiled", memory.temporaries
     if ask:
         machine_of_chip = next(

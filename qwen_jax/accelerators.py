@@ -14,13 +14,15 @@ _TFLOPS, _GBPS = 1e12, 1e9
 @dataclass(frozen=True)
 class Chip:
     """One device. memory: bytes. flops: products and sums a second in bfloat16, dense. bandwidth: bytes a second of
-    its memory. host_link: bytes a second that can leave it for the host, in one direction."""
+    its memory. host_link: bytes a second that can leave it for the host, in one direction. copies_layers: whether its
+    compiler lays the weights of all layers out anew in each step, so that they are there twice."""
 
     platform: str
     memory: float
     flops: float
     bandwidth: float
     host_link: float
+    copies_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ _V4 = Chip("tpu", 32 * _GIB, 275 * _TFLOPS, 1200 * _GBPS, 16 * _GBPS)
 _V5E = Chip("tpu", 16 * _GIB, 197 * _TFLOPS, 819 * _GBPS, 16 * _GBPS)
 _V5P = Chip("tpu", 95 * _GIB, 459 * _TFLOPS, 2765 * _GBPS, 16 * _GBPS)
 _V6E = Chip("tpu", 32 * _GIB, 918 * _TFLOPS, 1638 * _GBPS, 32 * _GBPS)
-_TPU7X = Chip("tpu", 96 * _GIB, 1153.5 * _TFLOPS, 3690 * _GBPS, 16 * _GBPS)
+_TPU7X = Chip("tpu", 96 * _GIB, 1153.5 * _TFLOPS, 3690 * _GBPS, 16 * _GBPS, copies_layers=True)
 # GPU: NVIDIA's data sheets of A100 80GB SXM, L4, H100 SXM and H200 SXM: bf16 tensor cores without sparsity, memory
 # (a GB there is 10**9 bytes) and its bandwidth; PCIe with 16 lanes of the fourth generation (32 GB/s) or the fifth.
 _A100 = Chip("gpu", 80e9, 312 * _TFLOPS, 2039 * _GBPS, 32 * _GBPS)

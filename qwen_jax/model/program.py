@@ -110,6 +110,11 @@ class Program(Generic[Shape]):
         return _bytes_each(self.model[1])
 
     @property
+    def layer_bytes(self) -> int:
+        """Of the layers among them: without embedding, head and final norm."""
+        return _bytes_each(self.model[1]["blocks"])
+
+    @property
     def carried_bytes(self) -> int:
         """Of what goes on from step to step, on each device."""
         return _bytes_each((self.carried(), self.carried_rows()))

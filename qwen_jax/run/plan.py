@@ -169,7 +169,7 @@ class Plan:
 
     def _machine(self, roof: Roof) -> Iterator[str]:
         """Whether it fits that machine, and what its devices could do."""
-        machine, needed = roof.machine, device_memory(self.step).total
+        machine, needed = roof.machine, device_memory(self.step, roof.machine).total
         if (said := complaint(self.outline, machine)) is None:
             have = f"{_bytes(machine.chip.memory)} of each of the {machine.devices} devices of {machine.name}"
             yield f"  fits        {_bytes(needed)} with temporaries, of {have}: {_bytes(roof.spare)} to spare"

@@ -108,19 +108,21 @@ class Roof:
     @property
     def spare(self) -> float:
         """Bytes of each device that are left, below 0 where the program does not fit."""
-        return (1 - _RESERVED) * self.machine.chip.memory - device_memory(self.program).total
+        return (1 - _RESERVED) * self.machine.chip.memory - device_memory(self.program, self.machine).total
 
 
 _FLOAT32_PASSES = 6
 """Products of bfloat16 parts that make one of float32 at the highest precision, which float32 runs at."""
 
 
-def device_memory(program: Program) -> DeviceMemory:
+def device_memory(program: Program, machine: Accelerator | None = None) -> DeviceMemory:
+    """machine: None for one that is not in the table, as this one."""
+    copied = program.layer_bytes if machine is not None and machine.chip.copies_layers else 0
     return DeviceMemory(
         program.weight_bytes,
         program.carried_bytes,
         (1 + STEPS_IN_FLIGHT) * captured_bytes(program),
-        _temporary_bytes(program),
+        _temporary_bytes(program) + copied,
     )
 
 
@@ -169,7 +171,7 @@ def complaint(outline: Outline, machine: Accelerator) -> str | None:
         return str(error)
     if Roof(program, machine, context=1).spare >= 0:
         return None
-    needed, have = device_memory(program).total / 1e9, machine.chip.memory / 1e9
+    needed, have = device_memory(program, machine).total / 1e9, machine.chip.memory / 1e9
     advice = " or ".join(what_would_fit(outline, machine)) or "fewer layers, or a machine with more memory"
     return f"needs about {needed:.1f} GB of the {have:.1f} GB of each device of {machine.name}; would fit: {advice}"
 

@@ -178,9 +178,9 @@ def test_with_answers_and_kept_tokens_less_leaves_the_device(compiled):
 def check_formula(found: Compiled) -> None:
     """One step's memory by the plan's formula and by the compiler. What the statistics carry is not the step's."""
     case = {name: value for name, value in found.case.items() if name not in ("machine", "model_parallel")}
-    mesh = machine_mesh(ACCELERATORS[found.case["machine"]], found.case.get("model_parallel", 1))
-    program = program_of(mesh, **case)
-    ours, figures = device_memory(program), found.figures
+    machine = ACCELERATORS[found.case["machine"]]
+    program = program_of(machine_mesh(machine, found.case.get("model_parallel", 1)), **case)
+    ours, figures = device_memory(program, machine), found.figures
     carried_rows = captured_bytes(program) // program.shape.tokens * program.shape.block_tokens
     formula = ours.weights + ours.carried - carried_rows + captured_bytes(program) + ours.temporaries
     assert formula == pytest.approx(
