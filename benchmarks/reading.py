@@ -28,6 +28,7 @@ from common import ROOT, interleave, report
 from qwen_jax.reading import iter_activations, load_shard
 from qwen_jax.reading.export import export
 from qwen_jax.shards import Sample, write_shard
+from qwen_jax.shards.compress import BLOCK_BYTES
 from qwen_jax.shards.parts import read_index, wanted_parts
 
 LAYERS, HIDDEN, SAMPLES = 24, 896, 8
@@ -65,11 +66,12 @@ def inflate(folder: Path) -> None:
         with open(path, "rb") as file:
             for part in wanted_parts(read_index(file), [LAST]):
                 file.seek(part.start)
-                data = file.read(part.size)
-                while data:
-                    member = zlib.decompressobj(31)
-                    member.decompress(data)
-                    data = member.unused_data
+                data, at = memoryview(file.read(part.size)), 0
+                while at < len(data):
+                    # A member says its size (docs/guide.md).
+                    size = int.from_bytes(data[at + 16 : at + 20], "little")
+                    zlib.decompress(data[at : at + size], wbits=31, bufsize=BLOCK_BYTES)
+                    at += size
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(one, sorted(folder.iterdir())))

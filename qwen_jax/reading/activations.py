@@ -20,8 +20,7 @@ Keep = Callable[[dict[str, Any]], np.ndarray] | str | None
 
 READERS = 2
 """Threads that read and unpack shards, each one shard ahead."""
-_PIECE_ROWS = 4096
-_DRAWN_ROWS = 512
+_PIECE_ROWS = 512
 
 Columns = tuple[np.ndarray, ...]
 """Arrays over the same n rows: activations [n, hidden], and with tokens the rest of Rows."""
@@ -331,8 +330,8 @@ def _drawn(shard: list[Columns], rng: np.random.Generator) -> Iterator[Columns]:
         return
     columns = _join(shard)
     order = rng.permutation(len(columns[0]))
-    for start in range(0, len(order), _DRAWN_ROWS):
-        yield _take(columns, order[start : start + _DRAWN_ROWS])
+    for start in range(0, len(order), _PIECE_ROWS):
+        yield _take(columns, order[start : start + _PIECE_ROWS])
 
 
 def _until_one_ends(drawn: deque[Iterator[Columns]]) -> Iterator[Columns]:

@@ -327,6 +327,16 @@ class GzipReader:
             missing -= len(pieces[-1])
         return b"".join(pieces)
 
+    def read_into(self, target: memoryview) -> int:
+        """Fills `target` with the next bytes; returns how many those are, fewer at the end only."""
+        filled = 0
+        while filled < len(target) and (self._at < len(self._output) or self._fill()):
+            piece = memoryview(self._output)[self._at : self._at + len(target) - filled]
+            target[filled : filled + len(piece)] = piece
+            self._at += len(piece)
+            filled += len(piece)
+        return filled
+
     def readline(self, limit: int) -> bytes:
         """Up to the next newline, with it, and at most `limit` bytes."""
         line = b""

@@ -19,7 +19,7 @@ from qwen_jax.shards.compress import IN_PLACE_BYTES, Budget, GzipReader, Malform
 
 _OP_COST = 128
 """Bytes charged per opcode: more than the largest empty object that one opcode can make."""
-_PIECE_BYTES = 16 << 20
+_ROOM_BYTES = 16 << 20
 _MAX_STACK = 20_000
 _MAX_MARKS = 16
 _MAX_NAME = 256
@@ -256,12 +256,15 @@ class Unpickler:
         return at_hand
 
     def _take(self, size: int) -> bytearray:
-        data = bytearray()
-        while len(data) < size:
-            piece = self._stream.read(min(size - len(data), _PIECE_BYTES))
-            if not piece:
+        # Room for all of it at once, up to a bound, since growing bit by bit copies the data several times.
+        data, filled = bytearray(min(size, _ROOM_BYTES)), 0
+        while filled < size:
+            if filled == len(data):
+                data += bytes(min(filled, size - filled))
+            with memoryview(data) as whole, whole[filled:] as rest:
+                filled += self._stream.read_into(rest)
+            if filled < len(data):
                 raise MalformedError("ends in the middle of its pickle")
-            data += piece
         return data
 
     def _line(self) -> str:
