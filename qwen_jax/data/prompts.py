@@ -465,9 +465,8 @@ def _with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
 
 def _first_ids(tokenizer: Any) -> np.ndarray:
     """int32: what the tokenizer by itself puts before a text. Qwen's puts nothing there, Llama's a token."""
-    with_special, plain = (
-        tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False)
-    )
+    backend = tokenizer.backend_tokenizer
+    with_special, plain = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
     places = range(len(with_special) - len(plain) + 1)
     first = next((place for place in places if with_special[place : place + len(plain)] == plain), 0)
     return np.asarray(with_special[:first], np.int32)

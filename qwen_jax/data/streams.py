@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen_jax.data.arc import PAIRS, BadRecord, Row, Task, Text, parse_line
+from qwen_jax.data.arc import BadRecord, Row, Task, Text, parse_line
 from qwen_jax.data.convert import Rejected, stream_lines
+from qwen_jax.data.dialogues import ALPACA, SHAREGPT
 from qwen_jax.data.spread import Spread
 from qwen_jax.errors import BadDataError, ConfigError, UsageError
 from qwen_jax.files import storage_errors
@@ -257,7 +258,7 @@ def _write_manifest(
         "num_streams": len(files),
         "samples": report.samples,
         "rejected": report.rejected,
-        **({} if report.taken_for.keys() <= {PAIRS} else {"taken_for": report.taken_for}),
+        **({"taken_for": report.taken_for} if report.taken_for.keys() & {SHAREGPT, ALPACA} else {}),
         "streams": [{"file": f.path.name, "samples": f.lines, "sha256": f.sha256} for f in files],
         "rejected_rows": [asdict(row) for row in report.listed],
     }
