@@ -13,13 +13,13 @@ import numpy as np
 
 from qwen_jax.errors import UsageError
 from qwen_jax.reading.runs import Run, open_runs, runs_with_layer
-from qwen_jax.reading.samples import Layer, row_arrays, shard_samples
+from qwen_jax.reading.samples import Fetched, Layer, fetch, row_arrays, samples_in
 from qwen_jax.roles import RoleSet
 
 Keep = Callable[[dict[str, Any]], np.ndarray] | str | None
 
 READERS = 2
-"""Threads that read and unpack shards, each one shard ahead."""
+"""Threads that unpack shards, each one shard ahead; as many shards more are fetched ahead of them."""
 _PIECE_ROWS = 512
 
 Columns = tuple[np.ndarray, ...]
@@ -110,7 +110,8 @@ def iter_activations(
 
     Returns:
         An iterator of [batch, hidden] arrays. READERS threads read ahead; in memory are that layer of READERS +
-        shards_at_once shards, the shuffle buffer in the stored dtype, and a batch.
+        shards_at_once shards, the shuffle buffer in the stored dtype, and a batch. Of a bucket, that layer of some more
+        shards lies in temporary files.
 
     Raises:
         UsageError: arguments that do not fit together, a layer or kind that is not stored, fewer shards than
@@ -242,11 +243,16 @@ class _Source:
         entry = run.entry(name)
         return entry["tokens"] if entry is not None and self._mask is None else None
 
-    def read(self, number: int) -> list[Columns]:
-        """Of shard `number`, the kept rows in the stored dtype, one entry a sample."""
-        run, name = self.shards[number]
-        samples = shard_samples(run, name, [self.reading.layer], self.reading.kind)
-        return [columns for columns in map(self._columns, samples) if len(columns[0])]
+    def fetch(self, number: int) -> Fetched:
+        """What of shard `number` is to be read, on this machine."""
+        return fetch(*self.shards[number], [self.reading.layer])
+
+    def read(self, fetched: Future[Fetched]) -> list[Columns]:
+        """Of a shard, the kept rows in the stored dtype, one entry a sample."""
+        shard = fetched.result()
+        with shard.turn:
+            samples = samples_in(shard, [self.reading.layer], self.reading.kind)
+            return [columns for columns in map(self._columns, samples) if len(columns[0])]
 
     def _columns(self, sample: dict[str, Any]) -> Columns:
         rows = sample["activations"][self.reading.layer]
@@ -279,7 +285,7 @@ def _batches(source: _Source, epoch: int, done: int) -> Iterator[Columns]:
     skip = done * reading.batch_size
     if not reading.shuffle_buffer:
         numbers, skip = _without_whole_shards(source, numbers, skip)
-    shards = _read_ahead(source.read, numbers.tolist())
+    shards = _read_ahead(source, numbers.tolist())
     if reading.shards_at_once > 1:
         pieces = _mixed(shards, reading.shards_at_once, rng)
     else:
@@ -299,19 +305,28 @@ def _without_whole_shards(source: _Source, numbers: np.ndarray, skip: int) -> tu
     return numbers[:0], skip
 
 
-def _read_ahead(read: Callable[[int], list[Columns]], numbers: Iterable[int]) -> Iterator[list[Columns]]:
-    """What `read` gives for each number, in order, READERS of them being read meanwhile; its errors are raised here."""
-    under_way: deque[Future[list[Columns]]] = deque()
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
+def _read_ahead(source: _Source, numbers: Iterable[int]) -> Iterator[list[Columns]]:
+    """The rows of each shard, in order. Meanwhile READERS shards are unpacked, and as many behind them fetched; errors
+    of both are raised here."""
+    fetchers = ThreadPoolExecutor(2 * READERS, thread_name_prefix="fetch")
+    readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
     try:
-        for number in numbers:
-            under_way.append(pool.submit(read, number))
-            if len(under_way) > READERS:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        fetched = _ahead(lambda number: fetchers.submit(source.fetch, number), numbers, READERS)
+        for rows in _ahead(lambda file: readers.submit(source.read, file), fetched, READERS):
+            yield rows.result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        fetchers.shutdown(cancel_futures=True)
+        readers.shutdown(cancel_futures=True)
+
+
+def _ahead(begin: Callable[[Any], Future], items: Iterable[Any], count: int) -> Iterator[Future]:
+    """Begins on each item, and gives what that returned when `count` more have been begun."""
+    begun: deque[Future] = deque()
+    for item in items:
+        begun.append(begin(item))
+        if len(begun) > count:
+            yield begun.popleft()
+    yield from begun
 
 
 def _mixed(shards: Iterable[list[Columns]], at_once: int, rng: np.random.Generator) -> Iterator[Columns]:

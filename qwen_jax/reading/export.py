@@ -184,11 +184,11 @@ def _write_parts(
         for run, name in shards
     }
     wanted = [(*shard, left) for shard, left in missing.items() if left]
-    for run, name, path in with_bar(fetched(wanted), len(wanted)):
-        shard = run, name
-        for arrays, layer in _arrays(samples_in(path, run, name, missing[shard], kind), missing[shard]):
-            _check_rows(run, name, rows[shard], len(arrays["activations"]))
-            writer.write(Part(layer, part_name(run, name), first_rows[shard], arrays))
+    for file in with_bar(fetched(wanted), len(wanted)):
+        shard = file.run, file.name
+        for arrays, layer in _arrays(samples_in(file, missing[shard], kind), missing[shard]):
+            _check_rows(*shard, rows[shard], len(arrays["activations"]))
+            writer.write(Part(layer, part_name(*shard), first_rows[shard], arrays))
     return len(layers) * len(shards) - sum(map(len, missing.values()))
 
 

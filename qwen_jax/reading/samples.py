@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import starmap
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -50,39 +51,45 @@ def iter_samples(
     whole shard, UsageError for a kind that is not stored.
     """
     wanted = [(run, name, layers) for run in open_runs(path) for name in run.shards]
-    for run, name, file in fetched(wanted):
-        yield from samples_in(file, run, name, layers, kind)
+    for shard in fetched(wanted):
+        yield from samples_in(shard, layers, kind)
 
 
-def fetched(
-    wanted: Iterable[tuple[Run, str, Collection[Layer] | None]],
-) -> Iterator[tuple[Run, str, Path]]:
-    """Run, name and path of each shard that is wanted, given by its run, its name and the layers to read. A path holds
-    for its turn; meanwhile the next shard is fetched."""
+class Fetched(NamedTuple):
+    """A shard's file on this machine, until `turn` ends."""
 
-    def fetch() -> Iterator[tuple[Run, str, Path, ExitStack]]:
-        for run, name, layers in wanted:
-            turn = ExitStack()
-            yield run, name, turn.enter_context(run.place.local(name, layers)), turn
+    run: Run
+    name: str
+    path: Path
+    turn: ExitStack
 
-    for run, name, path, turn in prefetch(fetch(), 1):
-        with turn:
-            yield run, name, path
+
+def fetch(run: Run, name: str, layers: Collection[Layer] | None) -> Fetched:
+    """layers: those that will be read; None is all."""
+    turn = ExitStack()
+    return Fetched(run, name, turn.enter_context(run.place.local(name, layers)), turn)
+
+
+def fetched(wanted: Iterable[tuple[Run, str, Collection[Layer] | None]]) -> Iterator[Fetched]:
+    """Each shard in its turn, given by its run, its name and the layers to read; meanwhile the next one is fetched."""
+    for shard in prefetch(starmap(fetch, wanted), 1):
+        with shard.turn:
+            yield shard
 
 
 def shard_samples(
     run: Run, name: str, layers: Collection[Layer] | None = None, kind: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """The samples of one shard, as iter_samples gives them."""
-    with run.place.local(name, layers) as path:
-        yield from samples_in(path, run, name, layers, kind)
+    shard = fetch(run, name, layers)
+    with shard.turn:
+        yield from samples_in(shard, layers, kind)
 
 
-def samples_in(
-    path: Path, run: Run, name: str, layers: Collection[Layer] | None, kind: str | None
-) -> Iterator[dict[str, Any]]:
+def samples_in(file: Fetched, layers: Collection[Layer] | None, kind: str | None) -> Iterator[dict[str, Any]]:
     """As shard_samples, of a shard that was fetched."""
-    shard = shards.load_shard(path, layers=layers, name=f"{run.where}/{name}")
+    run = file.run
+    shard = shards.load_shard(file.path, layers=layers, name=f"{run.where}/{file.name}")
     wanted = kind or run.kinds[0]
     key = shards.record_keys(run.kinds).get(wanted, wanted)
     for records in zip(*shard.values(), strict=True):

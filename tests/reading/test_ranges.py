@@ -21,6 +21,7 @@ from qwen_jax.storage.gcs import GcsStore
 from qwen_jax.storage.opening import open_store
 from tests.fake_gcs import FakeGcs, Fault
 from tests.shards.samples import without_index
+from tests.waiting import until
 
 LAYERS, HIDDEN, MOST_REQUESTS = 24, 64, 6
 TOKENS = (2050, 3)
@@ -107,12 +108,22 @@ def test_readers_of_many_shards_take_no_more(server, read):
     assert len(of_shards(server)) <= len(NAMES) * MOST_REQUESTS
 
 
-def test_a_reader_that_stops_early_leaves_no_copies(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: iter_samples("gs://bucket/run", layers=[11]),
+        lambda: iter_activations("gs://bucket/run", 11, 100),
+    ],
+    ids=["samples", "rows"],
+)
+def test_a_reader_that_stops_early_leaves_no_copies(server, tmp_path, monkeypatch, read):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    samples = iter_samples("gs://bucket/run", layers=[11])
-    next(samples)
-    assert list(tmp_path.iterdir())
-    samples.close()
+    for number in range(3, 10):  # more than are read ahead
+        server.store("bucket", {"name": f"run/tpu_0/shard_{number:04d}.pkl.gz"}, shard_of(1), {})
+    reader = read()
+    next(reader)
+    until(lambda: list(tmp_path.iterdir()))
+    del reader
     gc.collect()
     assert not list(tmp_path.iterdir())
 
