@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from qwen_jax.cli import (
     FlagParser,
+    non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
@@ -177,7 +178,7 @@ class Settings:
         if_set=True,
     )
     rollout_temperature: float = _setting(
-        0.0, "of rollouts; 0 takes the likeliest token", seconds, recorded=BYTES, if_set=True
+        0.0, "of rollouts; 0 takes the likeliest token", non_negative_float, recorded=BYTES, if_set=True
     )
     rollout_seed: int = _setting(
         0, "of rollouts with a temperature", non_negative_int, recorded=BYTES, if_set=True

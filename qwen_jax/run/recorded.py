@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import __version__
-from qwen_jax.cli import non_negative_int, positive_float, positive_int, seconds
+from qwen_jax.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from qwen_jax.errors import ConfigError
 from qwen_jax.ledger.checks import (
     Check,
@@ -38,7 +38,7 @@ def _check_of(entry: Entry) -> Check:
     if entry.read in (int, positive_int, non_negative_int, length_or_auto):
         least = entry.read in (positive_int, length_or_auto)
         check = distinct(whole(most=_MOST)) if entry.many else whole(least, _MOST)
-    elif entry.read in (positive_float, seconds):
+    elif entry.read in (positive_float, non_negative_float):
         check = number(0)
     elif entry.choices and not entry.many:
         check = _chosen(entry.choices())
