@@ -77,14 +77,19 @@ def inflate(folder: Path) -> None:
         list(pool.map(one, sorted(folder.iterdir())))
 
 
-def torch_loader(path: Path | str) -> int:
+def torch_epochs(path: Path | str, rows: int) -> Callable[[], None]:
+    """An epoch a call, by workers that live as long as the loader."""
     from torch.utils.data import DataLoader
 
     from qwen_jax.reading.torch import ActivationDataset
 
-    workers = len(os.sched_getaffinity(0))
-    dataset = ActivationDataset(path, LAST, BATCH, BUFFER)
-    return sum(map(len, DataLoader(dataset, batch_size=None, num_workers=workers)))
+    dataset, workers = ActivationDataset(path, LAST, BATCH, BUFFER), len(os.sched_getaffinity(0))
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
+
+    def epoch() -> None:
+        assert sum(map(len, loader)) == rows
+
+    return epoch
 
 
 @contextmanager
@@ -183,12 +188,12 @@ def main() -> None:
             "file": lambda: [path.read_bytes() for path in folder.iterdir()],
         }
         if args.torch:
-            cases["torch"] = lambda: torch_loader(folder)
+            cases["torch"] = torch_epochs(folder, rows)
         seconds = interleave(cases, args.rounds)
         with bucket():
             of_bucket = bucket_cases(folder, Path(name), rows)
             if args.torch:
-                of_bucket["of shards, shuffled, by a DataLoader"] = lambda: torch_loader(URL)
+                of_bucket["of shards, shuffled, by a DataLoader"] = torch_epochs(URL, rows)
             bucket_seconds = interleave(of_bucket, args.rounds)
     speed = {case: rows / seconds[case] for case in cases}
     report(

@@ -235,13 +235,7 @@ class Decoder(nnx.Module):
         num_blocks = jax.tree.leaves(params)[0].shape[0]
         slots_L = np.searchsorted(layers, np.arange(num_blocks)).astype(np.int32)
         embedded_RD = kept(x_TD, EMBEDDING)
-        captured = {
-            tap: jnp.zeros(
-                (slots_L[-1] + 1, len(embedded_RD), KINDS[tap].width(self.config.dims)), embedded_RD.dtype
-            )
-            for tap in taps
-            if tap != EMBEDDING
-        }
+        captured = self._room_for(taps, slots_L[-1] + 1, embedded_RD)
 
         def step(state, layer):
             x_TD, captured, carried = state
@@ -258,6 +252,11 @@ class Decoder(nnx.Module):
         if EMBEDDING in taps:
             captured[EMBEDDING] = embedded_RD[None]
         return captured, last_TD, carried
+
+    def _room_for(self, taps: Sequence[str], slots: int, like_RD: jax.Array) -> dict[str, jax.Array]:
+        """Zeros [slots, R, width of the kind] for each tap but the embedding."""
+        widths = {tap: KINDS[tap].width(self.config.dims) for tap in taps if tap != EMBEDDING}
+        return {tap: jnp.zeros((slots, len(like_RD), width), like_RD.dtype) for tap, width in widths.items()}
 
     def logits(self, x_TD: jax.Array) -> jax.Array:
         """[T, V] float32, of the residual stream after the last block."""

@@ -1,7 +1,10 @@
-"""deploy/Dockerfile: linted, and true to the checkout. No image is built here."""
+"""deploy/Dockerfile: linted, and true to the checkout; a slow test builds the image."""
 
 import fnmatch
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +30,8 @@ def test_hadolint_finds_nothing():
 
 
 def test_base_and_packages_are_pinned():
-    (base,) = arguments("FROM")
+    assert arguments("FROM") == ["${BASE}"]
+    base = arguments("ARG")[0].removeprefix("BASE=")
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
     lines = [
         line for line in (DEPLOY / "constraints.txt").read_text().splitlines() if not line.startswith("#")
@@ -63,3 +67,25 @@ def test_the_environment_that_was_installed_is_the_one_that_is_used(variable):
     names = [name for name, _ in INSTRUCTIONS]
     assert "./launch_worker.sh --setup" in arguments("RUN")
     assert names.index("ENV") < names.index("RUN")
+
+
+def buildah(*arguments: str) -> str:
+    """What it prints; it must succeed. It reads its own variables, such as STORAGE_DRIVER and BUILDAH_ISOLATION."""
+    done = subprocess.run(["buildah", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("buildah") is None, reason="buildah is not on the PATH")
+def test_it_is_built_without_a_daemon_and_its_user_runs_the_demo(tmp_path):
+    """For a CPU. BUILDAH_FLAGS: further flags of the build, for another base or for the place of packages."""
+    image = tmp_path / "image"
+    flags = ["--build-arg=JAX_PACKAGE=jax", *shlex.split(os.environ.get("BUILDAH_FLAGS", ""))]
+    buildah("build", *flags, f"--iidfile={image}", "--file=deploy/Dockerfile", ".")
+    container = buildah("from", image.read_text()).strip()
+    try:
+        shown = buildah("run", "--env=JAX_PLATFORMS=cpu", container, "--", "/app/launch_worker.sh", "--demo")
+    finally:
+        buildah("rm", container)
+    assert "\n36 samples, " in shown

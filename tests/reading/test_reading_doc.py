@@ -83,7 +83,7 @@ def test_the_fifth_command_trains_an_sae(demo):
     shutil.rmtree(demo / "sae")
 
 
-BLOCKS = re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL)
+BLOCKS = [code for code in re.findall(r"```python\n(.+?)```", PAGE, re.DOTALL) if "demo_output" in code]
 
 
 def test_there_are_three_short_ways_and_one_with_everything():
