@@ -82,9 +82,11 @@ ALL_KINDS = KINDS | {
         "embed_tokens",
     )
 }
-NOTES: dict[str, type] = {"test_index": int, "augmentation": str, "piece": str}
-"""What a stream line and a record may say of a sample besides: which of its task's tests it asks for, from 0; what was
-done to the task (data/augment.py) and which part of a text it is (data/spread.py), as JSON."""
+LINE_NOTES: dict[str, type] = {"test_index": int, "augmentation": str, "piece": str}
+"""What a stream line may say of a sample besides: which of its task's tests it asks for, from 0; what was done to the
+task (data/augment.py) and which part of a text it is (data/spread.py), as JSON."""
+NOTES = LINE_NOTES | {"solved": int}
+"""What a record may: the same, and whether the model's own answer is the test's output (1 or 0)."""
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 COMPUTE_DTYPES = STORED_DTYPES[:2]
 

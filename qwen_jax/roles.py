@@ -11,10 +11,12 @@ from qwen_jax.errors import UsageError
 
 ROLE_NAMES = (
     *("template", "system", "instruction", "text", "user", "assistant", "test_input", "answer"),
-    *("think", "tool"),
+    *("think", "tool", "rollout"),
 )
 """Roles that do not count examples; a role's code is its place here."""
-TEMPLATE, SYSTEM, INSTRUCTION, TEXT, USER, ASSISTANT, TEST_INPUT, ANSWER, THINK, TOOL = range(len(ROLE_NAMES))
+TEMPLATE, SYSTEM, INSTRUCTION, TEXT, USER, ASSISTANT, TEST_INPUT, ANSWER, THINK, TOOL, ROLLOUT = range(
+    len(ROLE_NAMES)
+)
 EXAMPLE_SIDES = ("input", "output")
 _FIRST_EXAMPLE = 16
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from qwen_jax.cli import (
     FlagParser,
+    non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
@@ -48,7 +49,8 @@ class Entry:
     default: as it is shown. read: makes a value of one word. choices: of the words, found when a parser is made. many:
     takes several words.
     variable: read where the flag is absent; None is the name in capitals, "" none. recorded: BYTES, HOW or nowhere;
-    key: its name there. local: a folder of this machine, which means nothing in a container.
+    key: its name there. if_set: recorded only where it is not as it is by default. local: a folder of this machine,
+    which means nothing in a container.
     """
 
     help: str
@@ -59,6 +61,7 @@ class Entry:
     variable: str | None = None
     recorded: str | None = None
     key: str | None = None
+    if_set: bool = False
     local: bool = False
 
 
@@ -167,6 +170,19 @@ class Settings:
     include_answer: bool = _setting(
         False, "go on with a task's test output, and store its log-probabilities", recorded=BYTES
     )
+    rollout: int = _setting(
+        0,
+        "let the model go on with a prompt, by up to so many tokens, and store them with their log-probabilities",
+        non_negative_int,
+        recorded=BYTES,
+        if_set=True,
+    )
+    rollout_temperature: float = _setting(
+        0.0, "of rollouts; 0 takes the likeliest token", non_negative_float, recorded=BYTES, if_set=True
+    )
+    rollout_seed: int = _setting(
+        0, "of rollouts with a temperature", non_negative_int, recorded=BYTES, if_set=True
+    )
     keep_tokens: str = _setting(
         KEEP_ALL,
         "which tokens to store: all, last, last:K, every:K, random:P, role:NAME,NAME",
@@ -273,6 +289,11 @@ class Settings:
         return (*self.activation_type, *([EMBEDDING] if self.include_embedding else []))
 
     @property
+    def scores_answers(self) -> bool:
+        """Whether log-probabilities are wanted, which take the model's head."""
+        return self.include_answer or self.rollout > 0
+
+    @property
     def keeps_all_tokens(self) -> bool:
         return self.keep_tokens == KEEP_ALL and not self.skip_first and not self.skip_special_tokens
 
@@ -323,6 +344,7 @@ def _check(settings: Settings) -> None:
     if len(set(kinds)) != len(kinds):
         raise UsageError(f"--activation_type names a kind twice: {' '.join(kinds)}")
     _check_selection(settings)
+    _check_rollout(settings)
     for name in ("stream_path", "model_path", "adapter_path"):
         _check_name(str(getattr(settings, name)))
     _ = settings.bucket_url  # complains of what cannot be a bucket's name
@@ -342,12 +364,25 @@ def _check_name(name: str) -> None:
         raise UsageError(f"{name}: the name is not UTF-8; rename it, or link to it") from error
 
 
+def _check_rollout(settings: Settings) -> None:
+    if settings.rollout and settings.include_answer:
+        raise UsageError("--rollout and --include_answer exclude each other: one answer can follow a prompt")
+    if settings.rollout >= settings.max_seq_length > 0:
+        raise UsageError(
+            f"--rollout {settings.rollout} leaves no room for a prompt in --max_seq_length {settings.max_seq_length}"
+        )
+
+
 def _check_selection(settings: Settings) -> None:
     """Complains about what cannot be read before jax is loaded."""
     from qwen_jax.data.selection import TokenSelection
-    from qwen_jax.roles import ANSWER, role_name
+    from qwen_jax.roles import ANSWER, ROLLOUT, role_name
 
     names = TokenSelection(settings.keep_tokens).role_names
+    if role_name(ROLLOUT) in names and not settings.rollout:
+        raise UsageError(
+            f"--keep_tokens {settings.keep_tokens}: prompts have no rollout; pass --rollout N, or leave that role out"
+        )
     if role_name(ANSWER) in names and not settings.include_answer:
         raise UsageError(
             f"--keep_tokens {settings.keep_tokens}: prompts have no answer; pass --include_answer, or leave that "
@@ -357,12 +392,21 @@ def _check_selection(settings: Settings) -> None:
 
 def recorded(settings: Settings, where: str) -> dict[str, Any]:
     """What metadata.json says of the settings, as JSON values. where: BYTES or HOW."""
-    return {key: _to_json(getattr(settings, name)) for name, key in _keys(where)}
+    values = {name: getattr(settings, name) for name, _ in _keys(where)}
+    return {
+        key: _to_json(values[name])
+        for name, key in _keys(where)
+        if not ENTRIES[name].if_set or values[name] != ENTRIES[name].default
+    }
 
 
 def recalled(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The reverse: the fields of Settings; raises KeyError and TypeError for what is not there."""
-    return {name: _from_json(stored[key], ENTRIES[name]) for name, key in _keys(where)}
+    return {
+        name: _from_json(stored[key], ENTRIES[name])
+        for name, key in _keys(where)
+        if not ENTRIES[name].if_set or key in stored
+    }
 
 
 def _keys(where: str) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from qwen_jax.data.dialogues import (
     is_sharegpt,
     sharegpt_messages,
 )
-from qwen_jax.kinds import NOTES
+from qwen_jax.kinds import LINE_NOTES
 
 Grid = list[list[int]]
 Notes = Mapping[str, str | int]
@@ -29,7 +29,7 @@ class BadRecord(ValueError):
 class Task:
     """An ARC task. train: pairs {"input": grid, "output": grid}; test: the same, the output optional.
 
-    A grid is a rectangle of colours 0-9, a list of rows. notes: see kinds.NOTES.
+    A grid is a rectangle of colours 0-9, a list of rows. notes: see kinds.LINE_NOTES.
     """
 
     task_id: str
@@ -41,7 +41,7 @@ class Task:
 @dataclass(frozen=True)
 class Text:
     """A prompt given as it is: either `text` or chat `messages` ({"role", "content"} each, and some of
-    _MESSAGE_TEXTS and `tool_calls`) with the `tools` that they may call. notes: see kinds.NOTES."""
+    _MESSAGE_TEXTS and `tool_calls`) with the `tools` that they may call. notes: see kinds.LINE_NOTES."""
 
     task_id: str
     text: str | None = None
@@ -50,7 +50,7 @@ class Text:
     notes: Notes = field(default_factory=dict)
 
 
-_RECORD_KEYS = ("train", "test", "messages", "text", "prompt", "tools", "conversations", *NOTES)
+_RECORD_KEYS = ("train", "test", "messages", "text", "prompt", "tools", "conversations", *LINE_NOTES)
 _MESSAGE_TEXTS = ("reasoning_content", "name", "tool_call_id")
 _MOST_NOTE = 1 << 16
 PAIRS, TASKS, MESSAGES, TEXTS = "pairs of grids", "ARC tasks", "chat messages", "texts"
@@ -135,10 +135,10 @@ def parse_record(record: Any) -> Task | Text:
 
 
 def _parse_notes(record: Mapping[str, Any]) -> dict[str, str | int]:
-    notes: dict[str, str | int] = {key: record[key] for key in NOTES if key in record}
+    notes: dict[str, str | int] = {key: record[key] for key in LINE_NOTES if key in record}
     for key, value in notes.items():
         too_much = value < 0 if isinstance(value, int) else len(str(value)) > _MOST_NOTE
-        if type(value) is not NOTES[key] or too_much:
+        if type(value) is not LINE_NOTES[key] or too_much:
             raise BadRecord(f"{key} is not what create_dataset_streams.py writes there")
         check_encodable(str(value), key)
     return notes
@@ -246,7 +246,9 @@ def record_from_row(row: Mapping[str, Any], column_name: str, task_id: str) -> t
     name = next((row[key] for key in _NAME_KEYS if _is_name(row.get(key))), task_id)
     check_encodable(name, "task_id")
     kind, fields = _taken_for(row, column_name)
-    record = parse_record(fields | {key: row[key] for key in NOTES if key in row})
+    record = parse_record(
+        fields | {key: row[key] for key in LINE_NOTES if type(row.get(key)) is LINE_NOTES[key]}
+    )
     line = {"task_id": name, **record.notes}
     if isinstance(record, Task):
         return kind, line | {"train": record.train, "test": record.test}
@@ -269,7 +271,7 @@ def _taken_for(row: dict[str, Any], column_name: str) -> tuple[str, dict[str, An
         return SHAREGPT, {"messages": sharegpt_messages(there["conversations"], there.get("system")), **tools}
     if "text" not in there and "prompt" not in there and is_alpaca(there):
         return ALPACA, {"messages": alpaca_messages(there)}
-    return TEXTS, {key: value for key, value in row.items() if key != "task_id"}
+    return TEXTS, {key: value for key, value in row.items() if key not in ("task_id", *LINE_NOTES)}
 
 
 def _of_column(value: Any, column_name: str, tools: dict[str, Any]) -> tuple[str, dict[str, Any]]:

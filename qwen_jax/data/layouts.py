@@ -74,6 +74,10 @@ class PromptFormat(Protocol):
         """The first test's output as the prompt would go on with it; None where the task has none."""
         ...
 
+    def read(self, text: str) -> Grid | None:
+        """The grid that an answer in this format begins with; None where it begins with none."""
+        ...
+
     def least_characters(self, task: Task) -> list[int]:
         """The fewest characters that each example takes in a prompt, and last those of the test."""
         ...
@@ -112,6 +116,22 @@ class GridLayout:
     def answer(self, task: Task) -> Segment | None:
         output = task.test[0].get("output")
         return None if output is None else self.show(ANSWER, 2 * len(task.train) + 1, output)
+
+    def read(self, text: str) -> Grid | None:
+        text = text.lstrip()
+        if self.shape:
+            _, _, text = text.partition("\n")
+        text = text.removeprefix(self.before.lstrip())
+        symbol = "|".join(map(re.escape, sorted(self.symbols, key=len, reverse=True)))
+        cells = f"((?:{symbol})(?:{re.escape(self.between_cells)}(?:{symbol}))*)"
+        rows: Grid = []
+        # The last row of an answer may end with the answer.
+        while found := re.match(
+            f"{re.escape(self.row_start(len(rows)))}{cells}(?:{re.escape(self.row_end)}|$)", text
+        ):
+            rows.append([self.symbols.index(each) for each in re.findall(symbol, found[1])])
+            text = text[found.end() :]
+        return rows if rows and len(set(map(len, rows))) == 1 else None
 
     def least_characters(self, task: Task) -> list[int]:
         headings = len(self.words.example.format(1) + self.words.output + self.words.end)

@@ -21,7 +21,7 @@ from qwen_jax.data.layouts import (
 from qwen_jax.data.template import SUFFIX, read_template
 from qwen_jax.data.tokens import Tokens, batch_tokenizer, keeps_digits_apart
 from qwen_jax.errors import ConfigError, UsageError, first_line
-from qwen_jax.roles import ANSWER, ASSISTANT, SYSTEM, TEMPLATE, TEXT, THINK, TOOL, USER, example_role
+from qwen_jax.roles import ANSWER, ASSISTANT, ROLLOUT, SYSTEM, TEMPLATE, TEXT, THINK, TOOL, USER, example_role
 
 
 def format_called(name: str) -> PromptFormat:
@@ -62,7 +62,7 @@ class TokenizedSample:
         full_length: tokens before any shortening; without the examples that have too many bytes (most_prompt_bytes)
             to fit.
         positions: int32 [n_kept], ascending: the tokens whose activations are kept; None is all of them.
-        with_answer: whether the log-probabilities of the tokens of role ANSWER are wanted.
+        with_answer: whether the log-probabilities of the tokens of roles ANSWER and ROLLOUT are wanted.
         notes: what its line says of it besides (kinds.NOTES).
     """
 
@@ -96,7 +96,8 @@ class TokenizedSample:
     def answer_positions(self) -> np.ndarray:
         """int32: where the answer's tokens stand; none unless they are wanted."""
         # The first token has nothing before it that could foretell it.
-        return 1 + np.flatnonzero(self.with_answer & (self.roles[1:] == ANSWER)).astype(np.int32)
+        answers = np.isin(self.roles[1:], (ANSWER, ROLLOUT))
+        return 1 + np.flatnonzero(self.with_answer & answers).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,9 @@ class TemplateFormat:
         output = task.test[0].get("output")
         return None if output is None else _ROWS.show(ANSWER, 2 * len(task.train) + 1, output)
 
+    def read(self, text: str) -> Grid | None:
+        return _ROWS.read(text)
+
     def least_characters(self, task: Task) -> list[int]:
         """As if every cell were shown, by one character."""
         examples = [sum(len(grid) * len(grid[0]) for grid in pair.values()) for pair in task.train]

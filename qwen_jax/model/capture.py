@@ -138,11 +138,11 @@ class Capture:
         """model: as weights.load_model gives it for the program's mesh."""
         self._compilation = compilation
         self._program = program = compilation.program
-        self._params = nnx.split(model)[1]
+        self.params = nnx.split(model)[1]
         everywhere = NamedSharding(program.mesh, P())
         self._tables = jax.device_put(program.tables(), everywhere)
-        self._carried = _zeros(program.carried())
-        self._rows = _zeros(program.carried_rows())
+        self._carried = zeros_like(program.carried())
+        self._rows = zeros_like(program.carried_rows())
 
     def __call__(self, step: StepInput) -> "Captured":
         """Starts one step and returns before it is done; the copy to the host is under way.
@@ -160,7 +160,7 @@ class Capture:
         inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts)
         *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
         compiled = self._compilation.step(None if kept is None else kept.shape[1])
-        stored, log_probs, self._carried = compiled(self._params, self._tables, self._carried, *inputs)
+        stored, log_probs, self._carried = compiled(self.params, self._tables, self._carried, *inputs)
         sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
         self._rows = sums[-1][1]
         return Captured(stored, [found for found, _ in sums], log_probs, program.taps)
@@ -170,7 +170,7 @@ class Capture:
         return self._program.sum_up(self._rows, stored, counts, *jax.device_put(blocks, by_row))
 
 
-def _zeros(shapes: Any) -> Any:
+def zeros_like(shapes: Any) -> Any:
     """From the host, since making them on the device would compile a program for it."""
     return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
 

@@ -258,13 +258,17 @@ class Decoder(nnx.Module):
         widths = {tap: KINDS[tap].width(self.config.dims) for tap in taps if tap != EMBEDDING}
         return {tap: jnp.zeros((slots, len(like_RD), width), like_RD.dtype) for tap, width in widths.items()}
 
+    def logits(self, x_TD: jax.Array) -> jax.Array:
+        """[T, V] float32, of the residual stream after the last block."""
+        head_VD = self.embed_VD[...] if self.config.tied_embeddings else self.head_VD[...]
+        return (self.final_norm(x_TD) @ head_VD.T).astype(jnp.float32)
+
     def log_probs(self, x_TD: jax.Array, rows_T: jax.Array, next_T: jax.Array, count: jax.Array) -> jax.Array:
         """[T] float32: natural log-probability of next_T[i] as the token after row rows_T[i], for i below `count`.
 
         x_TD: the residual stream after the last block. In blocks of rows, since logits of all of them would take
         V floats each, and only as many as are wanted.
         """
-        head_VD = self.embed_VD[...] if self.config.tied_embeddings else self.head_VD[...]
         padded = (0, _LOGIT_ROWS)
         rows, wanted = jnp.pad(rows_T, padded), jnp.pad(next_T, padded)
 
@@ -272,7 +276,7 @@ class Decoder(nnx.Module):
             start = number * _LOGIT_ROWS
             here = jax.lax.dynamic_slice_in_dim(rows, start, _LOGIT_ROWS)
             chosen = jax.lax.dynamic_slice_in_dim(wanted, start, _LOGIT_ROWS)
-            logits_RV = (self.final_norm(x_TD[here]) @ head_VD.T).astype(jnp.float32)
+            logits_RV = self.logits(x_TD[here])
             chosen_R = jnp.take_along_axis(logits_RV, chosen[:, None], axis=1)[:, 0]
             log_probs_R = chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
             return jax.lax.dynamic_update_slice_in_dim(found, log_probs_R, start, 0)

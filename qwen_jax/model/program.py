@@ -55,7 +55,8 @@ class Program(Generic[Shape]):
     """A run's step without its weights: all that decides what is compiled.
 
     num_layers: layers that are run. layers: ascending 0-based block indices below it; taps: see Decoder; stored_dtype:
-    of the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head.
+    of the captured arrays; with_answers: log-probabilities are wanted, which takes the model's head; rollout:
+    tokens that the model may put behind each prompt (rollout.py).
     """
 
     config: ModelConfig
@@ -68,6 +69,7 @@ class Program(Generic[Shape]):
     shape: Shape
     form: Form
     with_answers: bool = False
+    rollout: int = 0
 
     @property
     def parts(self) -> Parts:
@@ -131,7 +133,7 @@ class Program(Generic[Shape]):
         mapped = jax.shard_map(
             partial(self._own_row, graph),
             mesh=self.mesh,
-            in_specs=(_specs(params), P(), carried, by_row, by_row, by_row, by_row),
+            in_specs=(specs_of(params), P(), carried, by_row, by_row, by_row, by_row),
             out_specs=(by_row, by_row, carried),
             check_vma=False,  # what a loop carries begins alike everywhere and ends by device
         )
@@ -230,7 +232,7 @@ def _bytes_each(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _specs(tree: Any) -> Any:
+def specs_of(tree: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding.spec, tree)
 
 

@@ -39,7 +39,8 @@ def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
     }
     if EMBEDDING in records:
         of_kind[EMBEDDING] = {EMBEDDING: records[EMBEDDING]["activation"]}
-    return {"sample_idx": first["sample_idx"], "token_ids": first["token_ids"], "kinds": of_kind}
+    about = {key: first[key] for key in ("sample_idx", "token_ids", "answer_token_ids") if key in first}
+    return {**about, "kinds": of_kind}
 
 
 def why_not_recorded(run: DescribedRun) -> str | None:

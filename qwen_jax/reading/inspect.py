@@ -36,6 +36,7 @@ def _describe_run(run: DescribedRun) -> Iterator[str]:
     kinds = list(metadata["activation_types"])
     kinds += [EMBEDDING] if fingerprint["include_embedding"] else []
     kinds += ["log-probabilities of answers"] if fingerprint["include_answer"] else []
+    kinds += ["answers of the model's own"] if fingerprint.get("rollout") else []
     yield f"{run.where}: worker {metadata['worker_id']}, {metadata['status']}"
     yield f"  model    {_model(metadata)}"
     yield f"  layers   {_ranges(metadata['layers'])} of {metadata['model']['num_layers']}: {', '.join(kinds)}"

@@ -117,7 +117,7 @@ class ShardFaults:
             (EMBEDDING, EMBEDDING in shard, fingerprint["include_embedding"]),
             ("token_roles", "token_roles" in first, True),
             ("token_positions", "token_positions" in first, _keeps_fewer(fingerprint)),
-            ("answer_logprobs", "answer_logprobs" in first, None if fingerprint["include_answer"] else False),
+            ("answer_logprobs", "answer_logprobs" in first, None if _has_answers(fingerprint) else False),
         ):
             if wanted is not None and there != wanted:
                 yield f"has {what}, which such a run does not store" if there else f"has no {what}"
@@ -151,6 +151,10 @@ def _widths(shard: Shard, metadata: Mapping[str, Any]) -> Iterator[tuple[str, in
                 record[key].shape[1],
                 width,
             )
+
+
+def _has_answers(fingerprint: Mapping[str, Any]) -> bool:
+    return fingerprint["include_answer"] or bool(fingerprint.get("rollout"))
 
 
 def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:

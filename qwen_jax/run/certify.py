@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from qwen_jax.model.weights import load_model
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import captured_samples
+from qwen_jax.run.rollout import KnownRollouts
 from qwen_jax.run.sample_reader import PromptMaker
 
 log = logging.getLogger(__name__)
@@ -60,12 +61,13 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Recomputes `stored` samples in float32 and compares them layer by layer: against our own model, and against
     Hugging Face's where torch is installed. Returns the fidelity record for metadata.json.
 
-    job: see recorded.reference_job. stored: of each sample `sample_idx`, `token_ids` int32 [n] of its kept tokens, and
-    `kinds`, `{kind: {layer: [n, hidden]}}`, the embedding as `{"embedding": {"embedding": ...}}`.
+    job: see recorded.reference_job. stored: of each sample `sample_idx`, `token_ids` int32 [n] of its kept tokens,
+    `kinds`, `{kind: {layer: [n, hidden]}}`, the embedding as `{"embedding": {"embedding": ...}}`, and where they are
+    stored `answer_token_ids`.
 
     Raises BadDataError where a sample's tokens are not those of the stream's line.
     """
-    prompts = _prompts(job, [sample["sample_idx"] for sample in stored])
+    prompts = _prompts(job, {sample["sample_idx"]: sample.get("answer_token_ids") for sample in stored})
     references = {"qwen_jax float32": _own_reference(job)}
     if importlib.util.find_spec("torch") is not None:
         from qwen_jax.run.hugging_face import hugging_face_reference
@@ -81,12 +83,12 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _prompts(job: Job, indices: Iterable[int]) -> dict[int, TokenizedSample | SkippedSample]:
-    """The samples once more, from the stream."""
-    wanted = set(indices)
+def _prompts(job: Job, wanted: Mapping[int, np.ndarray | None]) -> dict[int, TokenizedSample | SkippedSample]:
+    """The samples once more, from the stream, and from what is `wanted` of it the answers of the model's own."""
     prompts: dict[int, TokenizedSample | SkippedSample] = {}
     tokenizer = load_tokenizer(str(job.source.folder))
-    make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
+    rollout = KnownRollouts(wanted.get) if job.settings.rollout else None
+    make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256, rollout)
     for sample_idx, record in read_stream(job.settings.stream_path):
         if sample_idx in wanted:
             made = make_prompt(sample_idx, record)

@@ -75,7 +75,7 @@ class Outline:
     @property
     def layers_run(self) -> int:
         """Layers that are loaded and run: up to the deepest one asked for, but log-probabilities take all."""
-        return self.config.num_layers if self.settings.include_answer else self.layers[-1] + 1
+        return self.config.num_layers if self.settings.scores_answers else self.layers[-1] + 1
 
     def program(self, mesh: Mesh | AbstractMesh, platform: str) -> Program[StepShape]:
         """The step of this run on the devices of `mesh`; ConfigError for an attention that they do not have."""
@@ -93,7 +93,8 @@ class Outline:
             mesh=cast(Mesh, mesh),  # to lower a program no device need be there
             shape=StepShape.of(tokens, settings.max_seq_length, rows, form.page),
             form=form,
-            with_answers=settings.include_answer,
+            with_answers=settings.scores_answers,
+            rollout=settings.rollout,
         )
 
 
@@ -146,7 +147,7 @@ def longest_prompt(settings: Settings, stream: StreamSummary, folder: Path, conf
     settings = replace(settings, max_seq_length=config.max_positions)
     make_prompt = PromptMaker(settings, load_tokenizer(str(folder)), stream.sha256)
     records = islice(read_stream(settings.stream_path, 0, stream), settings.max_samples)
-    longest = max((made.full_length for made in make_prompt.many(records)), default=1)
+    longest = settings.rollout + max((made.full_length for made in make_prompt.many(records)), default=1)
     found = min(max(longest, 1), config.max_positions)
     log.info("max_seq_length is %d", found)
     return found

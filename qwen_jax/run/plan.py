@@ -18,6 +18,7 @@ from qwen_jax.model.sharding import planned_mesh
 from qwen_jax.run.devices import find_devices
 from qwen_jax.run.job import Outline, outline
 from qwen_jax.run.memory import activation_bytes_bound
+from qwen_jax.run.rollout import KnownRollouts
 from qwen_jax.run.roof import Roof, as_on_an_accelerator, complaint, device_memory, machine_mesh
 from qwen_jax.run.sample_reader import BadRecordLimit, PromptMaker
 from qwen_jax.settings import Settings
@@ -305,9 +306,13 @@ class _Counts:
 
 
 def _count(planned: Outline, chosen: Collection[int]) -> _Counts:
-    """Everything that the run would make of the chosen lines; raises BadDataError past --max_bad_records."""
+    """Everything that the run would make of the chosen lines, answers of the model's own as long as they may be; raises
+    BadDataError past --max_bad_records."""
     settings, counts = planned.settings, _Counts()
-    make_prompt = PromptMaker(settings, load_tokenizer(str(planned.source.folder)), planned.stream.sha256)
+    longest = KnownRollouts(lambda sample_idx: np.zeros(settings.rollout, np.int32))
+    tokenizer = load_tokenizer(str(planned.source.folder))
+    rollout = longest if settings.rollout else None
+    make_prompt = PromptMaker(settings, tokenizer, planned.stream.sha256, rollout)
     bad = BadRecordLimit(settings)
     records = islice(read_stream(settings.stream_path), planned.lines)
     for result in make_prompt.many(record for record in records if record[0] in chosen):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax import __version__
-from qwen_jax.cli import non_negative_int, positive_float, positive_int
+from qwen_jax.cli import non_negative_float, non_negative_int, positive_float, positive_int
 from qwen_jax.errors import ConfigError
 from qwen_jax.ledger.checks import (
     Check,
@@ -38,7 +38,7 @@ def _check_of(entry: Entry) -> Check:
     if entry.read in (int, positive_int, non_negative_int, length_or_auto):
         least = entry.read in (positive_int, length_or_auto)
         check = distinct(whole(most=_MOST)) if entry.many else whole(least, _MOST)
-    elif entry.read is positive_float:
+    elif entry.read in (positive_float, non_negative_float):
         check = number(0)
     elif entry.choices and not entry.many:
         check = _chosen(entry.choices())
@@ -58,7 +58,10 @@ def _chosen(choices: Sequence[str]) -> Check:
 
 def _checks(where: str) -> Check:
     recorded = [(entry.key or name, entry) for name, entry in ENTRIES.items() if entry.recorded == where]
-    return record({key: _check_of(entry) for key, entry in recorded}, others=None)
+    always, if_set = (
+        {key: _check_of(entry) for key, entry in recorded if entry.if_set == each} for each in (False, True)
+    )
+    return record(always, optional=if_set, others=None)
 
 
 _RECORDED = record(

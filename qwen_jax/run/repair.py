@@ -13,7 +13,8 @@ from qwen_jax.run.exclusive import exclusive_folders
 from qwen_jax.run.job import Job
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
 from qwen_jax.run.recorded import recorded_job
-from qwen_jax.run.sample_reader import PromptMaker, SampleReader
+from qwen_jax.run.rollout import prompt_maker
+from qwen_jax.run.sample_reader import SampleReader
 from qwen_jax.run.worker import load_capture
 from qwen_jax.run.written_by import in_words, written_by
 from qwen_jax.shards import write_shard
@@ -65,8 +66,8 @@ class _Extraction:
 
         self._job = job
         tokenizer = load_tokenizer(str(job.source.folder))
-        self._make_prompt = PromptMaker(job.settings, tokenizer, job.stream.sha256)
         self._capture = load_capture(job)
+        self._make_prompt = prompt_maker(job, tokenizer, self._capture)
 
     def replace(self, path: Path, entry: dict[str, Any]) -> bool:
         """Puts the shard in its place if its bytes are the recorded ones; says whether they are."""

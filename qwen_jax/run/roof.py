@@ -20,6 +20,7 @@ from qwen_jax.data.streams import StreamSummary
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.program import Program
+from qwen_jax.model.rollout import slot_bytes
 from qwen_jax.model.sharding import check_split, planned_mesh
 from qwen_jax.model.source import ModelSource
 from qwen_jax.run.job import Outline, choose_layers
@@ -33,16 +34,17 @@ _RESERVED = 0.05
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes on each device. steps: captured activations of the steps in flight. temporaries: while a step runs; its
-    statistics take less."""
+    statistics take less. slots: of rollouts."""
 
     weights: int
     carried: int
     steps: int
     temporaries: int
+    slots: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.carried + self.steps + self.temporaries
+        return self.weights + self.carried + self.steps + self.temporaries + self.slots
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def device_memory(program: Program, machine: Accelerator | None = None) -> Devic
         program.carried_bytes,
         (1 + STEPS_IN_FLIGHT) * captured_bytes(program),
         _temporary_bytes(program) + copied,
+        slot_bytes(program),
     )
 
 

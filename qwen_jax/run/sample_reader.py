@@ -2,11 +2,11 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-from qwen_jax.data.arc import BadRecord, Task, Text
+from qwen_jax.data.arc import BadRecord, Grid, Task, Text
 from qwen_jax.data.prompts import PromptEncoder, SkippedSample, TokenizedSample
 from qwen_jax.data.selection import TokenSelection
 from qwen_jax.data.streams import StreamSummary, read_stream
@@ -16,15 +16,29 @@ from qwen_jax.settings import Settings
 log = logging.getLogger(__name__)
 
 
+class Rollouts(Protocol):
+    """run.rollout.RolloutMaker, or answers that are stored already."""
+
+    def __call__(
+        self, encoded: Iterable[TokenizedSample | SkippedSample], expected: MutableMapping[int, Grid]
+    ) -> Iterator[TokenizedSample | SkippedSample]:
+        """expected: by sample_idx the outputs that solve tasks, of which each is taken out as it is looked at."""
+        ...
+
+
 class PromptMaker:
     """Records of a stream -> their prompts, tokenised, with the rows to keep, as the settings say."""
 
-    def __init__(self, settings: Settings, tokenizer: Any, stream_sha256: str):
+    def __init__(
+        self, settings: Settings, tokenizer: Any, stream_sha256: str, rollout: Rollouts | None = None
+    ):
+        """rollout: puts answers behind prompts, as --rollout asks for."""
+        self._rollout = rollout
         self._encoder = PromptEncoder(
             tokenizer,
             prompt_format=settings.prompt_format,
             chat_template=settings.chat_template,
-            max_seq_length=settings.max_seq_length,
+            max_seq_length=settings.max_seq_length - settings.rollout,
             overlong=settings.overlong,
             include_answer=settings.include_answer,
         )
@@ -44,8 +58,23 @@ class PromptMaker:
         self, records: Iterable[tuple[int, Task | Text | BadRecord]]
     ) -> Iterator[TokenizedSample | SkippedSample]:
         """In order, in the time and memory of PromptEncoder.encode_many."""
-        for encoded in self._encoder.encode_many(records):
+        for encoded in self._encoded(records):
             yield self._selection.apply(encoded) if isinstance(encoded, TokenizedSample) else encoded
+
+    def _encoded(
+        self, records: Iterable[tuple[int, Task | Text | BadRecord]]
+    ) -> Iterator[TokenizedSample | SkippedSample]:
+        if self._rollout is None:
+            return self._encoder.encode_many(records)
+        expected: dict[int, Grid] = {}
+
+        def seen() -> Iterator[tuple[int, Task | Text | BadRecord]]:
+            for sample_idx, record in records:
+                if isinstance(record, Task) and "output" in record.test[0]:
+                    expected[sample_idx] = record.test[0]["output"]
+                yield sample_idx, record
+
+        return self._rollout(self._encoder.encode_many(seen()), expected)
 
 
 class BadRecordLimit:

@@ -32,7 +32,8 @@ from qwen_jax.run.preemption import watch_for_notice
 from qwen_jax.run.progress_bar import Progress
 from qwen_jax.run.record_writer import ProgressWriter, record_writer
 from qwen_jax.run.resume import take_up
-from qwen_jax.run.sample_reader import PromptMaker, SampleReader
+from qwen_jax.run.rollout import prompt_maker
+from qwen_jax.run.sample_reader import SampleReader
 from qwen_jax.run.stages import Stages, timed
 from qwen_jax.run.written_by import differences
 from qwen_jax.settings import Settings
@@ -99,7 +100,8 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     settings = job.settings
     first = committer.ledger.next_sample_idx
     tokenizer = load_tokenizer(str(job.source.folder))
-    make_prompt = PromptMaker(settings, tokenizer, job.stream.sha256)
+    capture = load_capture(job)
+    make_prompt = prompt_maker(job, tokenizer, capture)
     reader = SampleReader(settings, make_prompt, first, committer.ledger.bad_records, job.stream)
     _report_memory(job, most_prompt_bytes(tokenizer, settings.max_seq_length))
     shape, stages = job.step.shape, Stages()
@@ -110,7 +112,7 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
         settings.max_seq_length,
     )
     steps = stages.each("prompts", prefetch(lay_into_steps(reader, shape), depth=1))
-    samples = stages.each("prompts and the device", captured_samples(steps, load_capture(job)))
+    samples = stages.each("prompts and the device", captured_samples(steps, capture))
     with (
         BackgroundCommitter(committer) as background,
         logging_redirect_tqdm(),
@@ -167,7 +169,7 @@ def load_capture(job: Job) -> Capture:
             job.layers_run,
             jnp.dtype(job.dtype),
             job.step.mesh,
-            settings.include_answer,
+            settings.scores_answers,
         )
     return Capture(compilation, model)
 

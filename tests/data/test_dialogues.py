@@ -53,6 +53,18 @@ def test_a_row_is_taken_for_what_it_is(row, column, kind):
     assert parse_record(line)
 
 
+def test_columns_that_only_sound_like_ours_do_no_harm():
+    row = {"text": "a", "piece": 3, "test_index": "x", "augmentation": None}
+    assert record_from_row(row, "examples", "r") == ("texts", {"task_id": "r", "text": "a"})
+    again = {"text": "a", "piece": "{}", "test_index": 1}
+    assert record_from_row(again, "examples", "r")[1] == {
+        "task_id": "r",
+        "test_index": 1,
+        "piece": "{}",
+        "text": "a",
+    }
+
+
 def test_an_instruction_and_its_input_are_asked_together():
     _, line = record_from_row(ROWS["Alpaca"][0], "examples", "r")
     assert [message["content"] for message in line["messages"]] == ["Add.\n\n1 2", "3"]

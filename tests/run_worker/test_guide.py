@@ -13,6 +13,7 @@ import pytest
 import create_dataset_streams
 from qwen_jax.__main__ import main
 from qwen_jax.reading import iter_samples
+from qwen_jax.roles import ROLLOUT
 from tests.model.test_adapter import adapter_tensors, save_adapter
 from tests.run_worker.starts import ROOT, Start
 
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
     save_adapter(folder / "my_adapter", adapter_tensors(load_reference(ROOT / "examples" / "demo" / "model")))
     os.chdir(folder)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "COMPILATION_CACHE_DIR": str(folder / "cache")}
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     for command in COMMANDS:
         script, *flags = shlex.split(command)
         if script == "create_dataset_streams.py":
@@ -88,6 +89,14 @@ def test_a_template_the_longest_prompt_and_a_transcoders_kinds(folder):
     assert recorded["activation_types"] == ["mlp_in", "mlp"] and recorded["totals"]["shortened"] == 0
     first = next(iter_samples("activations/worker_0", layers=[1], kind="mlp"))
     assert "becomes" in first["text_preview"] and "Example" not in first["text_preview"]
+
+
+def test_only_what_the_model_said_is_kept(folder):
+    samples = list(iter_samples("activations/worker_2", layers=[3]))
+    assert len(samples) == 3
+    for sample in samples:
+        assert set(sample["token_roles"].tolist()) == {ROLLOUT} and 0 < len(sample["token_ids"]) <= 8
+        assert (sample["answer_logprobs"] <= 0).all() and sample["solved"] == 0
 
 
 def test_pieces_cover_a_text_and_an_adapter_changes_what_is_stored(folder):
