@@ -198,7 +198,6 @@ PLANTED = {
     "a value changed": (
         edited(2, set_value(9e3)),
         [
-            "shard_0002.pkl.gz: layer 3 has (mean|max) norm",
             "residual, layer 3: the (mean|largest value) of channel 5 is not that in its statistics",
             "residual, layer 3: the (variances|mean norm|largest norm)",
         ],

@@ -51,7 +51,9 @@ class Start:
             self._process = context.Process(target=run_forked, args=(command[2:], environment, log))
             self._process.start()
         else:
-            plain = environment | {"PYTHONPATH": str(AS_INSTALLED)}
+            plain = {
+                "PYTHONPATH": str(AS_INSTALLED)
+            } | environment  # a test may change the worker by a path of its own
             with log.open("a") as file:
                 self._process = subprocess.Popen(command, cwd=ROOT, env=plain, stdout=file, stderr=file)
 

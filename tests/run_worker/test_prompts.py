@@ -42,6 +42,7 @@ def reader(tokenizer, stream: Path, first: int = 0, bad_before: int = 0, **setti
     values = {
         "prompt_format": "rows",
         "chat_template": False,
+        "rollout": 0,
         "max_seq_length": 2048,
         "overlong": "drop_examples",
         "include_answer": False,

@@ -32,6 +32,7 @@ TYPED = {
     **dict.fromkeys(("INCLUDE_EMBEDDING", "INCLUDE_ANSWER", "SKIP_SPECIAL_TOKENS", "CHAT_TEMPLATE"), "true"),
     **{"DELETE_LOCAL_AFTER_UPLOAD": "true", "VERBOSE": "true"},
     **{"GCS_RETRY_BUDGET_S": "7", "PROGRESS_INTERVAL_S": "9"},
+    **{"ROLLOUT": "0", "ROLLOUT_TEMPERATURE": "0", "ROLLOUT_SEED": "3"},
 }
 
 
