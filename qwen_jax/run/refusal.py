@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 
 from qwen_jax.cli import FlagParser, parse_bool
 from qwen_jax.errors import ToolkitError, UsageError
-from qwen_jax.run.doctor import examine
-from qwen_jax.run.record_writer import RecordPlaces, record_refusal
 from qwen_jax.settings import Settings, bucket_url, resolve_worker_id, take_settings, worker_folder
 
 log = logging.getLogger(__name__)
@@ -48,6 +46,8 @@ def accept(args: dict[str, Any]) -> Settings:
 
     Raises the first ToolkitError of what can be seen without jax and the network, and logs the others.
     """
+    from qwen_jax.run.doctor import examine  # not before main runs, where Ctrl-C ends with a word and 130
+
     words = dict(args)
     try:
         settings = take_settings(args)
@@ -67,6 +67,8 @@ def _record(words: Mapping[str, Any], error: ToolkitError) -> None:
     """Where worker and folders are known, and something was to be done."""
     if _is_on(words["dry_run"]) or words["progress_interval_s"] in (0.0, "0"):
         return
+    from qwen_jax.run.record_writer import RecordPlaces, record_refusal
+
     with suppress(UsageError):
         worker = resolve_worker_id(words["worker_id"], dict(os.environ))
         checkpoints = None if _is_on(words["no_checkpointing"]) else Path(words["checkpoint_dir"])

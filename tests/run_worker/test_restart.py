@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from qwen_jax.shards import load_shard
 from tests.run_worker.conftest import TASKS, Workspace, tree
-from tests.run_worker.starts import Start
+from tests.run_worker.starts import ROOT, Start
 from tests.waiting import until
 
 
@@ -71,6 +71,9 @@ def test_ctrl_c_exits_130_and_resumes(workspace, finished):
 def test_forty_ctrl_cs_at_random_times(workspace, finished):
     """Python's own end must not meet a thread in foreign code: that aborts the process."""
     rng, codes = np.random.default_rng(0), []
+    workspace = workspace.having(
+        PYTHONPATH=str(ROOT)
+    )  # tests.as_installed takes a second, before any of our code
     while len(codes) < 40:
         process = replace(workspace, forked=False).start()
         time.sleep(rng.uniform(0.2, 8))
