@@ -50,7 +50,9 @@ def with_packages(folder: Path) -> str:
 def launch(
     fakes: Fakes, *arguments: str, bucket: str = "bucket", **variables: str
 ) -> subprocess.CompletedProcess:
-    environment = fakes.environment(GCS_BUCKET=bucket, **variables)
+    # Not the environment of this checkout, where a demo has made one: by default a bare control machine.
+    bare = {"VENV_DIR": str(fakes.folder / "no_environment")}
+    environment = fakes.environment(GCS_BUCKET=bucket, **bare | variables)
     return subprocess.run(
         [SCRIPT, *arguments], env=environment, cwd=fakes.folder.parent, capture_output=True, text=True
     )
