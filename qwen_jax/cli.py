@@ -123,33 +123,27 @@ def _whole_number(text: str, least: int) -> int:
 
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    value = _number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+    return _number(text, lambda value: 0 < value < float("inf"), "a number above 0")
 
 
 def non_negative_float(text: str) -> float:
     """An argparse type: a finite number, 0 or more."""
-    value = _number(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
-    return value
+    return _number(text, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 
 
 def seconds(text: str) -> float:
     """An argparse type: a finite number of seconds, 0 or more."""
-    value = _number(text)
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
-    return value
+    return _number(text, lambda value: 0 <= value < 1e9, "a number of seconds, 0 or more")
 
 
-def _number(text: str) -> float:
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        return float("nan")
+        value = float("nan")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+    return value
 
 
 def say(line: object) -> None:
