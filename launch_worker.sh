@@ -90,7 +90,7 @@ run_demo() {
         [ -z "${!name:-}" ] || kept+=("$name=${!name}")
     done
     env -i "${kept[@]}" \
-        MODEL_PATH=examples/demo/model DATASET_DIR=examples/demo/streams MAX_SEQ_LENGTH=1024 \
+        MODEL_PATH=examples/demo/model DATASET_DIR=examples/demo/streams MAX_SEQ_LENGTH=1024 ROLLOUT=32 \
         OUTPUT_DIR=$out/activations CHECKPOINT_DIR=$out/checkpoints SHARD_SIZE_GB=0.008 \
         UPLOAD_TO_GCS=true GCS_BUCKET="file://$PWD/$out/bucket" \
         "$VENV_DIR/bin/python" extract_activations.py --worker_id 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes examples/demo/streams: 36 small ARC-like tasks from a handful of rules. The same bytes each time.
+"""Writes examples/demo/streams: 96 small ARC-like tasks of six kinds. The same bytes each time.
 
 Run from the repository's root: python -m examples.demo.make_stream
 """
@@ -12,13 +12,17 @@ from qwen_jax.data.arc import Grid
 from qwen_jax.data.streams import write_streams
 
 DEMO = Path(__file__).parent
-TASKS_PER_RULE = 6
-PAIRS_PER_TASK = 4
+TASKS_PER_KIND = 16
+PAIRS_PER_TASK = 3
+SIDE = 3
 
 
 def random_grid(rng: random.Random, colours: int = 4) -> Grid:
-    height, width = rng.randint(3, 9), rng.randint(3, 9)
-    return [[rng.choice([0, 0, *range(1, colours)]) for _ in range(width)] for _ in range(height)]
+    return [[rng.choice([0, 0, *range(1, colours)]) for _ in range(SIDE)] for _ in range(SIDE)]
+
+
+def copy(grid: Grid, rng: random.Random) -> Grid:
+    return [list(row) for row in grid]
 
 
 def mirror(grid: Grid, rng: random.Random) -> Grid:
@@ -39,35 +43,40 @@ def shift(grid: Grid, rng: random.Random) -> Grid:
     return [[0] * steps + row[:-steps] for row in grid]
 
 
-def double(grid: Grid, rng: random.Random) -> Grid:
-    return [[cell for cell in row for _ in range(2)] for row in grid for _ in range(2)]
-
-
 def count(grid: Grid, rng: random.Random) -> Grid:
     """A bar as long as the number of cells of colour 1, at least one cell."""
     ones = sum(row.count(1) for row in grid)
     return [[1] * max(ones, 1)]
 
 
-RULES: dict[str, Callable[[Grid, random.Random], Grid]] = {
-    rule.__name__: rule for rule in (mirror, turn, recolour, shift, double, count)
+KINDS: dict[str, Callable[[Grid, random.Random], Grid]] = {
+    rule.__name__: rule for rule in (copy, mirror, recolour, shift, turn, count)
 }
 
 
-def tasks() -> Iterator[dict]:
-    """Tasks in the shape of ARC's own: train pairs, one test pair, a name."""
-    for number in range(TASKS_PER_RULE):
-        for name, rule in RULES.items():
-            pairs = []
-            for pair in range(PAIRS_PER_TASK):
-                grid = random_grid(random.Random(f"{name}-{number}-{pair}"))
-                # The rule's own choices belong to the task, so every pair draws the same ones.
-                pairs.append({"input": grid, "output": rule(grid, random.Random(f"{name}-{number}"))})
-            yield {"task_id": f"demo-{name}-{number:02d}", "train": pairs[:-1], "test": pairs[-1:]}
+def make_task(kind: str, number: int, count: int = PAIRS_PER_TASK) -> dict:
+    """A task in the shape of ARC's own: train pairs, one test pair, a name. Its number is the seed."""
+    pairs = []
+    for pair in range(count):
+        grid = random_grid(random.Random(f"{kind}-{number}-{pair}"))
+        # The rule's own choices belong to the task, so every pair draws the same ones.
+        pairs.append({"input": grid, "output": KINDS[kind](grid, random.Random(f"{kind}-{number}"))})
+    return {"task_id": f"demo-{kind}-{number:02d}", "train": pairs[:-1], "test": pairs[-1:]}
+
+
+def tasks(first: int = 0, count: int = TASKS_PER_KIND) -> Iterator[dict]:
+    """The tasks of all kinds with the numbers from `first` on."""
+    for number in range(first, first + count):
+        for kind in KINDS:
+            yield make_task(kind, number)
+
+
+def write(folder: Path, made: Iterator[dict]) -> None:
+    write_streams(enumerate(made), 1, folder, source={"dataset_name": "examples/demo/make_stream.py"})
 
 
 def main(folder: Path = DEMO / "streams") -> None:
-    write_streams(enumerate(tasks()), 1, folder, source={"dataset_name": "examples/demo/make_stream.py"})
+    write(folder, tasks())
 
 
 if __name__ == "__main__":

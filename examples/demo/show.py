@@ -3,10 +3,14 @@
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from qwen_jax.reading import iter_samples
 from qwen_jax.shards import load_shard
 
 HOW_TO_READ = """
@@ -21,6 +25,25 @@ Or with the standard library alone (only for shards that you made yourself):
 
 For your own model and data: README.md, docs/guide.md.
 """
+
+
+def answers_by_kind(folder: Path) -> dict[str, tuple[int, int, float]]:
+    """Of each kind of task: how many there are, how many the model's own answers solve, and the mean log-probability
+    (nats) of a token of these answers."""
+    answers = defaultdict(list)
+    for sample in iter_samples(folder, layers=[0]):
+        answers[sample["task_id"].split("-")[1]].append((sample["solved"], sample["answer_logprobs"].mean()))
+    return {
+        kind: (len(of), sum(solved for solved, _ in of), float(np.mean([mean for _, mean in of])))
+        for kind, of in answers.items()
+    }
+
+
+def show_answers(folder: Path) -> None:
+    print("\nThe model's answers (examples/demo/train_model.py trained it on other tasks of these kinds):")
+    print("  kind       solved    mean log-probability of a token of its answer")
+    for kind, (count, solved, mean) in answers_by_kind(folder).items():
+        print(f"  {kind:10} {solved:2} of {count}  {mean:8.4f}")
 
 
 def main(root: str) -> None:
@@ -38,6 +61,7 @@ def main(root: str) -> None:
     record = load_shard(shard)[layer][0]
     print(f"\n{shard.name}, layer {layer}, first sample: task {record['task_id']!r}, "
           f"activation {record['activation'].dtype} {record['shape']}")  # fmt: skip
+    show_answers(folder)
     print(HOW_TO_READ.format(shard=shard, layer=layer, dtype=metadata["activation_dtype"]))
 
 

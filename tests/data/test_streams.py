@@ -346,7 +346,7 @@ def test_the_demo_stream_is_what_its_script_makes(tmp_path):
     make_stream.main(tmp_path)
     assert contents(tmp_path) == contents(ROOT / "examples" / "demo" / "streams")
     records = [record for _, record in read_stream(tmp_path / stream_name(0))]
-    assert len(records) == 36 and all(isinstance(record, Task) for record in records)
+    assert len(records) == 96 and all(isinstance(record, Task) for record in records)
 
 
 @pytest.mark.slow

@@ -88,4 +88,4 @@ def test_it_is_built_without_a_daemon_and_its_user_runs_the_demo(tmp_path):
         shown = buildah("run", "--env=JAX_PLATFORMS=cpu", container, "--", "/app/launch_worker.sh", "--demo")
     finally:
         buildah("rm", container)
-    assert "\n36 samples, " in shown
+    assert "\n96 samples, " in shown

@@ -21,17 +21,18 @@ from qwen_jax.storage.checksum import file_crc32c
 from tests.run_worker.starts import ROOT, Start
 
 DEMO = ROOT / "examples" / "demo"
-STREAMS = DEMO / "streams" / "streams.json"
+STREAMS = Path(__file__).parent / "streams" / "streams.json"
+"""36 tasks, longer and of more sizes than the demo's: one loses an example at 1,024 tokens."""
 
 
-def extract(root: Path, *flags: str, expect: int = 0) -> Path:
-    """Runs a worker on the demo's stream; returns its folder."""
+def extract(root: Path, *flags: str, expect: int = 0, model: Path = DEMO / "model") -> Path:
+    """Runs a worker on the stream of 36 tasks; returns its folder."""
     command = [sys.executable, "extract_activations.py", "--worker_id", "0", "--output_dir", str(root)]
     command += [
         "--dataset_path",
-        str(DEMO / "streams" / "stream_000.jsonl"),
+        str(STREAMS.parent / "stream_000.jsonl"),
         "--model_path",
-        str(DEMO / "model"),
+        str(model),
     ]
     command += ["--checkpoint_dir", str(root / "worker_0"), "--max_seq_length", "1024", *flags]
     log = root / "log"

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from tests.reading.conftest import ROOT, extract
+from tests.reading.random_model import write_random_model
 from tests.reading.test_train_jax import train
 
 PYTHON = os.environ.get("SAE_PYTHON")
@@ -17,7 +18,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return extract(tmp_path_factory.mktemp("doors"), "--layers_to_extract", "2")
+    root = tmp_path_factory.mktemp("doors")
+    return extract(root, "--layers_to_extract", "2", model=write_random_model(root / "model"))
 
 
 def peer(program: str, *arguments: object) -> str:

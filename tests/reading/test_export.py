@@ -12,7 +12,7 @@ from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.reading import iter_samples
 from qwen_jax.reading.export import FORMATS, SafetensorsWriter, export
 from qwen_jax.shards import load_shard
-from tests.reading.conftest import DEMO, all_rows, extract
+from tests.reading.conftest import STREAMS, all_rows, extract
 from tests.run_worker.conftest import tree
 
 
@@ -191,7 +191,7 @@ def test_a_run_that_has_grown(clean, copy, tmp_path, to):
 
 def test_a_task_keeps_its_cells_beside_a_text_that_has_none(tmp_path):
     stream = tmp_path / "stream.jsonl"
-    task = (DEMO / "streams" / "stream_000.jsonl").read_text().splitlines()[0]
+    task = (STREAMS.parent / "stream_000.jsonl").read_text().splitlines()[0]
     stream.write_text(f'{task}\n{{"text": "no grid at all"}}\n{task}\n')
     folder = extract(tmp_path / "run", "--dataset_path", str(stream), "--layers_to_extract", "0")
     export(folder, "npy", tmp_path / "npy")

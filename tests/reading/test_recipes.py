@@ -13,6 +13,7 @@ import pytest
 
 from qwen_jax.__main__ import main
 from tests.reading.conftest import ROOT, extract
+from tests.reading.random_model import write_random_model
 
 PYTHON = os.environ.get("SAE_PYTHON")
 pytestmark = [
@@ -25,7 +26,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return extract(tmp_path_factory.mktemp("recipes"), "--layers_to_extract", "2")
+    root = tmp_path_factory.mktemp("recipes")
+    return extract(root, "--layers_to_extract", "2", model=write_random_model(root / "model"))
 
 
 def peer(*arguments: object) -> str:

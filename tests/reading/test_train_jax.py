@@ -1,4 +1,4 @@
-"""examples/train_sae_jax.py on the demo: what it reaches, and that it goes on exactly."""
+"""examples/train_sae_jax.py on a random model's activations: what it reaches, and that it goes on exactly."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.reading.conftest import ROOT, extract
+from tests.reading.random_model import write_random_model
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -22,7 +23,8 @@ TOPK = ("--d_sae", 256, "--k", 16, "--batch_size", 512)
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    return extract(tmp_path_factory.mktemp("recipes"))
+    root = tmp_path_factory.mktemp("recipes")
+    return extract(root, model=write_random_model(root / "model"))
 
 
 def start(*arguments: object) -> subprocess.Popen:

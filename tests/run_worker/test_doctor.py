@@ -117,7 +117,7 @@ def test_a_healthy_machine(patient, bucket):
     code, found = patient.examine()
     assert code == 0
     assert {check: outcome for check, (outcome, _) in found.items()} == dict.fromkeys(doctor.THOROUGH, "pass")
-    assert found["stream"][1].endswith("36 lines") and "4 layers, width 64" in found["model"][1]
+    assert found["stream"][1].endswith("96 lines") and "4 layers, width 64" in found["model"][1]
     assert found["region"][1] == "bucket in us-central2, VM in us-central2-b"
     assert bucket.tree() == {} and not list((patient.root / "out").rglob("*doctor*"))
 
