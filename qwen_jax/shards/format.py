@@ -27,7 +27,7 @@ ANSWER_KEYS = ("answer_logprobs", "answer_token_ids", "answer_positions")
 NOTE_KEYS = tuple(NOTES)
 OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS, *NOTE_KEYS)
 """What a record may hold besides: ROW_KEYS, int32 arrays over its rows; ANSWER_KEYS, one entry for each token of the
-answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 places in the prompt;
+answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 positions in the prompt;
 KIND_KEYS, activations of further kinds; NOTE_KEYS, what the sample's stream line says of it (kinds.NOTES)."""
 
 
