@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -310,13 +311,15 @@ def _read_ahead(source: _Source, numbers: Iterable[int]) -> Iterator[list[Column
     of both are raised here."""
     fetchers = ThreadPoolExecutor(2 * READERS, thread_name_prefix="fetch")
     readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
+    is_finalizing = sys.is_finalizing
     try:
         fetched = _ahead(lambda number: fetchers.submit(source.fetch, number), numbers, READERS)
         for rows in _ahead(lambda file: readers.submit(source.read, file), fetched, READERS):
             yield rows.result()
     finally:
-        fetchers.shutdown(cancel_futures=True)
-        readers.shutdown(cancel_futures=True)
+        if not is_finalizing():  # else Python has joined the threads, and its modules may be gone
+            fetchers.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
 
 
 def _ahead(begin: Callable[[Any], Future], items: Iterable[Any], count: int) -> Iterator[Future]:
