@@ -146,11 +146,13 @@ class _Making:
 
 
 def most_prompt_bytes(tokenizer: Any, max_seq_length: int) -> int:
-    """Bytes (UTF-8) of a prompt that is made into tokens: any prompt that fits has fewer.
+    """Bytes (UTF-8) of a prompt that is made into tokens: any prompt that fits has fewer."""
+    return max(_BYTES_AT_LEAST, max_seq_length * _longest_token(tokenizer))
 
-    The vocabulary of a tokenizer such as Qwen's shows each byte of a token as a character.
-    """
-    return max(_BYTES_AT_LEAST, max_seq_length * max(map(len, tokenizer.get_vocab())))
+
+def _longest_token(tokenizer: Any) -> int:
+    """Bytes of it: the vocabulary of a tokenizer such as Qwen's shows each byte of a token as a character."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 class PromptEncoder:
