@@ -1,6 +1,6 @@
 """What each file that a stranger can hand us may hold, one table a file: types, ranges, sizes, names."""
 
-from qwen_jax.kinds import EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KINDS, STORED_DTYPES
 from qwen_jax.ledger.checks import (
     MOST,
     distinct,
@@ -90,7 +90,7 @@ DESCRIBED_METADATA = record(
         "activation_types": distinct(one_of(*KINDS)),
         "layers": distinct(_layer),
         "layer_meanings": map_of(text(), text()),
-        "compute_dtype": one_of(*STORED_DTYPES),
+        "compute_dtype": one_of(*COMPUTE_DTYPES),
         "activation_dtype": one_of(*STORED_DTYPES),
         "totals": map_of(text(), _sum),
         "fingerprint": record(
