@@ -70,7 +70,7 @@ def synthetic_steps(gigabytes: float, dtype: str) -> list[tuple[Step, Computed]]
         values = rng.normal(size=(LAYERS, SHAPE.tokens, HIDDEN)).astype(np.float32)
         norms = np.ones((LAYERS, SHAPE.tokens), np.float32)
         of_blocks = np.zeros((3, LAYERS, SHAPE.blocks, HIDDEN), np.float32)
-        rows = TapRows(values.astype(ml_dtypes.bfloat16).astype(dtype), norms, *of_blocks)
+        rows = TapRows((values.astype(ml_dtypes.bfloat16).astype(dtype),), (norms,), tuple(of_blocks))
         steps.append((step, Computed(RowResult({"residual": rows}))))
     return steps
 

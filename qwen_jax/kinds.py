@@ -98,17 +98,27 @@ QUANTISED_KEYS = ("scale", "exact_channels", "exact_values")
 
 @dataclass(frozen=True)
 class StoredDtype:
-    """A dtype of --activation_dtype. bytes: of a value. compressed: bytes of a raw byte, measured on the demo model's
-    residual stream (docs/reading.md). largest: of the codes, where a row is codes times a scale; 0 where it is values.
+    """A dtype of --activation_dtype.
+
+    bytes: of a value. compressed: bytes of a raw byte, measured on the demo model's residual stream (docs/reading.md).
+    eps: from 1 to the next value, 0 where values lie evenly. largest: of the codes, where a row is codes times a scale;
+    0 where it is values.
     """
 
     bytes: int
     compressed: float
+    eps: float
     largest: int = 0
 
     @property
     def is_quantised(self) -> bool:
         return self.largest > 0
+
+    def rounding(self, width: int) -> float:
+        """The relative error that storing a row of so many values may bring, by Euclidean norms. Evenly spaced codes:
+        half a step for each value, in a row that holds its exact values, and one more, of the size of the largest
+        code."""
+        return self.eps or (width / (EXACT_CHANNELS + 1)) ** 0.5 / (2 * self.largest)
 
     def row_bytes(self, width: int, compute_dtype: str) -> int:
         """Raw bytes of a row: of a quantised one its codes, a float32, and for each exact value an int32 and itself."""
@@ -117,11 +127,11 @@ class StoredDtype:
 
 
 STORED_DTYPES = {
-    "float32": StoredDtype(4, 0.92),
-    "bfloat16": StoredDtype(2, 0.78),
-    "float16": StoredDtype(2, 0.92),
-    "int8": StoredDtype(1, 0.92, largest=127),
-    "float8_e4m3fn": StoredDtype(1, 0.8, largest=448),
+    "float32": StoredDtype(4, 0.92, 2**-23),
+    "bfloat16": StoredDtype(2, 0.78, 2**-7),
+    "float16": StoredDtype(2, 0.92, 2**-10),
+    "int8": StoredDtype(1, 0.92, 0, largest=127),
+    "float8_e4m3fn": StoredDtype(1, 0.8, 2**-3, largest=448),
 }
 COMPUTE_DTYPES = ("float32", "bfloat16")
 

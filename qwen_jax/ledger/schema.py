@@ -44,6 +44,16 @@ def _layer_or_embedding(value: object, name: str) -> None:
 
 
 _NOTE = {"sample_idx": _count}
+_OF_LAYER = record(
+    {},
+    optional={
+        **dict.fromkeys(("relative_error", "unexplained_variance", "max_error"), number(0)),
+        "cosine": number(-1, 1),
+        "max_error_channel": _count,
+    },
+    others=None,
+)
+"""Statistics of one layer (shards.statistics.KindStats.summary) as far as readers take something from them."""
 _SHARD = record(
     {
         "filename": _file_name,
@@ -92,6 +102,7 @@ DESCRIBED_METADATA = record(
         "layer_meanings": map_of(text(), text()),
         "compute_dtype": one_of(*COMPUTE_DTYPES),
         "activation_dtype": one_of(*STORED_DTYPES),
+        "statistics": map_of(text(), map_of(_layer_or_embedding_word, _OF_LAYER)),
         "totals": map_of(text(), _sum),
         "fingerprint": record(
             {

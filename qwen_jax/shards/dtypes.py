@@ -32,7 +32,7 @@ def _of_ml_dtypes(name: str) -> tuple[np.dtype, Spelling]:
     return dtype, Spelling(Name("ml_dtypes", name), (3, "<", None, None, None, size, size, 64))
 
 
-SPELLINGS = {
+SPELLINGS: dict[np.dtype, Spelling] = {
     np.dtype(np.float32): Spelling("f4", _plain("<")),
     np.dtype(np.float16): Spelling("f2", _plain("<")),
     np.dtype(np.int8): Spelling("i1", _plain("|")),

@@ -33,7 +33,7 @@ def bits(capture, shape, prompts) -> dict[bytes, list[np.ndarray]]:
     """By the prompt's tokens: all that is stored of it, and its sums."""
     found = {}
     for sample in capture_samples(capture, shape, samples_of(prompts)):
-        sums = [array for tap in TAPS for array in vars(sample.taps[tap].sums).values()]
+        sums = [array for tap in TAPS for array in sample.taps[tap].sums.arrays]
         found[sample.tokenized.token_ids.tobytes()] = [*(joined(sample, tap) for tap in TAPS), *sums]
     return found
 
