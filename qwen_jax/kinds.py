@@ -130,8 +130,8 @@ STORED_DTYPES = {
     "float32": StoredDtype(4, 0.92, 2**-23),
     "bfloat16": StoredDtype(2, 0.78, 2**-7),
     "float16": StoredDtype(2, 0.92, 2**-10),
-    "int8": StoredDtype(1, 0.92, 0, largest=127),
-    "float8_e4m3fn": StoredDtype(1, 0.8, 2**-3, largest=448),
+    "int8": StoredDtype(1, 0.9, 0, largest=127),
+    "float8_e4m3fn": StoredDtype(1, 0.81, 2**-3, largest=448),
 }
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
