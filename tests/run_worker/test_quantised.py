@@ -4,6 +4,9 @@ import gzip
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -41,7 +44,8 @@ def quantised(finished, tmp_path_factory):
 
 
 def test_killed_and_started_again_it_ends_the_same(workspace, quantised):
-    workspace.killed_at("shard_named:2")
+    killed = workspace.having(QWEN_JAX_FAILPOINT="shard_named:2")
+    killed.run(*FLAGS, *SMALL, expect=-signal.SIGKILL)
     assert len(workspace.shards()) == 2 < len(quantised.shards())
     workspace.run(*FLAGS, *SMALL)
     assert tree(workspace.output) == tree(quantised.output)
@@ -158,9 +162,6 @@ def test_verify_finds_what_was_changed(quantised, tmp_path, change, said):
 
 @pytest.mark.slow
 def test_a_lost_shard_is_made_again_and_the_run_is_certified(quantised, tmp_path):
-    import subprocess
-    import sys
-
     folder = shutil.copytree(quantised.root, tmp_path / "root") / "activations" / "worker_5"
     lost = (folder / "shard_0002.pkl.gz").read_bytes()
     (folder / "shard_0002.pkl.gz").unlink()
