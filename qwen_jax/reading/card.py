@@ -36,16 +36,16 @@ def write_card(
     *,
     rows: int,
     meanings: Sequence[str],
-    places: Mapping[str, Any],
+    snippet: Mapping[str, Any],
 ) -> None:
     """Writes README.md: model, layers, what a row means, counts, how to load it.
 
-    rows: of each layer, as written. meanings: lines that say what a row of a layer is. places: what the snippet of
+    rows: of each layer, as written. meanings: lines that say what a row of a layer is. snippet: what the snippet of
     the format `to` names.
     """
     lines = [*_header(runs), "", "# Hidden states", "", *_facts(runs, layers, rows, meanings)]
-    snippet = _SNIPPETS[to].format(**places)
-    (output / "README.md").write_text("\n".join([*lines, "", "```python", snippet + "```", ""]))
+    code = _SNIPPETS[to].format(**snippet)
+    (output / "README.md").write_text("\n".join([*lines, "", "```python", code + "```", ""]))
 
 
 def _header(runs: Sequence[Run]) -> list[str]:

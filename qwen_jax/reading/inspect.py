@@ -84,10 +84,10 @@ def _size(totals: Mapping[str, int]) -> str:
 
 def _describe_shard(run: Run, name: str) -> Iterator[str]:
     """Of its layers the first is read: all have the same samples and shapes, but for the embedding."""
-    with run.place.local(name, layers=()) as path:
+    with run.files.local(name, layers=()) as path:
         stored = shard_layers(path)
     read = {stored[0], *([EMBEDDING] if EMBEDDING in stored else [])}
-    with run.place.local(name, read) as path:
+    with run.files.local(name, read) as path:
         shard = load_shard(path, layers=read, name=f"{run.where}/{name}", raw=True)
     first, layers = shard[stored[0]], [layer for layer in stored if isinstance(layer, int)]
     raw = sum(
@@ -167,7 +167,7 @@ def _role(code: int) -> str:
 
 
 def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
-    """One line a kept token of a sample with one layer: place, id, text (with a tokenizer), role, cell, norm; then
+    """One line a kept token of a sample with one layer: position, id, text (with a tokenizer), role, cell, norm; then
     the log-probabilities of the answer, where they are stored."""
     ((layer, activations),) = sample["activations"].items()
     rows = row_arrays(sample)
@@ -177,12 +177,12 @@ def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
     texts = [repr(tokenizer.decode([int(token)])) if tokenizer else "" for token in tokens]
     yield f"sample {sample['sample_idx']}, task {sample['task_id']}, layer {layer}, {len(tokens)} tokens"
     yield from (f"{key}: {sample[key]}" for key in NOTES if key in sample)
-    yield f"{'place':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
-    for place, token, text, role, cell, norm in zip(
+    yield f"{'position':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
+    for position, token, text, role, cell, norm in zip(
         positions, tokens, texts, roles, cells, norms, strict=True
     ):
         shown = "{:>4} {:>3} {:>3} {:>6}".format(*cell) if cell[0] >= 0 else ""
-        yield f"{place:>6} {token:>7}  {text:<16} {role:<18} {shown:<20} {norm:.4g}"
+        yield f"{position:>6} {token:>7}  {text:<16} {role:<18} {shown:<20} {norm:.4g}"
     if "answer_logprobs" in sample:
         logprobs = sample["answer_logprobs"]
         yield f"answer: {len(logprobs)} tokens, log-probability {logprobs.sum(dtype=np.float64):.4g} together"

@@ -62,7 +62,7 @@ class ShardFaults:
             if found:
                 self.can_be_made_again = True
                 return found
-            with self._run.place.local(self.name) as path:
+            with self._run.files.local(self.name) as path:
                 stored = load_shard(path, raw=True)
                 check_index(path, stored)
         except ShardError as error:
@@ -80,7 +80,7 @@ class ShardFaults:
         if self._entry is None:
             return []
         try:
-            size, crc32c = self._run.place.describe(self.name)
+            size, crc32c = self._run.files.describe(self.name)
         except BadDataError:
             return ["is missing"]
         if size != self._entry["bytes"]:
@@ -127,7 +127,7 @@ class ShardFaults:
     def _against_statistics(self, shard: Shard) -> Iterator[str]:
         """Against the file of the shard's statistics."""
         name = stats_name_beside(self.name)
-        data = self._run.place.read(name)
+        data = self._run.files.read(name)
         stats: Mapping[str, KindStats] = {}
         try:
             stats = {} if data is None else parse_stats(data, name)
@@ -144,8 +144,8 @@ class ShardFaults:
 def _restored(stored: dict[int | str, list[dict]]) -> Shard:
     """With values in the place of codes, record by record."""
     for records in stored.values():
-        for place, record in enumerate(records):
-            records[place] = restore(record)
+        for number, record in enumerate(records):
+            records[number] = restore(record)
     return stored
 
 
@@ -188,36 +188,36 @@ def _of_kind(shard: Shard, kind: str, key: str, stats: KindStats) -> Iterator[st
     if of_layers != layers:
         yield f"the statistics of {kind} are of layers {list(stats.layers)}"
         return
-    for place, layer in enumerate(layers):
+    for row, layer in enumerate(layers):
         rows_RD = np.concatenate([record[key].astype(np.float32) for record in shard[layer]])
         norms_R = np.linalg.norm(rows_RD, axis=1).astype(np.float64)
         if not np.isfinite(norms_R).all():
             continue  # _of_records names the values
-        yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, place)
+        yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, row)
 
 
 def _of_channels(
-    where: str, rows_RD: np.ndarray, norms_R: np.ndarray, stats: KindStats, place: int
+    where: str, rows_RD: np.ndarray, norms_R: np.ndarray, stats: KindStats, row: int
 ) -> Iterator[str]:
     size, said = rows_RD.shape, (stats.count, stats.mean_CD.shape[1])
     if size != said:
         yield f"{where}: its statistics are of {said[0]} rows of width {said[1]}, it has {size[0]} of {size[1]}"
         return
-    mean_D, variance_D = stats.mean_CD[place], stats.variance_CD[place]
+    mean_D, variance_D = stats.mean_CD[row], stats.variance_CD[row]
     scale_D = np.sqrt(np.square(mean_D) + variance_D)
     apart_D = np.abs(rows_RD.mean(axis=0, dtype=np.float64) - mean_D)
     # The mean square of the norms is the sum of the channels' mean squares.
     squares, stated = np.square(norms_R).mean(), float((np.square(mean_D) + variance_D).sum())
     if not (apart_D <= _TOLERANCE * scale_D).all():
         yield f"{where}: the mean of channel {int(apart_D.argmax())} is not that in its statistics"
-    differ_D = np.abs(rows_RD).max(axis=0) != stats.max_abs_CD[place]
+    differ_D = np.abs(rows_RD).max(axis=0) != stats.max_abs_CD[row]
     if differ_D.any():
         yield f"{where}: the largest value of channel {int(differ_D.argmax())} is not that in its statistics"
     if not _close(squares, stated):
         yield f"{where}: the variances in its statistics are not those of its rows"
     for what, found, said in (
-        ("mean", norms_R.mean(), stats.norm_mean_C[place]),
-        ("largest", norms_R.max(), stats.norm_max_C[place]),
+        ("mean", norms_R.mean(), stats.norm_mean_C[row]),
+        ("largest", norms_R.max(), stats.norm_max_C[row]),
     ):
         if not _close(found, said):
             yield f"{where}: the {what} norm is {found:.6g}, its statistics say {said:.6g}"

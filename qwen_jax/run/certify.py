@@ -133,8 +133,8 @@ def _compare(
         reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
-            place = 0 if isinstance(layer, str) else _place(job, layer, len(expected))
-            rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
+            row = 0 if isinstance(layer, str) else _row_of(job, layer, len(expected))
+            rows = expected[row] if prompt.positions is None else expected[row][prompt.positions]
             sums[kind, layer].add(_stored_rows(sample, kind, layer, rows.shape), rows)
     return {entry: total.closeness() for entry, total in sums.items()}
 
@@ -177,7 +177,7 @@ def _entries(job: Job) -> Iterator[tuple[str, int | str]]:
         yield EMBEDDING, EMBEDDING
 
 
-def _place(job: Job, layer: int, available: int) -> int:
+def _row_of(job: Job, layer: int, available: int) -> int:
     """Our reference holds the captured layers, Hugging Face's every layer."""
     return layer if available > len(job.layers) else job.layers.index(layer)
 

@@ -183,7 +183,7 @@ def _elsewhere(prompts: Sequence[np.ndarray], strangers: Sequence[np.ndarray]) -
     """Among strangers in other orders, so that each begins and is cut elsewhere; and each alone."""
     mixed = [*prompts, *strangers]
     for seed in range(_ORDERS):
-        yield [mixed[place] for place in _RNG(seed).permutation(len(mixed))]
+        yield [mixed[number] for number in _RNG(seed).permutation(len(mixed))]
     yield from ([prompt] for prompt in prompts)
 
 

@@ -37,7 +37,7 @@ ANSWER_KEYS = ("answer_logprobs", "answer_token_ids", "answer_positions")
 NOTE_KEYS = tuple(NOTES)
 OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS, *ALL_QUANTISED_KEYS, *NOTE_KEYS)
 """What a record may hold besides: ROW_KEYS, int32 arrays over its rows; ANSWER_KEYS, one entry for each token of the
-answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 places in the prompt;
+answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 positions in the prompt;
 KIND_KEYS, activations of further kinds; ALL_QUANTISED_KEYS, what belongs to quantised rows (rows.py); NOTE_KEYS, what
 the sample's stream line says of it (kinds.NOTES)."""
 
@@ -252,10 +252,10 @@ def _load(
 def _restored(shard: dict[int | str, list[dict]], budget: Budget) -> dict[int | str, list[dict]]:
     """The same with values in the place of codes, record by record, so that few are held as both."""
     for records in shard.values():
-        for place, record in enumerate(records):
+        for number, record in enumerate(records):
             if "scale" in record:
                 budget.charge(sum(4 * rows.size for rows in rows_by_key(record).values()))
-            records[place] = restore(record)
+            records[number] = restore(record)
     return shard
 
 

@@ -254,10 +254,10 @@ class Unpickler:
         That dict is followed by one key and list, or, as Python's pickler does it, by all keys and lists so far.
         """
         stack, at_hand = self._stack, None
-        for place in range(1, len(stack) - 1, 2):
-            if type(stack[place]) not in (int, str) or type(stack[place + 1]) is not list:
+        for at in range(1, len(stack) - 1, 2):
+            if type(stack[at]) not in (int, str) or type(stack[at + 1]) is not list:
                 break
-            at_hand = stack[place]
+            at_hand = stack[at]
             self._budget.work(1)
         return at_hand
 
