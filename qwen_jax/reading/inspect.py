@@ -51,7 +51,7 @@ def _describe_run(run: DescribedRun) -> Iterator[str]:
 def _losses(statistics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What quantising lost of each kind, in its worst layer."""
     for kind, layers in statistics.items():
-        known = [layer for layer in layers.values() if "relative_error" in layer]
+        known = [layer for layer in layers.values() if {"relative_error", "cosine"} <= layer.keys()]
         if known:
             error = max(layer["relative_error"] for layer in known)
             cosine = min(layer["cosine"] for layer in known)

@@ -86,7 +86,8 @@ class Roof:
         program, config = self.program, self.program.config
         width = 8 * config.hidden_size + 4 * config.intermediate_size / program.parts.count
         layers = program.num_layers * program.shape.tokens * width * self._bytes
-        return program.weight_bytes + 2 * program.carried_bytes + self.leaving + layers
+        captured = self.kept * held_bytes(program)
+        return program.weight_bytes + 2 * program.carried_bytes + captured + layers
 
     @cached_property
     def seconds(self) -> dict[str, float]:

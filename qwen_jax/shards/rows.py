@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from qwen_jax.kinds import KINDS, QUANTISED_KEYS
-from qwen_jax.shards.dtypes import FLOAT_DTYPES, QUANTISED_DTYPES
+from qwen_jax.shards.dtypes import FLOAT_DTYPES
 
 KIND_KEYS = tuple(KINDS)
 
@@ -96,15 +97,15 @@ def _repeats(ordered_NK: np.ndarray) -> bool:
 
 
 StoredRows = np.ndarray | Rows | QuantisedRows
-_VALUES = {dtype: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for dtype in QUANTISED_DTYPES}
-"""Of each code's byte its value: looked up, since ml_dtypes casts a tenth as fast."""
+_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""Of each code's byte its value: looked up, since ml_dtypes takes more than twice as long to cast."""
 
 
 def restored(rows: QuantisedRows) -> np.ndarray:
-    """float32 [n, hidden]: each code times its row's scale, and the exact values in their places."""
+    """float32 [n, hidden]: each code times its row's scale, and the exact values at their channels."""
     codes = np.concatenate(rows.codes.pieces) if isinstance(rows.codes, Rows) else rows.codes
-    values_ND = _VALUES[codes.dtype][codes.view(np.uint8)]
-    values_ND *= rows.scale_N[:, None]
+    wide_ND = codes if codes.dtype == np.int8 else _FLOAT8[codes.view(np.uint8)]
+    values_ND = wide_ND * rows.scale_N[:, None]
     np.put_along_axis(values_ND, rows.channels_NK, rows.exact_NK.astype(np.float32), axis=1)
     return values_ND
 

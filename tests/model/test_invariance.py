@@ -87,7 +87,11 @@ rng = np.random.default_rng(5)
 prompts = [rng.integers(0, 199, length).astype(np.int32) for length in (40, 1, 300, 77, 130, 64, 5, 299, 33) * 2]
 capture = Capture(Compilation(program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)), model)
 found = [joined(sample) for sample in capture_samples(capture, shape, samples_of(prompts))]
-np.save(sys.argv[3], np.concatenate(found, axis=1).view(np.uint8))
+found = [np.concatenate(found, axis=1)]
+if sys.argv[2] == "bfloat16":
+    from tests.model.test_quantise import bits, looked_capture
+    found += [array for arrays in bits(*looked_capture("int8")).values() for array in arrays]
+np.save(sys.argv[3], np.concatenate([array.ravel().view(np.uint8) for array in found]))
 """
 
 

@@ -91,16 +91,20 @@ class Looked:
         return {"residual": rows_XCTD.at[..., 9].multiply(100)}, None, carried
 
 
-@pytest.fixture(scope="module", params=DTYPES)
-def setting(request):
-    """A capture that stores such rows, and some prompts; each test takes it as another one left it."""
-    shape = StepShape(96, max(LENGTHS))
-    program = Program(
-        TINY, 3, (0, 2), ("residual",), "bfloat16", request.param, make_mesh(), shape, Blocked()
-    )
+def looked_capture(stored: str) -> tuple[Capture, StepShape, list[np.ndarray]]:
+    """A capture on this process's devices that stores such rows, and some prompts."""
+    mesh = make_mesh()
+    shape = StepShape(96, max(LENGTHS), mesh.shape["data"])
+    program = Program(TINY, 3, (0, 2), ("residual",), "bfloat16", stored, mesh, shape, Blocked())
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, 199, length).astype(np.int32) for length in LENGTHS]
     return Capture(Looked(program), nnx.Module()), shape, prompts
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def setting(request):
+    """Each test takes the capture as another one left it."""
+    return looked_capture(request.param)
 
 
 def bits(capture, shape, prompts) -> dict[bytes, list[np.ndarray]]:
@@ -152,3 +156,16 @@ def test_what_is_stored_and_said_of_it_follows_from_what_was_computed(setting, m
         np.testing.assert_allclose(
             tap.sums.norms_CR, np.linalg.norm(np.stack(shard_rows), axis=-1), rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("count", [1, EXACT_CHANNELS + 2])
+def test_a_row_that_is_not_finite_does_not_become_so(dtype, bad, count):
+    """Or the run would not refuse it."""
+    x_CRD = np.random.default_rng(0).standard_normal((1, 3, 48), np.float32)
+    x_CRD[0, 1, :count] = bad
+    rows = of_layer(on_device.quantise(x_CRD, dtype), 0)
+    with np.errstate(invalid="ignore"):
+        finite_R = np.isfinite(np.linalg.norm(restored(rows), axis=1))
+    assert finite_R.tolist() == [True, False, True]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qwen_jax.kinds import EXACT_CHANNELS
+from qwen_jax.kinds import EXACT_CHANNELS, STORED_DTYPES
 from qwen_jax.reading import iter_activations, iter_samples
 from qwen_jax.reading.export import export
 from qwen_jax.reading.inspect import describe
@@ -82,6 +82,7 @@ def test_the_bytes_are_counted_as_they_are(quantised):
     metadata = quantised.metadata()
     width, rows = metadata["model"]["hidden_size"], 3 + 1  # the layers and the embedding
     of_a_token = rows * (width + 4 + EXACT_CHANNELS * (4 + 4))
+    assert of_a_token == rows * STORED_DTYPES["int8"].row_bytes(width, "float32")
     assert metadata["totals"]["raw_bytes"] == metadata["totals"]["tokens"] * of_a_token
     shard = pickle.loads(gzip.decompress(quantised.shards()[0].read_bytes()))
     arrays = [array for each in shard.values() for r in each for array in map(r.get, RAW)]
@@ -134,14 +135,14 @@ def other_exact_value(record: dict) -> None:
     record["exact_values"][0, 0] *= 2
 
 
-def other_place(record: dict) -> None:
+def other_channels(record: dict) -> None:
     record["exact_channels"][0] = [
         channel for channel in range(9) if channel not in record["exact_channels"][0]
     ][:4]
 
 
-def as_values(record: dict) -> None:
-    record["scale"] = record["scale"].astype(np.float64).astype(np.float32)[:-1]
+def too_short(record: dict) -> None:
+    record["scale"] = record["scale"][:-1]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +151,10 @@ def as_values(record: dict) -> None:
         (lambda record: None, None),
         (scale_once_more, "in its statistics"),
         (other_exact_value, "in its statistics"),
-        (other_place, "in its statistics"),
-        (as_values, "cannot be restored: scale is float32"),
+        (other_channels, "in its statistics"),
+        (too_short, "cannot be restored: scale is float32"),
     ],
-    ids=["nothing", "scale", "exact value", "its place", "too short"],
+    ids=["nothing", "scale", "exact value", "its channel", "too short"],
 )
 def test_verify_finds_what_was_changed(quantised, tmp_path, change, said):
     found = damaged(quantised, tmp_path, change)
