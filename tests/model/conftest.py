@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.steps import StepShape, lay_into_steps
@@ -51,6 +53,11 @@ def program_of(
     given = {"dtype": dtype, "stored_dtype": dtype, "mesh": make_mesh(), "form": Blocked()} | settings
     num_layers = model.blocks.attn.q_NHD.shape[0]
     return Program(model.config, num_layers, tuple(layers), tuple(taps), shape=shape, **given)
+
+
+def first_devices(count: int) -> Mesh:
+    """A row of samples on each; all of this machine's devices are make_mesh's."""
+    return Mesh(np.array(jax.local_devices()[:count])[:, None], ("data", "model"))
 
 
 @cache

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from qwen_jax.data.steps import StepShape
 from qwen_jax.kinds import EXACT_CHANNELS, STORED_DTYPES
@@ -91,9 +92,8 @@ class Looked:
         return {"residual": rows_XCTD.at[..., 9].multiply(100)}, None, carried
 
 
-def looked_capture(stored: str) -> tuple[Capture, StepShape, list[np.ndarray]]:
-    """A capture on this process's devices that stores such rows, and some prompts."""
-    mesh = make_mesh()
+def looked_capture(stored: str, mesh: Mesh) -> tuple[Capture, StepShape, list[np.ndarray]]:
+    """A capture on the mesh's devices that stores such rows, and some prompts."""
     shape = StepShape(96, max(LENGTHS), mesh.shape["data"])
     program = Program(TINY, 3, (0, 2), ("residual",), "bfloat16", stored, mesh, shape, Blocked())
     rng = np.random.default_rng(5)
@@ -104,7 +104,7 @@ def looked_capture(stored: str) -> tuple[Capture, StepShape, list[np.ndarray]]:
 @pytest.fixture(scope="module", params=DTYPES)
 def setting(request):
     """Each test takes the capture as another one left it."""
-    return looked_capture(request.param)
+    return looked_capture(request.param, make_mesh())
 
 
 def bits(capture, shape, prompts) -> dict[bytes, list[np.ndarray]]:
