@@ -201,7 +201,7 @@ class Settings:
     )
     activation_dtype: str = _setting(
         "auto",
-        "stored dtype; auto is the compute dtype",
+        "stored dtype; auto is the compute dtype; int8 and float8_e4m3fn take a byte a value, and a scale a token",
         choices=lambda: (AUTO, *STORED_DTYPES),
         recorded=BYTES,
     )

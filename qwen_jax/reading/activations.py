@@ -100,7 +100,7 @@ def iter_activations(
         keep: which rows of a sample (a dict as iter_samples gives it): a function to a bool array, or
             `"role:test_input,answer"` in the words of --keep_tokens. None is all.
         kind: which of several stored kinds; None is the main one.
-        as_float32: cast; else the stored dtype.
+        as_float32: cast; else the stored dtype, if that is no quantised one.
         with_tokens: yield Rows instead of arrays.
         epochs: times to go through all.
         cursor: `ActivationBatches.cursor` of an earlier iteration with the same arguments, to go on behind it. Whole

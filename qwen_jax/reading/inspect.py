@@ -11,7 +11,7 @@ from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard, shard_layers
+from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard, shard_layers, stored_bytes
 
 
 def describe(runs: Sequence[Run]) -> Iterator[str]:
@@ -41,10 +41,21 @@ def _describe_run(run: DescribedRun) -> Iterator[str]:
     yield f"  model    {_model(metadata)}"
     yield f"  layers   {_ranges(metadata['layers'])} of {metadata['model']['num_layers']}: {', '.join(kinds)}"
     yield f"  values   {metadata['activation_dtype']}, width {_widths(metadata)}"
+    yield from _losses(metadata["statistics"])
     yield f"  tokens   {totals['tokens']:,} kept ({fingerprint['keep_tokens']})"
     dataset = metadata["dataset"]
     yield f"  samples  {_samples(totals)}, of {dataset['lines']:,} in {dataset['path']}"
     yield f"  size     {_size(totals)}"
+
+
+def _losses(statistics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What quantising lost of each kind, in its worst layer."""
+    for kind, layers in statistics.items():
+        known = [layer for layer in layers.values() if {"relative_error", "cosine"} <= layer.keys()]
+        if known:
+            error = max(layer["relative_error"] for layer in known)
+            cosine = min(layer["cosine"] for layer in known)
+            yield f"  lost     of {kind} at most: relative error {error:.2g}, mean cosine {cosine:.7f}"
 
 
 def _model(metadata: Mapping[str, Any]) -> str:
@@ -77,13 +88,12 @@ def _describe_shard(run: Run, name: str) -> Iterator[str]:
         stored = shard_layers(path)
     read = {stored[0], *([EMBEDDING] if EMBEDDING in stored else [])}
     with run.files.local(name, read) as path:
-        shard = load_shard(path, layers=read, name=f"{run.where}/{name}")
+        shard = load_shard(path, layers=read, name=f"{run.where}/{name}", raw=True)
     first, layers = shard[stored[0]], [layer for layer in stored if isinstance(layer, int)]
     raw = sum(
-        (1 if layer == EMBEDDING else len(layers)) * array.nbytes
+        (1 if layer == EMBEDDING else len(layers)) * stored_bytes(record)
         for layer, records in shard.items()
         for record in records
-        for array in _arrays(record)
     )
     kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
     besides = [EMBEDDING] if EMBEDDING in stored else []
@@ -95,11 +105,6 @@ def _describe_shard(run: Run, name: str) -> Iterator[str]:
         f"  samples  {len(first)}, {first[0]['sample_idx']} to {first[-1]['sample_idx']}; "
         f"{sum(len(record['token_ids']) for record in first):,} tokens; {raw / 1e9:.3f} GB"
     )
-
-
-def _arrays(record: Mapping[str, Any]) -> list[np.ndarray]:
-    """The activations of a record, each once."""
-    return [record[key] for key in KIND_KEYS if key in record] or [record["activation"]]
 
 
 def _ranges(layers: Sequence[int]) -> str:

@@ -46,9 +46,9 @@ def iter_samples(
 
     A sample: `sample_idx`, `task_id`, `text_preview`, `token_ids`, those of the optional arrays that are stored
     (docs/guide.md), `worker_id` (None where there is no metadata.json), and `activations`: `{layer: [n, hidden]}` in
-    the stored dtype. layers: those to read, by default all. kind: which of several stored kinds; None is the main
-    one. One shard is held in memory at a time, and the next one is fetched meanwhile. Raises ShardError for what is no
-    whole shard, UsageError for a kind that is not stored.
+    the stored dtype, float32 of a quantised one. layers: those to read, by default all. kind: which of several stored
+    kinds; None is the main one. One shard is held in memory at a time, and the next one is fetched meanwhile. Raises
+    ShardError for what is no whole shard, UsageError for a kind that is not stored.
     """
     wanted = [(run, name, layers) for run in open_runs(path) for name in run.shards]
     for shard in fetched(wanted):

@@ -21,6 +21,8 @@ from qwen_jax.shards import (
     check_index,
     load_shard,
     record_keys,
+    restore,
+    stored_bytes,
 )
 from qwen_jax.shards.statistics import KindStats, parse_stats
 
@@ -61,18 +63,18 @@ class ShardFaults:
                 self.can_be_made_again = True
                 return found
             with self._run.files.local(self.name) as path:
-                shard = load_shard(path)
-                check_index(path, shard)
+                stored = load_shard(path, raw=True)
+                check_index(path, stored)
         except ShardError as error:
             return [str(error)]
-        first = next(iter(shard.values()))
+        first = next(iter(stored.values()))
         self.indices = [record["sample_idx"] for record in first]
-        faults = [*_of_records(shard)]
         entry, run = self._entry, self._run
-        if entry is not None and isinstance(run, DescribedRun):
-            faults += [*self._against_entry(shard, entry), *self._against_settings(shard, run.metadata)]
-            faults += self._against_statistics(shard)
-        return faults
+        if entry is None or not isinstance(run, DescribedRun):
+            return [*_of_records(_restored(stored))]
+        described = [*self._against_entry(stored, entry), *self._against_settings(stored, run.metadata)]
+        shard = _restored(stored)
+        return [*_of_records(shard), *described, *self._against_statistics(shard)]
 
     def _of_bytes(self) -> list[str]:
         if self._entry is None:
@@ -139,6 +141,14 @@ class ShardFaults:
                 yield from _of_kind(shard, kind, key, stats[kind])
 
 
+def _restored(stored: dict[int | str, list[dict]]) -> Shard:
+    """With values in the place of codes, record by record."""
+    for records in stored.values():
+        for number, record in enumerate(records):
+            records[number] = restore(record)
+    return stored
+
+
 def _widths(shard: Shard, metadata: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
     """What the rows of each kind are called, their width, and what metadata.json says of it."""
     main, embedded = next(iter(shard.values()))[0], shard.get(EMBEDDING, [{}])[0]
@@ -165,14 +175,7 @@ def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
 
 
 def _raw_bytes(shard: Shard) -> int:
-    arrays = {
-        id(record[key]): record[key].nbytes
-        for records in shard.values()
-        for record in records
-        for key in ("activation", *KIND_KEYS)
-        if key in record
-    }
-    return sum(arrays.values())
+    return sum(stored_bytes(record) for records in shard.values() for record in records)
 
 
 def _of_kind(shard: Shard, kind: str, key: str, stats: KindStats) -> Iterator[str]:

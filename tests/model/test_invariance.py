@@ -33,7 +33,7 @@ def bits(capture, shape, prompts) -> dict[bytes, list[np.ndarray]]:
     """By the prompt's tokens: all that is stored of it, and its sums."""
     found = {}
     for sample in capture_samples(capture, shape, samples_of(prompts)):
-        sums = [array for tap in TAPS for array in vars(sample.taps[tap].sums).values()]
+        sums = [array for tap in TAPS for array in sample.taps[tap].sums.arrays]
         found[sample.tokenized.token_ids.tobytes()] = [*(joined(sample, tap) for tap in TAPS), *sums]
     return found
 
@@ -79,14 +79,17 @@ from qwen_jax.model.config import read_config
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from tests.model.conftest import capture_samples, first_devices, joined, program_of, samples_of
+from tests.model.test_quantise import bits, looked_capture
 
 config = read_config(sys.argv[1])
 rng = np.random.default_rng(5)
 prompts = [rng.integers(0, 199, length).astype(np.int32) for length in (40, 1, 300, 77, 130, 64, 5, 299, 33) * 2]
 assert len(jax.devices()) == 8
-for dtype in ("float32", "bfloat16"):
-    for devices in (1, 2, 8):
-        mesh = make_mesh() if devices == 8 else first_devices(devices)
+for devices in (1, 2, 8):
+    mesh = make_mesh() if devices == 8 else first_devices(devices)
+    codes = [array for arrays in bits(*looked_capture("int8", mesh)).values() for array in arrays]
+    np.save(f"{sys.argv[2]}/int8_{devices}.npy", np.concatenate([array.ravel().view(np.uint8) for array in codes]))
+    for dtype in ("float32", "bfloat16"):
         model = load_model(open_checkpoint(sys.argv[1]), config, config.num_layers, jnp.dtype(dtype), mesh)
         shape = StepShape(96, 300, devices)
         program = program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)
@@ -104,7 +107,7 @@ def test_one_two_and_eight_devices(small, tmp_path):
         cwd=Path(__file__).parents[2],
         check=True,
     )
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         one, two, eight = (np.load(tmp_path / f"{dtype}_{devices}.npy") for devices in (1, 2, 8))
         assert one.size
         np.testing.assert_array_equal(one, two)
