@@ -4,8 +4,9 @@
 
 "Ours" is everything between the device and a completed local run: synced shards, metadata, checkpoint.
 
-Activations are random normals rounded to bfloat16, of the 0.5B model's shape (24 layers of 896), in the steps that
-an accelerator's defaults give; samples of 500 to 2,048 tokens.
+Activations are random normals rounded to bfloat16 (int8 and float8_e4m3fn: codes of those, with what belongs to them),
+of the 0.5B model's shape (24 layers of 896), in the steps that an accelerator's defaults give; samples of 500 to 2,048
+tokens.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from isal import isal_zlib
 
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.steps import Step, StepShape, lay_into_steps, step_tokens
+from qwen_jax.kinds import EXACT_CHANNELS, STORED_DTYPES
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
@@ -67,12 +69,27 @@ def synthetic_steps(gigabytes: float, dtype: str) -> list[tuple[Step, Computed]]
     count = max(1, round(gigabytes * 2**30 / bytes_per_step))
     steps = []
     for step in lay_into_steps(samples_of(count * SHAPE.tokens), SHAPE):
-        values = rng.normal(size=(LAYERS, SHAPE.tokens, HIDDEN)).astype(np.float32)
-        norms = np.ones((LAYERS, SHAPE.tokens), np.float32)
-        of_blocks = np.zeros((3, LAYERS, SHAPE.blocks, HIDDEN), np.float32)
-        rows = TapRows(values.astype(ml_dtypes.bfloat16).astype(dtype), norms, *of_blocks)
+        values = rng.normal(size=(LAYERS, SHAPE.tokens, HIDDEN)).astype(np.float32).astype(ml_dtypes.bfloat16)
+        stored, more = stored_as(values, dtype), 3 if STORED_DTYPES[dtype].is_quantised else 0
+        of_rows = np.ones((1 + more, LAYERS, SHAPE.tokens), np.float32)
+        of_blocks = np.zeros((3 + bool(more), LAYERS, SHAPE.blocks, HIDDEN), np.float32)
+        rows = TapRows(stored, tuple(of_rows), tuple(of_blocks))
         steps.append((step, Computed(RowResult({"residual": rows}))))
     return steps
+
+
+def stored_as(values_CRD: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:
+    """What leaves the device of these values; the channels that are exact are the first ones, which costs the same."""
+    largest = STORED_DTYPES[dtype].largest
+    if not largest:
+        return (values_CRD.astype(dtype),)
+    scale_CR = np.abs(values_CRD).max(axis=2).astype(np.float32) / largest
+    codes_CRD = (
+        np.rint(values_CRD / scale_CR[..., None]) if dtype == "int8" else values_CRD / scale_CR[..., None]
+    )
+    channels_K = np.arange(EXACT_CHANNELS, dtype=np.int32)
+    channels_CRK = np.tile(channels_K, (*scale_CR.shape, 1))
+    return codes_CRD.astype(dtype), scale_CR, channels_CRK, values_CRD[..., :EXACT_CHANNELS].copy()
 
 
 def off_the_device(steps: Sequence[tuple[Step, Computed]]) -> list[CapturedSample]:
@@ -82,6 +99,12 @@ def off_the_device(steps: Sequence[tuple[Step, Computed]]) -> list[CapturedSampl
 
 def activations(sample: CapturedSample) -> np.ndarray:
     return np.concatenate(sample.taps["residual"].pieces, axis=1)
+
+
+def raw_bytes(sample: CapturedSample) -> np.ndarray:
+    """All that is stored of its rows."""
+    tap = sample.taps["residual"]
+    return np.concatenate([array.reshape(-1).view(np.uint8) for array in (*tap.pieces, *tap.beside)])
 
 
 def ours(steps: Sequence[tuple[Step, Computed]], folder: Path) -> None:
@@ -129,14 +152,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=STORED_DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to write (default: the temporary folder)")
     args = parser.parse_args()
-    dtype = ml_dtypes.bfloat16 if args.dtype == "bfloat16" else np.float32
-    steps = synthetic_steps(args.gigabytes, dtype)
+    steps = synthetic_steps(args.gigabytes, args.dtype)
     samples = off_the_device(steps)
-    raw = np.concatenate([activations(sample).reshape(-1) for sample in samples]).view(np.uint8)
+    raw = np.concatenate([raw_bytes(sample) for sample in samples])
     part = samples[: max(1, len(samples) // PEER_SHARE)]
     part_bytes = sum(sample.nbytes for sample in part)
     apart = Apart(lambda: bare_isal(memoryview(raw)))

@@ -87,8 +87,53 @@ LINE_NOTES: dict[str, type] = {"test_index": int, "augmentation": str, "piece": 
 task (data/augment.py) and which part of a text it is (data/spread.py), as JSON."""
 NOTES = LINE_NOTES | {"solved": int}
 """What a record may: the same, and whether the model's own answer is the test's output (1 or 0)."""
-STORED_DTYPES = ("float32", "bfloat16", "float16")
-COMPUTE_DTYPES = STORED_DTYPES[:2]
+
+
+EXACT_CHANNELS = 4
+"""Values of a quantised row that are stored as they were computed, those of the largest size: massive activations stand
+in at most four channels of any model that was looked at (Sun et al. 2024), and each takes 6 to 8 bytes a row."""
+QUANTISED_KEYS = ("scale", "exact_channels", "exact_values")
+"""What a record holds beside the codes of quantised rows."""
+
+
+@dataclass(frozen=True)
+class StoredDtype:
+    """A dtype of --activation_dtype.
+
+    bytes: of a value. compressed: bytes of a raw byte, measured on the demo model's residual stream (docs/reading.md).
+    eps: from 1 to the next value, 0 where values lie evenly. largest: of the codes, where a row is codes times a scale;
+    0 where it is values.
+    """
+
+    bytes: int
+    compressed: float
+    eps: float
+    largest: int = 0
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.largest > 0
+
+    def rounding(self, width: int) -> float:
+        """The relative error that storing a row of so many values may bring, by Euclidean norms. Evenly spaced codes:
+        half a step for each value, in a row that holds its exact values, and one more, of the size of the largest
+        code."""
+        return self.eps or (width / (EXACT_CHANNELS + 1)) ** 0.5 / (2 * self.largest)
+
+    def row_bytes(self, width: int, compute_dtype: str) -> int:
+        """Raw bytes of a row: of a quantised one its codes, a float32, and for each exact value an int32 and itself."""
+        beside = 4 + EXACT_CHANNELS * (4 + STORED_DTYPES[compute_dtype].bytes) if self.is_quantised else 0
+        return width * self.bytes + beside
+
+
+STORED_DTYPES = {
+    "float32": StoredDtype(4, 0.92, 2**-23),
+    "bfloat16": StoredDtype(2, 0.78, 2**-7),
+    "float16": StoredDtype(2, 0.92, 2**-10),
+    "int8": StoredDtype(1, 0.9, 0, largest=127),
+    "float8_e4m3fn": StoredDtype(1, 0.81, 2**-3, largest=448),
+}
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 KEEP_ALL = "all"
 """The --keep_tokens that leaves no token out."""

@@ -39,7 +39,7 @@ LONGEST = 0
 
 BYTES, HOW = "fingerprint", "settings"
 """Where metadata.json records a setting: among what the shards' bytes depend on, which no resume may change, or
-among what only changes the last places of how they are computed."""
+among what only changes the last digits of how they are computed."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Settings:
     )
     activation_dtype: str = _setting(
         "auto",
-        "stored dtype; auto is the compute dtype",
+        "stored dtype; auto is the compute dtype; int8 and float8_e4m3fn take a byte a value, and a scale a token",
         choices=lambda: (AUTO, *STORED_DTYPES),
         recorded=BYTES,
     )
@@ -468,11 +468,11 @@ def bucket_url(bucket: str, prefix: str, worker_id: int) -> str:
     The prefix is a name, in which `#`, `?` and `%` mean themselves. Raises UsageError for one that cannot be.
     """
     root, below = bucket if "://" in bucket else f"gs://{bucket}", prefix.strip("/")
-    from qwen_jax.storage.opening import check_place
+    from qwen_jax.storage.opening import check_store_url
 
-    check_place(f"gs://any/{below}")  # what a bucket refuses must not lead out of a folder either
+    check_store_url(f"gs://any/{below}")  # what a bucket refuses must not lead out of a folder either
     if root.startswith("file://"):
         below = quote(below)
     url = "/".join([root.rstrip("/"), *([below] if below else []), bucket_folder(worker_id)])
-    check_place(url)
+    check_store_url(url)
     return url

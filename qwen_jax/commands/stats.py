@@ -7,6 +7,7 @@ has none, they are computed from its shards.
 
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import Any
 
 from qwen_jax.cli import FlagParser, say
 from qwen_jax.commands.arguments import add_paths
@@ -45,4 +46,14 @@ def _lines(stats: Stats) -> Iterator[str]:
         for layer, line in entry.summary().items():
             channels = ", ".join(map(str, line["massive_channels"])) or "none"
             norms = f"{line['norm_mean']:>10.4g} {line['norm_max']:>10.4g}"
-            yield f"{kind:<10} {layer:>9} {line['count']:>12,} {norms}  {channels}"
+            yield f"{kind:<10} {layer:>9} {line['count']:>12,} {norms}  {channels}{_loss(line)}"
+
+
+def _loss(line: dict[str, Any]) -> str:
+    """Of quantised rows what was lost."""
+    if "relative_error" not in line:
+        return ""
+    return (
+        f"; lost: relative error {line['relative_error']:.2g}, variance {line['unexplained_variance']:.2g}, mean "
+        f"cosine {line['cosine']:.7f}, at most {line['max_error']:.2g} (channel {line['max_error_channel']})"
+    )

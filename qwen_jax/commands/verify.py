@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qwen_jax.cli import FlagParser, positive_int, say
 from qwen_jax.commands.arguments import add_paths
-from qwen_jax.reading.runs import Bucket, DescribedRun, Folder, Run, open_runs
+from qwen_jax.reading.runs import BucketFiles, DescribedRun, LocalFiles, Run, open_runs
 from qwen_jax.reading.verify import Fault, Verified, verify_runs
 
 FAULTS_FOUND = 1
@@ -72,11 +72,11 @@ def _with_samples(run: DescribedRun, name: str) -> str:
 def _repair_run(run: DescribedRun, bad: list[str], args: Namespace) -> None:
     from qwen_jax.run.repair import repair
 
-    place, moved = run.place, (args.model_path, args.dataset_path, args.adapter_path)
-    if isinstance(place, Folder):
-        repair(place.path, run.metadata, bad, *moved)
-    elif isinstance(place, Bucket):
+    files, moved = run.files, (args.model_path, args.dataset_path, args.adapter_path)
+    if isinstance(files, LocalFiles):
+        repair(files.path, run.metadata, bad, *moved)
+    elif isinstance(files, BucketFiles):
         with tempfile.TemporaryDirectory() as folder:
             repair(Path(folder), run.metadata, bad, *moved)
             for name in bad:
-                place.replace_file(name, Path(folder) / name)
+                files.replace_file(name, Path(folder) / name)

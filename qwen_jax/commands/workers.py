@@ -14,18 +14,18 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from qwen_jax.cli import FlagParser, positive_float
 from qwen_jax.errors import StorageError, UsageError
 from qwen_jax.fleet.monitor import (
     STALLED_AFTER_S,
-    BucketSource,
-    LocalSource,
-    Source,
     WorkerState,
+    bucket_files,
     details,
     exit_code,
     look,
@@ -34,9 +34,13 @@ from qwen_jax.fleet.monitor import (
 )
 from qwen_jax.fleet.worker_variables import number_of_workers
 from qwen_jax.ledger.schema import NOT_STARTED
+from qwen_jax.ledger.worker_files import WorkerFiles
 
 ENV_FOR_ALL = True
 _LOOKS_AT_ONCE = 8
+
+FilesOf = Callable[[int], WorkerFiles]
+"""The files of a worker, by id."""
 
 
 def add_flags(parser: FlagParser) -> None:
@@ -61,12 +65,12 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    source, place = _source(args)
+    files_of, where = _files(args)
     count = args.number or args.num_workers
     while True:
         code = None
         try:
-            code = _look_once(args, source, place, count)
+            code = _look_once(args, files_of, where, count)
         except StorageError as error:
             if not args.watch:
                 raise
@@ -76,12 +80,13 @@ def run(args: Namespace) -> int:
         time.sleep(args.watch)
 
 
-def _source(args: Namespace) -> tuple[Source, str]:
+def _files(args: Namespace) -> tuple[FilesOf, str]:
     """Where to look, and its name."""
     if not args.bucket:
-        return LocalSource(Path(args.checkpoint_dir), Path(args.output_dir)), args.checkpoint_dir
+        folders = Path(args.checkpoint_dir), Path(args.output_dir)
+        return partial(WorkerFiles.local, *folders), args.checkpoint_dir
     url = shards_url(args.bucket, os.environ.get("GCS_PREFIX") or "activations")
-    return BucketSource(url), url
+    return partial(WorkerFiles.stored, bucket_files(url)), url
 
 
 def shards_url(bucket: str, prefix: str) -> str:
@@ -91,24 +96,24 @@ def shards_url(bucket: str, prefix: str) -> str:
     return f"{url}/{prefix.strip('/')}" if is_name else url
 
 
-def _look_once(args: Namespace, source: Source, place: str, count: int) -> int:
+def _look_once(args: Namespace, files_of: FilesOf, where: str, count: int) -> int:
     now = time.time()
-    states = mark_slow(_look_at_all(source, count, now, args.stalled_after))
+    states = mark_slow(_look_at_all(files_of, count, now, args.stalled_after))
     _print(states, args.json)
     if args.html:
         from qwen_jax.fleet.page import make_page  # jinja2 is not on every machine that looks
 
-        _write_page(Path(args.html), make_page(states, now, args.watch, place))
+        _write_page(Path(args.html), make_page(states, now, args.watch, where))
     if all(state.state == NOT_STARTED for state in states):
         advice = "other places: --bucket gs://BUCKET/PREFIX, or --checkpoint_dir"
-        print(f"nothing of any worker was found in {place}; {advice}", file=sys.stderr, flush=True)
+        print(f"nothing of any worker was found in {where}; {advice}", file=sys.stderr, flush=True)
     return exit_code(states)
 
 
-def _look_at_all(source: Source, count: int, now: float, stalled_after_s: float) -> list[WorkerState]:
+def _look_at_all(files_of: FilesOf, count: int, now: float, stalled_after_s: float) -> list[WorkerState]:
     """Raises the first error; who has not been looked at by then, is not."""
     with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
-        looks = [pool.submit(look, source, worker, now, stalled_after_s) for worker in range(count)]
+        looks = [pool.submit(look, files_of(worker), now, stalled_after_s) for worker in range(count)]
         try:
             return [each.result() for each in looks]
         finally:

@@ -84,7 +84,7 @@ class Augmentation:
         return json.dumps(asdict(self), separators=(",", ":"))
 
     def applied(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        train = [self._pair(task["train"][place]) for place in self.examples]
+        train = [self._pair(task["train"][number]) for number in self.examples]
         return {**task, "train": train, "test": [self._pair(pair) for pair in task["test"]]}
 
     def _pair(self, pair: Mapping[str, Grid]) -> dict[str, Grid]:
@@ -103,10 +103,10 @@ class Augmentation:
             here = cells[:, 0] == grid
             original = self._grid(grid)
             height, width = self.sizes[original]
-            places = np.array(
+            origins = np.array(
                 SYMMETRIES[self.symmetry](np.arange(height * width).reshape(height, width).tolist())
             )
-            rows, columns = np.divmod(places[cells[here, 1], cells[here, 2]], width)
+            rows, columns = np.divmod(origins[cells[here, 1], cells[here, 2]], width)
             colours = np.argsort(self.colours)[cells[here, 3]]
             undone[here] = np.stack([np.full_like(rows, original), rows, columns, colours], axis=1)
         return undone

@@ -261,7 +261,7 @@ class Prompt:
         return np.where(holds_one[:, None], cells[first.clip(max=len(cells) - 1), 2:], np.int32(-1))
 
     def _cells(self) -> np.ndarray | None:
-        """Those of the segments, their places counted from the prompt's start."""
+        """Those of the segments, their spans counted from the prompt's start."""
         shown = [number for number, segment in enumerate(self._segments) if segment.cells is not None]
         if not shown:
             return None

@@ -146,11 +146,13 @@ class _Making:
 
 
 def most_prompt_bytes(tokenizer: Any, max_seq_length: int) -> int:
-    """Bytes (UTF-8) of a prompt that is made into tokens: any prompt that fits has fewer.
+    """Bytes (UTF-8) of a prompt that is made into tokens: any prompt that fits has fewer."""
+    return max(_BYTES_AT_LEAST, max_seq_length * _longest_token(tokenizer))
 
-    The vocabulary of a tokenizer such as Qwen's shows each byte of a token as a character.
-    """
-    return max(_BYTES_AT_LEAST, max_seq_length * max(map(len, tokenizer.get_vocab())))
+
+def _longest_token(tokenizer: Any) -> int:
+    """Bytes of it: the vocabulary of a tokenizer such as Qwen's shows each byte of a token as a character."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 class PromptEncoder:
@@ -439,12 +441,12 @@ def _expected_lengths(task: Task, prompt: Prompt, tokens: Tokens, before: int = 
     expected = np.full(examples + 1, -1)
     if grids is None:
         return expected
-    places = np.searchsorted(tokens.spans[:, 0], grids)
+    firsts = np.searchsorted(tokens.spans[:, 0], grids)
     # Examples are numbered from 1 again: without k of them, those that were k + 1, ... are 1, ...
     digits = np.cumsum([0, *(len(str(number)) for number in range(1, examples + 1))])
     dropped = np.arange(examples)
     renumbered = (digits[examples] - digits[dropped + 1]) - (digits[examples - dropped] - digits[1])
-    expected[:-1] = len(tokens.ids) - (places - places[0]) - renumbered
+    expected[:-1] = len(tokens.ids) - (firsts - firsts[0]) - renumbered
     return expected
 
 
@@ -468,8 +470,8 @@ def _first_ids(tokenizer: Any) -> np.ndarray:
     """int32: what the tokenizer by itself puts before a text. Qwen's puts nothing there, Llama's a token."""
     backend = tokenizer.backend_tokenizer
     with_special, plain = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
-    places = range(len(with_special) - len(plain) + 1)
-    first = next((place for place in places if with_special[place : place + len(plain)] == plain), 0)
+    offsets = range(len(with_special) - len(plain) + 1)
+    first = next((offset for offset in offsets if with_special[offset : offset + len(plain)] == plain), 0)
     return np.asarray(with_special[:first], np.int32)
 
 

@@ -75,27 +75,27 @@ def _up(count: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """The tokens `start` to `stop` of a sample, which stand in row `row` of a step from `place` on.
+    """The tokens `start` to `stop` of a sample, which stand in row `row` of a step from `offset` on.
 
-    kept_place, block_place, answer_place: where what is kept of them, the blocks that they complete and the answers
+    kept_offset, block_offset, answer_offset: where what is kept of them, the blocks that they complete and the answers
     that they foretell begin among those of the row.
     """
 
     sample: TokenizedSample
     row: int
-    place: int
+    offset: int
     start: int
     stop: int
-    kept_place: int = 0
-    block_place: int = 0
-    answer_place: int = 0
+    kept_offset: int = 0
+    block_offset: int = 0
+    answer_offset: int = 0
 
-    def after(self, sample: TokenizedSample, place: int, start: int, stop: int) -> Self:
+    def after(self, sample: TokenizedSample, offset: int, start: int, stop: int) -> Self:
         """The part that follows in the row."""
         return type(self)(
             sample,
             self.row,
-            place,
+            offset,
             start,
             stop,
             self.kept_rows.stop,
@@ -122,32 +122,32 @@ class Part:
             return range(self.start, self.stop)
         return range(*np.searchsorted(positions, [self.start + before, self.stop + before]).tolist())
 
-    def places(self, positions: np.ndarray, chosen: range) -> np.ndarray:
+    def offsets(self, positions: np.ndarray, chosen: range) -> np.ndarray:
         """Where the `chosen` ones of the sample's `positions` stand in the row."""
-        return positions[chosen.start : chosen.stop] + (self.place - self.start)
+        return positions[chosen.start : chosen.stop] + (self.offset - self.start)
 
     @property
     def kept_rows(self) -> slice:
-        return slice(self.kept_place, self.kept_place + len(self.kept))
+        return slice(self.kept_offset, self.kept_offset + len(self.kept))
 
     @property
     def block_rows(self) -> slice:
-        return slice(self.block_place, self.block_place + len(list(self.blocks())))
+        return slice(self.block_offset, self.block_offset + len(list(self.blocks())))
 
     @property
     def answer_rows(self) -> slice:
-        return slice(self.answer_place, self.answer_place + len(self.answered))
+        return slice(self.answer_offset, self.answer_offset + len(self.answered))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Place among the row's kept tokens and size of each block of BLOCK_TOKENS that these tokens complete.
 
-        The place is negative for a block that began in an earlier step.
+        The offset is negative for a block that began in an earlier step.
         """
         first = self.kept.start - self.kept.start % BLOCK_TOKENS
         for start in range(first, self.kept.stop, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, self.sample.n_kept)
             if self.kept.start < stop <= self.kept.stop:
-                yield self.kept_place + start - self.kept.start, stop - start
+                yield self.kept_offset + start - self.kept.start, stop - start
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Step:
         if all(part.sample.positions is None for part in self.parts):
             return None
         size = next(size for size in self.shape.kept_sizes if size >= self.kept_counts.max())
-        return self._rows(lambda part: part.places(part.sample.kept_positions, part.kept), size)
+        return self._rows(lambda part: part.offsets(part.sample.kept_positions, part.kept), size)
 
     def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The log-probabilities that are wanted: int32 [rows, tokens] tokens of the step and what should follow each,
@@ -188,7 +188,7 @@ class Step:
             return part.sample.token_ids[part.sample.answer_positions[part.answered]]
 
         before = self._rows(
-            lambda part: part.places(part.sample.answer_positions, part.answered) - 1, self.shape.tokens
+            lambda part: part.offsets(part.sample.answer_positions, part.answered) - 1, self.shape.tokens
         )
         return before, self._rows(following, self.shape.tokens), self._counts(lambda part: part.answered)
 
@@ -243,21 +243,21 @@ class _Row:
 
     def take(self, tokens_T: np.ndarray, positions_T: np.ndarray) -> Iterator[Part]:
         """Fills the arrays with the next tokens, as far as there are any, and yields what belongs to which sample."""
-        place, before = 0, None
-        while self.samples and place < len(tokens_T):
+        offset, before = 0, None
+        while self.samples and offset < len(tokens_T):
             sample, start = self.samples[0], self.done
-            count = min(self._length(sample) - start, len(tokens_T) - place)
-            positions_T[place : place + count] = np.arange(start, start + count)
+            count = min(self._length(sample) - start, len(tokens_T) - offset)
+            positions_T[offset : offset + count] = np.arange(start, start + count)
             stop = min(start + count, len(sample.token_ids))
             if start < stop:
-                tokens_T[place : place + stop - start] = sample.token_ids[start:stop]
-                given = (sample, place, start, stop)
-                before = before.after(*given) if before else Part(sample, self.number, place, start, stop)
+                tokens_T[offset : offset + stop - start] = sample.token_ids[start:stop]
+                given = (sample, offset, start, stop)
+                before = before.after(*given) if before else Part(sample, self.number, offset, start, stop)
                 yield before
-            place += count
+            offset += count
             self._pass(count)
-        rest = len(tokens_T) - place
-        positions_T[place:] = np.arange(rest) % self.shape.positions
+        rest = len(tokens_T) - offset
+        positions_T[offset:] = np.arange(rest) % self.shape.positions
 
     def _pass(self, count: int) -> None:
         self.done += count

@@ -25,9 +25,9 @@ _PROBE = Task("", [{"input": [[1, 2]], "output": [[3]]}], [{"input": [[4, 5], [6
 
 
 class _Cell(int):
-    """A colour that says where it stands when it is shown. place: in the list of a prompt's cells."""
+    """A colour that says where it stands when it is shown. number: in the list of a prompt's cells."""
 
-    place: int
+    number: int
 
     def __str__(self) -> str:
         return _shown(self, format(int(self), "d"))
@@ -35,7 +35,7 @@ class _Cell(int):
 
 def _shown(cell: _Cell, text: object) -> str:
     """A cell's text between marks, by which it is found in what the template gives."""
-    return f"\ue000{cell.place}\ue001{text}\ue002"
+    return f"\ue000{cell.number}\ue001{text}\ue002"
 
 
 class _Grid(list):
@@ -57,7 +57,7 @@ class _Cells:
 
     def _cell(self, role: int, number: int, row: int, column: int, colour: int) -> _Cell:
         cell = _Cell(colour)
-        cell.place = len(self.known)
+        cell.number = len(self.known)
         self.known.append((role, number, row, column, colour))
         return cell
 
@@ -92,8 +92,8 @@ class TemplateFormat:
         cells = _Cells()
         train = [
             {
-                side: cells.of(example_role(number, side), 2 * number - 2 + place, pair[side])
-                for place, side in enumerate(("input", "output"))
+                side: cells.of(example_role(number, side), 2 * number - 2 + second, pair[side])
+                for second, side in enumerate(("input", "output"))
             }
             for number, pair in enumerate(task.train[dropped:], dropped + 1)
         ]
@@ -122,9 +122,9 @@ class TemplateFormat:
 
 def _segments(rendered: str, cells: _Cells) -> Iterator[Segment]:
     """The parts of a rendered text: from a grid's first cell to its last one, and what stands around them."""
-    places = [(int(found[1]), found) for found in _MARKED.finditer(rendered)]
+    cells_found = [(int(found[1]), found) for found in _MARKED.finditer(rendered)]
     start = 0
-    for role, group in groupby(places, key=lambda each: cells.known[each[0]][0]):
+    for role, group in groupby(cells_found, key=lambda each: cells.known[each[0]][0]):
         shown = list(group)
         first, last = shown[0][1].start(), shown[-1][1].end()
         if rendered[start:first]:
@@ -136,10 +136,10 @@ def _segments(rendered: str, cells: _Cells) -> Iterator[Segment]:
 
 
 def _grid_segment(role: int, marked: str, cells: _Cells) -> Segment:
-    parts = _MARKED.split(marked)  # text, place, cell's text, text, place, ...
+    parts = _MARKED.split(marked)  # text, number, cell's text, text, number, ...
     texts = list(chain.from_iterable(zip(parts[::3], [*parts[2::3], ""], strict=True)))
     spans = np.cumsum([len(text) for text in texts]).reshape(-1, 2)[:-1]
-    known = np.array([cells.known[int(place)][1:] for place in parts[1::3]], np.int32)
+    known = np.array([cells.known[int(number)][1:] for number in parts[1::3]], np.int32)
     found = np.column_stack([spans, known]).astype(np.int32)
     return Segment(role, "".join(texts), lambda: found)
 

@@ -3,13 +3,10 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
 
 from qwen_jax.ledger.checkpoint import SeenCheckpoint, seen_checkpoint
-from qwen_jax.ledger.checks import DamagedError, read_bounded
+from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.metadata import seen_metadata
-from qwen_jax.ledger.names import METADATA_NAME, bucket_folder, checkpoint_name, local_folder, progress_name
 from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.ledger.schema import (
     COMPLETED,
@@ -20,6 +17,7 @@ from qwen_jax.ledger.schema import (
     STARTING,
     TERMINATED,
 )
+from qwen_jax.ledger.worker_files import File, StoreFiles, WorkerFiles
 
 STALLED, UNREADABLE, SLOW = "stalled", "unreadable", "slow"
 PROBLEMS = (FAILED, STALLED, UNREADABLE)
@@ -33,66 +31,16 @@ _BUDGET_S, _ANSWER_S = 20.0, 15.0
 """A person waits, and looks again: less than a worker's patience."""
 
 
-class Source(Protocol):
-    """Where workers' files lie."""
-
-    def checkpoint(self, worker: int) -> bytes | None: ...
-    def progress(self, worker: int) -> bytes | None: ...
-    def metadata(self, worker: int) -> bytes | None: ...
-    def checkpoint_place(self, worker: int) -> str: ...
-
-
-class LocalSource:
-    """The folders of this machine. output_dir: for sizes and norms, where metadata.json is there."""
-
-    def __init__(self, checkpoint_dir: Path, output_dir: Path):
-        self._checkpoints = checkpoint_dir
-        self._output = output_dir
-
-    def checkpoint(self, worker: int) -> bytes | None:
-        return _read(Path(self.checkpoint_place(worker)))
-
-    def progress(self, worker: int) -> bytes | None:
-        return _read(self._checkpoints / progress_name(worker))
-
-    def metadata(self, worker: int) -> bytes | None:
-        return _read(self._output / local_folder(worker) / METADATA_NAME)
-
-    def checkpoint_place(self, worker: int) -> str:
-        return str(self._checkpoints / checkpoint_name(worker))
-
-
-class BucketSource:
+def bucket_files(url: str) -> StoreFiles:
     """The workers' folders in a bucket. url: what lies above tpu_0, tpu_1, ...; raises what open_store does."""
+    from qwen_jax.storage.opening import open_store
 
-    def __init__(self, url: str):
-        from qwen_jax.storage.opening import open_store
-
-        self._url = url.rstrip("/")
-        self._store = open_store(self._url, budget_s=_BUDGET_S, timeout_s=_ANSWER_S)
-
-    def _get(self, name: str) -> bytes | None:
-        stored = self._store.get_bytes(name)
-        return stored[0] if stored else None
-
-    def checkpoint(self, worker: int) -> bytes | None:
-        return self._get(f"{bucket_folder(worker)}/{checkpoint_name(worker)}")
-
-    def progress(self, worker: int) -> bytes | None:
-        return self._get(f"{bucket_folder(worker)}/{progress_name()}")
-
-    def metadata(self, worker: int) -> bytes | None:
-        return self._get(f"{bucket_folder(worker)}/{METADATA_NAME}")
-
-    def checkpoint_place(self, worker: int) -> str:
-        return f"{self._url}/{bucket_folder(worker)}/{checkpoint_name(worker)}"
+    return StoreFiles(open_store(url.rstrip("/"), budget_s=_BUDGET_S, timeout_s=_ANSWER_S))
 
 
-def _read(path: Path) -> bytes | None:
+def _read(file: File) -> bytes | None:
     try:
-        return read_bounded(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return file.read()
     except OSError:  # there, but it cannot be read
         return b""
 
@@ -154,18 +102,18 @@ class WorkerState:
         return f"Worker {self.worker}: {self.durable} samples, {self.shards} shards, {self.shown}"
 
 
-def look(source: Source, worker: int, now: float, stalled_after_s: float = STALLED_AFTER_S) -> WorkerState:
+def look(files: WorkerFiles, now: float, stalled_after_s: float = STALLED_AFTER_S) -> WorkerState:
     """The worker's state at `now` (seconds since 1970). A worker is stalled when its record is older than
     `stalled_after_s`, or shows no sample in that time."""
-    data = source.checkpoint(worker)
-    record = _progress(source.progress(worker), worker)
-    size, norms, model = _metadata(source.metadata(worker))
+    worker, data = files.worker, _read(files.checkpoint)
+    record = _progress(_read(files.progress), worker)
+    size, norms, model = _metadata(_read(files.metadata))
     found = SeenCheckpoint(0, 0, "")
     if data is not None:
         try:
             found = seen_checkpoint(data, worker)
         except DamagedError:
-            return WorkerState(worker, UNREADABLE, message=source.checkpoint_place(worker))
+            return WorkerState(worker, UNREADABLE, message=str(files.checkpoint))
     seen = WorkerState(
         worker,
         state=found.status or NOT_STARTED,
@@ -272,7 +220,7 @@ def totals_line(states: Sequence[WorkerState]) -> str:
 
 def problems_first(states: Sequence[WorkerState]) -> list[WorkerState]:
     """Failed, stalled and unreadable workers, then slow ones, then the others, each by id."""
-    order = {state: place for place, state in enumerate((*PROBLEMS, SLOW))}
+    order = {state: rank for rank, state in enumerate((*PROBLEMS, SLOW))}
     return sorted(states, key=lambda state: (order.get(state.state, len(order)), state.worker))
 
 

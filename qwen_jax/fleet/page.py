@@ -16,16 +16,16 @@ _MOST_STEPS = 60
 
 
 def make_page(
-    states: Sequence[WorkerState], now: float, refresh_s: float | None = None, place: str = ""
+    states: Sequence[WorkerState], now: float, refresh_s: float | None = None, where: str = ""
 ) -> str:
-    """The page. refresh_s: the browser loads it again after so many seconds; None never. place: where the workers'
+    """The page. refresh_s: the browser loads it again after so many seconds; None never. where: where the workers'
     files are, for the title."""
     environment = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     template = environment.from_string(files("qwen_jax.fleet").joinpath(_TEMPLATE).read_text("utf-8"))
     return template.render(
-        title=_title(states, place),
+        title=_title(states, where),
         when=_date(now),
         refresh_s=refresh_s,
         tiles=list(_tiles(states)),
@@ -36,9 +36,9 @@ def make_page(
     )
 
 
-def _title(states: Sequence[WorkerState], place: str) -> str:
+def _title(states: Sequence[WorkerState], where: str) -> str:
     models = sorted({state.model for state in states if state.model})
-    return ", ".join([f"{len(states)} workers", *models, *([place] if place else [])])
+    return ", ".join([f"{len(states)} workers", *models, *([where] if where else [])])
 
 
 def _date(when: float) -> str:

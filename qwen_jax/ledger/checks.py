@@ -140,8 +140,8 @@ def list_of(check: Check, least: int = 0, most: int = MOST) -> Check:
     def check_all(value: Any, name: str) -> None:
         if not isinstance(value, list) or not least <= len(value) <= most:
             raise DamagedError(f"{name or 'it'} is no list of {least} to {most}")
-        for place, each in enumerate(value):
-            check(each, f"{name}[{place}]")
+        for index, each in enumerate(value):
+            check(each, f"{name}[{index}]")
 
     return check_all
 

@@ -1,6 +1,6 @@
 """What each file that a stranger can hand us may hold, one table a file: types, ranges, sizes, names."""
 
-from qwen_jax.kinds import EMBEDDING, KINDS, STORED_DTYPES
+from qwen_jax.kinds import COMPUTE_DTYPES, EMBEDDING, KINDS, STORED_DTYPES
 from qwen_jax.ledger.checks import (
     MOST,
     distinct,
@@ -44,6 +44,16 @@ def _layer_or_embedding(value: object, name: str) -> None:
 
 
 _NOTE = {"sample_idx": _count}
+_OF_LAYER = record(
+    {},
+    optional={
+        **dict.fromkeys(("relative_error", "unexplained_variance", "max_error"), number(0)),
+        "cosine": number(-1, 1),
+        "max_error_channel": _count,
+    },
+    others=None,
+)
+"""Statistics of one layer (shards.statistics.KindStats.summary) as far as readers take something from them."""
 _SHARD = record(
     {
         "filename": _file_name,
@@ -90,8 +100,9 @@ DESCRIBED_METADATA = record(
         "activation_types": distinct(one_of(*KINDS)),
         "layers": distinct(_layer),
         "layer_meanings": map_of(text(), text()),
-        "compute_dtype": one_of(*STORED_DTYPES),
+        "compute_dtype": one_of(*COMPUTE_DTYPES),
         "activation_dtype": one_of(*STORED_DTYPES),
+        "statistics": map_of(text(), map_of(_layer_or_embedding_word, _OF_LAYER)),
         "totals": map_of(text(), _sum),
         "fingerprint": record(
             {

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.model.decoder import Decoder
-from qwen_jax.model.program import Program
+from qwen_jax.model.program import Program, Sums
+from qwen_jax.model.quantise import Stored
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,13 @@ class StepInput(Protocol):
 class TapRows(NamedTuple):
     """What one tap saw of a row in one step; R kept tokens, of which those behind the row's own mean nothing.
 
-    activations_CRD: in the stored dtype. The rest is float32, of these stored values: norms_CR the tokens' Euclidean
-    norms; of each channel over the tokens of each of E blocks mean_CED the mean, squares_CED the sum of squared
-    distances from it, and max_abs_CED the largest absolute value.
+    stored: the activations [C, R, D] in the stored dtype, or the arrays of quantise.Quantised. of_rows and of_blocks:
+    float32, as program.Sums has them without X; of the values that readers get.
     """
 
-    activations_CRD: np.ndarray
-    norms_CR: np.ndarray
-    mean_CED: np.ndarray
-    squares_CED: np.ndarray
-    max_abs_CED: np.ndarray
+    stored: tuple[np.ndarray, ...]
+    of_rows: tuple[np.ndarray, ...]
+    of_blocks: tuple[np.ndarray, ...]
 
 
 class RowResult(NamedTuple):
@@ -160,14 +158,24 @@ class Capture:
         inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts)
         *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
         compiled = self._compilation.step(None if kept is None else kept.shape[1])
-        stored, log_probs, self._carried = compiled(self.params, self._tables, self._carried, *inputs)
-        sums = [self._sum_up(stored, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
+        computed, log_probs, self._carried = compiled(self.params, self._tables, self._carried, *inputs)
+        stored = self._stored(computed)
+        rows = (
+            {tap: Stored(computed[tap], stored[tap]) for tap in stored} if program.is_quantised else computed
+        )
+        sums = [self._sum_up(rows, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
         self._rows = sums[-1][1]
         return Captured(stored, [found for found, _ in sums], log_probs, program.taps)
 
-    def _sum_up(self, stored: dict[str, jax.Array], counts: jax.Array, *blocks: np.ndarray) -> Any:
+    def _stored(self, computed: dict[str, jax.Array]) -> dict[str, Any]:
+        """Of each tap the arrays that leave the device (TapRows.stored)."""
+        if self._program.is_quantised:
+            return self._program.quantise(computed)
+        return {tap: (array,) for tap, array in computed.items()}
+
+    def _sum_up(self, rows: Any, counts: jax.Array, *blocks: np.ndarray) -> Any:
         by_row = NamedSharding(self._program.mesh, P("data"))
-        return self._program.sum_up(self._rows, stored, counts, *jax.device_put(blocks, by_row))
+        return self._program.sum_up(self._rows, rows, counts, *jax.device_put(blocks, by_row))
 
 
 def zeros_like(shapes: Any) -> Any:
@@ -179,8 +187,8 @@ def zeros_like(shapes: Any) -> Any:
 class Captured:
     """What a step gives, perhaps not yet computed."""
 
-    stored: dict[str, jax.Array]
-    sums: Sequence[dict[str, tuple[jax.Array, ...]]]
+    stored: dict[str, tuple[jax.Array, ...]]
+    sums: Sequence[dict[str, Sums]]
     log_probs_XT: jax.Array | None
     taps: Sequence[str]
 
@@ -193,15 +201,19 @@ class Captured:
         stored, sums, log_probs = jax.tree.map(_by_row, (self.stored, list(self.sums), self.log_probs_XT))
 
         def tap_rows(row: int, tap: str) -> TapRows:
-            pieces = [tuple(array[row] for array in found[tap]) for found in sums]
-            of_blocks = (np.concatenate(arrays, axis=1) for arrays in list(zip(*pieces, strict=True))[1:])
-            return TapRows(stored[tap][row], pieces[0][0], *of_blocks)
+            found = [sums_of[tap] for sums_of in sums]
+            of_blocks = zip(*(each.of_blocks for each in found), strict=True)
+            return TapRows(
+                tuple(array[row] for array in stored[tap]),
+                tuple(array[row] for array in found[0].of_rows),
+                tuple(np.concatenate([array[row] for array in arrays], axis=1) for arrays in of_blocks),
+            )
 
         return [
             RowResult(
                 {tap: tap_rows(row, tap) for tap in self.taps}, None if log_probs is None else log_probs[row]
             )
-            for row in range(len(stored[self.taps[0]]))
+            for row in range(len(stored[self.taps[0]][0]))
         ]
 
 

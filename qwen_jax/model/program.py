@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qwen_jax.kinds import ALL_KINDS, EMBEDDING
+from qwen_jax.kinds import ALL_KINDS, EMBEDDING, EXACT_CHANNELS, STORED_DTYPES
 from qwen_jax.model.attention import Carried, Form
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.decoder import Decoder, Shared, rope_tables
+from qwen_jax.model.quantise import Quantised, Stored, loss_sums, quantise, values_of
 from qwen_jax.model.sharding import Parts
 from qwen_jax.model.weights import abstract_parameters
 
@@ -48,6 +49,17 @@ class StepShape(Protocol):
 
 
 Shape = TypeVar("Shape", bound=StepShape, covariant=True)
+
+TapArrays = dict[str, jax.Array] | dict[str, Stored[jax.Array]]
+"""[X, C, R, D] of each tap; where the stored dtype is quantised, as computed and as stored."""
+
+
+class Sums(NamedTuple):
+    """What `sum_up` finds of a tap. of_rows: norms_XCR, and where quantised the three of loss_sums. of_blocks: of the
+    channels mean_XCED, squares_XCED and max_abs_XCED, and where quantised the largest error, max_error_XCED."""
+
+    of_rows: tuple[jax.Array, ...]
+    of_blocks: tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,51 @@ class Program(Generic[Shape]):
             found.append(self._array((self.num_layers, *shape), self.dtype, None, *axes))
         return tuple(found)
 
-    def carried_rows(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The last kept tokens of every row, which the next step's blocks may begin with."""
+    @property
+    def is_quantised(self) -> bool:
+        return STORED_DTYPES[self.stored_dtype].is_quantised
+
+    @property
+    def captured_dtype(self) -> str:
+        """Of what the step gives."""
+        return self.dtype if self.is_quantised else self.stored_dtype
+
+    def captured_rows(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """So many tokens of each tap, as the step gives them."""
         found = {}
         for tap in self.taps:
             count = 1 if tap == EMBEDDING else len(self.layers)
-            shape = (count, self.shape.block_tokens, ALL_KINDS[tap].width(self.config.dims))
-            found[tap] = self._array(shape, self.stored_dtype)
+            shape = (count, rows, ALL_KINDS[tap].width(self.config.dims))
+            found[tap] = self._array(shape, self.captured_dtype)
         return found
+
+    def stored_rows(self, rows: int) -> Any:
+        """The same, as they leave the device: arrays, or Quantised."""
+        captured = self.captured_rows(rows)
+        return (
+            {tap: self._quantised(each) for tap, each in captured.items()} if self.is_quantised else captured
+        )
+
+    def rows_to_sum(self, rows: int) -> Any:
+        """The same, as `sum_up` takes them (TapArrays)."""
+        captured, stored = self.captured_rows(rows), self.stored_rows(rows)
+        return (
+            {tap: Stored(captured[tap], stored[tap]) for tap in captured} if self.is_quantised else captured
+        )
+
+    def carried_rows(self) -> Any:
+        """The last kept tokens of every row, which the next step's blocks may begin with (TapArrays)."""
+        return self.rows_to_sum(self.shape.block_tokens)
+
+    def _quantised(self, captured: jax.ShapeDtypeStruct) -> Quantised[jax.ShapeDtypeStruct]:
+        by_row, width = captured.shape[1:3], captured.shape[3]
+        exact = (*by_row, EXACT_CHANNELS)
+        return Quantised(
+            self._array((*by_row, width), self.stored_dtype),
+            self._array(by_row, "float32"),
+            self._array(exact, "int32"),
+            self._array(exact, self.dtype),
+        )
 
     def _array(self, shape: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
         """One for each row."""
@@ -170,61 +219,80 @@ class Program(Generic[Shape]):
                 carried,
                 self.layers,
                 self.taps,
-                jnp.dtype(self.stored_dtype),
+                jnp.dtype(self.captured_dtype),
                 kept_R,
             )
             log_probs_T = model.log_probs(last_TD, *answers) if answers is not None else None
         return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
 
     @cached_property
+    def quantise(self) -> jax.stages.Wrapped:
+        """{tap: [X, C, R, D]} -> {tap: Quantised}. A program of its own: the step's is the same for every stored dtype,
+        and what was computed is still there for the sums, which say what is lost."""
+        return jax.jit(self._by_row(partial(_quantise_taps, dtype=self.stored_dtype), 1))
+
+    def lower_quantise(self, kept: int | None = None) -> jax.stages.Lowered:
+        """As lower_step, for `quantise`."""
+        return self.quantise.lower(self.captured_rows(self.shape.tokens if kept is None else kept))
+
+    @cached_property
     def sum_up(self) -> jax.stages.Wrapped:
-        """(carried rows, {tap: [X, C, R, D]}, kept counts [X], block starts and counts [X, E]) -> ({tap: (norms_XCR,
-        mean_XCED, squares_XCED, max_abs_XCED)}, rows to carry).
+        """(carried rows, TapArrays, kept counts [X], block starts and counts [X, E]) -> ({tap: Sums}, rows to carry).
 
         A program of its own, since it runs more than once where a step holds very many short samples.
         """
-        mapped = jax.shard_map(
-            self._sum_own_row,
+        return jax.jit(self._by_row(self._sum_own_row, 5))
+
+    def _by_row(self, function: Callable, arguments: int) -> Callable:
+        return jax.shard_map(
+            function,
             mesh=self.mesh,
-            in_specs=(P("data"),) * 5,
+            in_specs=(P("data"),) * arguments,
             out_specs=P("data"),
             check_vma=False,
         )
-        return jax.jit(mapped)
 
     def lower_sum_up(self, kept: int | None = None) -> jax.stages.Lowered:
         """As lower_step, for `sum_up`."""
-        rows = self.shape.tokens if kept is None else kept
+        stored = self.rows_to_sum(self.shape.tokens if kept is None else kept)
         counts = self._array((self.shape.blocks,), "int32")
-        stored = {
-            tap: self._array((old.shape[1], rows, old.shape[3]), self.stored_dtype)
-            for tap, old in self.carried_rows().items()
-        }
         return self.sum_up.lower(self.carried_rows(), stored, self._array((), "int32"), counts, counts)
 
-    def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, tuple[jax.Array, ...]], dict[str, jax.Array]]:
+    def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, Sums], TapArrays]:
         old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
         size = self.shape.block_tokens
         sums, rows = {}, {}
-        for tap, stored_CRD in stored.items():
-            norms_CR = jnp.linalg.norm(stored_CRD.astype(jnp.float32), axis=-1)
-            of_tap = partial(rows_from, old[tap], stored_CRD)
-            sums[tap] = (norms_CR, *block_sums(of_tap, starts_E, counts_E, size))
-            rows[tap] = of_tap(count - size)
+        for tap, of_tap in stored.items():
+            norms_CR = jnp.linalg.norm(values_of(of_tap), axis=-1)
+            loss = loss_sums(of_tap) if isinstance(of_tap, Stored) else ()
+            at = partial(rows_from, old[tap], of_tap)
+            sums[tap] = Sums((norms_CR, *loss), block_sums(at, starts_E, counts_E, size))
+            rows[tap] = at(count - size)
         return jax.tree.map(lambda x: x[None], (sums, rows))
 
 
-def rows_from(before_CSD: jax.Array, stored_CRD: jax.Array, start: jax.Array) -> jax.Array:
-    """[C, S, D]: S rows of the stored ones from `start` on, those before them where it is negative, zeros behind them.
+def _quantise_taps(captured: dict[str, jax.Array], dtype: str) -> dict[str, Quantised[jax.Array]]:
+    """Of a device's own row."""
+    return {
+        tap: jax.tree.map(lambda x: x[None], quantise(rows_XCRD[0], dtype))
+        for tap, rows_XCRD in captured.items()
+    }
 
-    Joins no more than three blocks, since the stored rows are most of what a device holds beside the weights.
-    """
-    size = before_CSD.shape[1]
-    short = max(0, size - stored_CRD.shape[1])
-    stored_CRD = jnp.pad(stored_CRD, ((0, 0), (0, short), (0, 0)))
-    inside = jnp.clip(start, 0, stored_CRD.shape[1] - size)
-    piece_CSD = jax.lax.dynamic_slice_in_dim(stored_CRD, inside, size, 1)
-    around = jnp.concatenate([before_CSD, piece_CSD, jnp.zeros_like(before_CSD)], axis=1)
+
+def rows_from(before: Any, stored: Any, start: jax.Array) -> Any:
+    """[C, S, ...]: S rows of the stored ones from `start` on, those before them where it is negative, zeros behind
+    them; of each of several arrays."""
+    return jax.tree.map(lambda old, here: _rows_from(old, here, start), before, stored)
+
+
+def _rows_from(before_CS: jax.Array, stored_CR: jax.Array, start: jax.Array) -> jax.Array:
+    """Joins no more than three blocks, since the stored rows are most of what a device holds beside the weights."""
+    size = before_CS.shape[1]
+    short = max(0, size - stored_CR.shape[1])
+    stored_CR = jnp.pad(stored_CR, ((0, 0), (0, short), *[(0, 0)] * (stored_CR.ndim - 2)))
+    inside = jnp.clip(start, 0, stored_CR.shape[1] - size)
+    piece_CS = jax.lax.dynamic_slice_in_dim(stored_CR, inside, size, 1)
+    around = jnp.concatenate([before_CS, piece_CS, jnp.zeros_like(before_CS)], axis=1)
     return jax.lax.dynamic_slice_in_dim(around, size + start - inside, size, 1)
 
 
@@ -237,10 +305,14 @@ def specs_of(tree: Any) -> Any:
 
 
 def block_sums(
-    rows_at: Callable[[jax.Array], jax.Array], starts_E: jax.Array, counts_E: jax.Array, size: int
+    rows_at: Callable[[jax.Array], jax.Array | Stored[jax.Array]],
+    starts_E: jax.Array,
+    counts_E: jax.Array,
+    size: int,
 ) -> tuple[jax.Array, ...]:
     """Mean, sum of squared distances from it and largest absolute value of each channel, [C, E, D] each, over the
-    first `counts_E` of the `size` rows that `rows_at` gives for each of `starts_E`.
+    first `counts_E` of the `size` rows that `rows_at` gives for each of `starts_E`; of quantised rows the largest
+    error, too.
 
     On the device, because on the host a pass over the values costs as much as compressing them. Each block in the
     same way wherever it stands, so that its bits are its own. Two passes, the second one correcting the first's mean
@@ -249,7 +321,8 @@ def block_sums(
 
     def one(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         start, count = block
-        x_CSD = rows_at(start).astype(jnp.float32)
+        rows = rows_at(start)
+        x_CSD = values_of(rows)
         counts_here_S1 = (jnp.arange(size) < count)[:, None]
         n = jnp.maximum(count, 1)
 
@@ -260,7 +333,13 @@ def block_sums(
         apart_CSD = x_CSD - rough_CD[:, None]
         shift_CD = total(apart_CSD) / n
         squares_CD = total(jnp.square(apart_CSD)) - n * jnp.square(shift_CD)
-        max_abs_CD = jnp.where(counts_here_S1, jnp.abs(x_CSD), 0).max(axis=1)
-        return rough_CD + shift_CD, jnp.maximum(squares_CD, 0), max_abs_CD
+
+        def largest(values_CSD: jax.Array) -> jax.Array:
+            return jnp.where(counts_here_S1, jnp.abs(values_CSD), 0).max(axis=1)
+
+        found = rough_CD + shift_CD, jnp.maximum(squares_CD, 0), largest(x_CSD)
+        if not isinstance(rows, Stored):
+            return found
+        return *found, largest(rows.computed_CRD.astype(jnp.float32) - x_CSD)
 
     return tuple(sums_ECD.swapaxes(0, 1) for sums_ECD in jax.lax.map(one, (starts_E, counts_E)))

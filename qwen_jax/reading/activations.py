@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,7 +100,7 @@ def iter_activations(
         keep: which rows of a sample (a dict as iter_samples gives it): a function to a bool array, or
             `"role:test_input,answer"` in the words of --keep_tokens. None is all.
         kind: which of several stored kinds; None is the main one.
-        as_float32: cast; else the stored dtype.
+        as_float32: cast; else the stored dtype, if that is no quantised one.
         with_tokens: yield Rows instead of arrays.
         epochs: times to go through all.
         cursor: `ActivationBatches.cursor` of an earlier iteration with the same arguments, to go on behind it. Whole
@@ -297,10 +298,10 @@ def _batches(source: _Source, epoch: int, done: int) -> Iterator[Columns]:
 
 def _without_whole_shards(source: _Source, numbers: np.ndarray, skip: int) -> tuple[np.ndarray, int]:
     """The shards from the one that holds row `skip` on, and the rows of that one to skip."""
-    for place, number in enumerate(numbers):
+    for index, number in enumerate(numbers):
         known = source.known_rows(number)
         if known is None or known > skip:
-            return numbers[place:], skip
+            return numbers[index:], skip
         skip -= known
     return numbers[:0], skip
 
@@ -310,13 +311,15 @@ def _read_ahead(source: _Source, numbers: Iterable[int]) -> Iterator[list[Column
     of both are raised here."""
     fetchers = ThreadPoolExecutor(2 * READERS, thread_name_prefix="fetch")
     readers = ThreadPoolExecutor(READERS, thread_name_prefix="shards")
+    is_finalizing = sys.is_finalizing
     try:
         fetched = _ahead(lambda number: fetchers.submit(source.fetch, number), numbers, READERS)
         for rows in _ahead(lambda file: readers.submit(source.read, file), fetched, READERS):
             yield rows.result()
     finally:
-        fetchers.shutdown(cancel_futures=True)
-        readers.shutdown(cancel_futures=True)
+        if not is_finalizing():  # else Python has joined the threads, and its modules may be gone
+            fetchers.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
 
 
 def _ahead(begin: Callable[[Any], Future], items: Iterable[Any], count: int) -> Iterator[Future]:
@@ -369,9 +372,9 @@ def _shuffled(pieces: Iterable[Columns], size: int, rng: np.random.Generator) ->
         filled += first
         # A quarter at a time: what replaced the whole buffer at once would mix nothing with what comes later.
         for columns in _in_pieces(_take(piece, slice(first, None)), max(1, size // 4)):
-            places = rng.choice(size, len(columns[0]), replace=False)
-            yield _take(buffer, places)
-            _put(buffer, places, columns)
+            taken = rng.choice(size, len(columns[0]), replace=False)
+            yield _take(buffer, taken)
+            _put(buffer, taken, columns)
     if buffer is not None:
         left = rng.permutation(filled)
         for start in range(0, filled, _PIECE_ROWS):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.kinds import STORED_DTYPES
 from qwen_jax.reading.runs import DescribedRun, Run
 
 _SNIPPETS = {
@@ -35,16 +36,16 @@ def write_card(
     *,
     rows: int,
     meanings: Sequence[str],
-    places: Mapping[str, Any],
+    snippet: Mapping[str, Any],
 ) -> None:
     """Writes README.md: model, layers, what a row means, counts, how to load it.
 
-    rows: of each layer, as written. meanings: lines that say what a row of a layer is. places: what the snippet of
+    rows: of each layer, as written. meanings: lines that say what a row of a layer is. snippet: what the snippet of
     the format `to` names.
     """
     lines = [*_header(runs), "", "# Hidden states", "", *_facts(runs, layers, rows, meanings)]
-    snippet = _SNIPPETS[to].format(**places)
-    (output / "README.md").write_text("\n".join([*lines, "", "```python", snippet + "```", ""]))
+    code = _SNIPPETS[to].format(**snippet)
+    (output / "README.md").write_text("\n".join([*lines, "", "```python", code + "```", ""]))
 
 
 def _header(runs: Sequence[Run]) -> list[str]:
@@ -55,6 +56,9 @@ def _header(runs: Sequence[Run]) -> list[str]:
 
 def _model(runs: Sequence[Run]) -> dict[str, Any]:
     return (runs[0].metadata or {}).get("model", {"name": "unknown", "revision": ""})
+
+
+_RESTORED = " with a scale a token, here as float32"
 
 
 def _facts(runs: Sequence[Run], layers: Sequence[int | str], rows: int, meanings: Sequence[str]) -> list[str]:
@@ -73,7 +77,8 @@ def _facts(runs: Sequence[Run], layers: Sequence[int | str], rows: int, meanings
             f"- samples: {samples:,} from workers {', '.join(str(run.worker_id) for run in described)}",
             f"- kept tokens: {first['fingerprint']['keep_tokens']}; prompts of at most "
             f"{first['fingerprint']['max_seq_length']} tokens",
-            f"- computed in {first['compute_dtype']}, stored in {first['activation_dtype']}",
+            f"- computed in {first['compute_dtype']}, stored in {first['activation_dtype']}"
+            f"{_RESTORED if STORED_DTYPES[first['activation_dtype']].is_quantised else ''}",
             f"- weights digest: {first['model']['weights_digest']}",
         ]
     return facts

@@ -118,7 +118,7 @@ def export(
         manifest.layers,
         rows=rows,
         meanings=[_meaning(runs[0], layer, kind) for layer in manifest.layers],
-        places={
+        snippet={
             "folder": layer_folder(layers[0]),
             "part": part_name(*shards[0]),
             "hook": hook_name(layers[0], kind),
@@ -165,7 +165,7 @@ def _crc32cs(shards: Sequence[tuple[Run, str]]) -> dict[str, str]:
     found = {}
     for run, name in shards:
         entry = run.entry(name)
-        found[part_name(run, name)] = entry["crc32c"] if entry else run.place.describe(name)[1]
+        found[part_name(run, name)] = entry["crc32c"] if entry else run.files.describe(name)[1]
     return found
 
 

@@ -24,14 +24,14 @@ def drawn_samples(run: DescribedRun, count: int, seed: int) -> Iterator[dict[str
     drawn = np.random.default_rng(seed).choice(ends[-1], min(count, ends[-1]), replace=False)
     for name, count_here, end in zip(run.shards, counts, ends, strict=True):
         first = end - count_here
-        places = sorted(int(place - first) for place in drawn if first <= place < end)
-        if places:
+        chosen = sorted(int(index - first) for index in drawn if first <= index < end)
+        if chosen:
             shard = listed_shard(run, name)
-            yield from (_sample(shard, run.kinds, place) for place in places)
+            yield from (_sample(shard, run.kinds, index) for index in chosen)
 
 
-def _sample(shard: dict, kinds: list[str], place: int) -> dict[str, Any]:
-    records = {layer: shard[layer][place] for layer in shard}
+def _sample(shard: dict, kinds: list[str], index: int) -> dict[str, Any]:
+    records = {layer: shard[layer][index] for layer in shard}
     first = next(iter(records.values()))
     of_kind = {
         kind: {layer: record[key] for layer, record in records.items() if layer != EMBEDDING}
@@ -56,4 +56,4 @@ def record_fidelity(run: DescribedRun, record: dict[str, Any]) -> None:
     """Puts `record` (run.certify.certify) into the run's metadata.json under `fidelity`; the rest stays as it is."""
     from qwen_jax.storage.atomic import json_bytes
 
-    run.place.replace(METADATA_NAME, json_bytes({**run.metadata, "fidelity": record}))
+    run.files.replace(METADATA_NAME, json_bytes({**run.metadata, "fidelity": record}))

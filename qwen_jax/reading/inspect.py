@@ -11,7 +11,7 @@ from qwen_jax.ledger.metadata import row_widths
 from qwen_jax.reading.runs import DescribedRun, Run, runs_with_layer, stored_layers
 from qwen_jax.reading.samples import NOT_KNOWN, Layer, row_arrays, shard_samples
 from qwen_jax.roles import role_name
-from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard, shard_layers
+from qwen_jax.shards import EMBEDDING, KIND_KEYS, load_shard, shard_layers, stored_bytes
 
 
 def describe(runs: Sequence[Run]) -> Iterator[str]:
@@ -41,10 +41,21 @@ def _describe_run(run: DescribedRun) -> Iterator[str]:
     yield f"  model    {_model(metadata)}"
     yield f"  layers   {_ranges(metadata['layers'])} of {metadata['model']['num_layers']}: {', '.join(kinds)}"
     yield f"  values   {metadata['activation_dtype']}, width {_widths(metadata)}"
+    yield from _losses(metadata["statistics"])
     yield f"  tokens   {totals['tokens']:,} kept ({fingerprint['keep_tokens']})"
     dataset = metadata["dataset"]
     yield f"  samples  {_samples(totals)}, of {dataset['lines']:,} in {dataset['path']}"
     yield f"  size     {_size(totals)}"
+
+
+def _losses(statistics: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What quantising lost of each kind, in its worst layer."""
+    for kind, layers in statistics.items():
+        known = [layer for layer in layers.values() if {"relative_error", "cosine"} <= layer.keys()]
+        if known:
+            error = max(layer["relative_error"] for layer in known)
+            cosine = min(layer["cosine"] for layer in known)
+            yield f"  lost     of {kind} at most: relative error {error:.2g}, mean cosine {cosine:.7f}"
 
 
 def _model(metadata: Mapping[str, Any]) -> str:
@@ -73,17 +84,16 @@ def _size(totals: Mapping[str, int]) -> str:
 
 def _describe_shard(run: Run, name: str) -> Iterator[str]:
     """Of its layers the first is read: all have the same samples and shapes, but for the embedding."""
-    with run.place.local(name, layers=()) as path:
+    with run.files.local(name, layers=()) as path:
         stored = shard_layers(path)
     read = {stored[0], *([EMBEDDING] if EMBEDDING in stored else [])}
-    with run.place.local(name, read) as path:
-        shard = load_shard(path, layers=read, name=f"{run.where}/{name}")
+    with run.files.local(name, read) as path:
+        shard = load_shard(path, layers=read, name=f"{run.where}/{name}", raw=True)
     first, layers = shard[stored[0]], [layer for layer in stored if isinstance(layer, int)]
     raw = sum(
-        (1 if layer == EMBEDDING else len(layers)) * array.nbytes
+        (1 if layer == EMBEDDING else len(layers)) * stored_bytes(record)
         for layer, records in shard.items()
         for record in records
-        for array in _arrays(record)
     )
     kinds = [key for key in KIND_KEYS if key in first[0]] or run.kinds
     besides = [EMBEDDING] if EMBEDDING in stored else []
@@ -95,11 +105,6 @@ def _describe_shard(run: Run, name: str) -> Iterator[str]:
         f"  samples  {len(first)}, {first[0]['sample_idx']} to {first[-1]['sample_idx']}; "
         f"{sum(len(record['token_ids']) for record in first):,} tokens; {raw / 1e9:.3f} GB"
     )
-
-
-def _arrays(record: Mapping[str, Any]) -> list[np.ndarray]:
-    """The activations of a record, each once."""
-    return [record[key] for key in KIND_KEYS if key in record] or [record["activation"]]
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -162,7 +167,7 @@ def _role(code: int) -> str:
 
 
 def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
-    """One line a kept token of a sample with one layer: place, id, text (with a tokenizer), role, cell, norm; then
+    """One line a kept token of a sample with one layer: position, id, text (with a tokenizer), role, cell, norm; then
     the log-probabilities of the answer, where they are stored."""
     ((layer, activations),) = sample["activations"].items()
     rows = row_arrays(sample)
@@ -172,12 +177,12 @@ def token_table(sample: dict[str, Any], tokenizer: Any = None) -> Iterator[str]:
     texts = [repr(tokenizer.decode([int(token)])) if tokenizer else "" for token in tokens]
     yield f"sample {sample['sample_idx']}, task {sample['task_id']}, layer {layer}, {len(tokens)} tokens"
     yield from (f"{key}: {sample[key]}" for key in NOTES if key in sample)
-    yield f"{'place':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
-    for place, token, text, role, cell, norm in zip(
+    yield f"{'position':>6} {'id':>7}  {'text':<16} {'role':<18} {'grid row col colour':<20} norm"
+    for position, token, text, role, cell, norm in zip(
         positions, tokens, texts, roles, cells, norms, strict=True
     ):
         shown = "{:>4} {:>3} {:>3} {:>6}".format(*cell) if cell[0] >= 0 else ""
-        yield f"{place:>6} {token:>7}  {text:<16} {role:<18} {shown:<20} {norm:.4g}"
+        yield f"{position:>6} {token:>7}  {text:<16} {role:<18} {shown:<20} {norm:.4g}"
     if "answer_logprobs" in sample:
         logprobs = sample["answer_logprobs"]
         yield f"answer: {len(logprobs)} tokens, log-probability {logprobs.sum(dtype=np.float64):.4g} together"

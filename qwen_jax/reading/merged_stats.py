@@ -49,6 +49,6 @@ def _of_shard(run: Run, name: str) -> Stats:
 
 
 def _copies(run: Run, name: str) -> Iterator[tuple[bytes, str]]:
-    data = run.place.read(name)
+    data = run.files.read(name)
     if data is not None:
         yield data, f"{run.where}/{name}"

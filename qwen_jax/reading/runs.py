@@ -13,6 +13,7 @@ from qwen_jax.files import plain_path
 from qwen_jax.ledger.checks import DamagedError, read_bounded
 from qwen_jax.ledger.metadata import Ledger, parse_metadata
 from qwen_jax.ledger.names import METADATA_NAME, shard_number
+from qwen_jax.ledger.worker_files import Files, FolderFiles, StoreFiles
 from qwen_jax.shards import EMBEDDING, shard_layers
 from qwen_jax.shards.compress import MalformedError
 from qwen_jax.shards.parts import TAIL_BYTES, parse_index, ranges, wanted_parts
@@ -32,18 +33,8 @@ HOW_TO_RESTORE = (
 log = logging.getLogger(__name__)
 
 
-class Place(Protocol):
+class RunFiles(Files, Protocol):
     """Files of one worker, wherever they lie."""
-
-    where: str
-
-    def names(self) -> list[str]:
-        """All files, sorted."""
-        ...
-
-    def read(self, name: str) -> bytes | None:
-        """A small file's content; None if it is not there."""
-        ...
 
     def local(self, name: str, layers: Collection[int | str] | None = None) -> Any:
         """A context manager that gives the file's path on this machine; raises BadDataError if it is not there.
@@ -61,19 +52,8 @@ class Place(Protocol):
         ...
 
 
-class Folder:
-    """A Place on the local disk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.where = str(path)
-
-    def names(self) -> list[str]:
-        return sorted(path.name for path in self.path.iterdir() if path.is_file())
-
-    def read(self, name: str) -> bytes | None:
-        path = self.path / name
-        return read_bounded(path) if path.is_file() else None
+class LocalFiles(FolderFiles):
+    """RunFiles in a local folder."""
 
     @contextmanager
     def local(self, name: str, layers: Collection[int | str] | None = None) -> Iterator[Path]:
@@ -96,19 +76,8 @@ class Folder:
         return self.path / name
 
 
-class Bucket:
-    """A Place in a bucket; what is wanted of a shard is copied to a temporary file while it is read."""
-
-    def __init__(self, store: Any):
-        self._store = store
-        self.where = store.url
-
-    def names(self) -> list[str]:
-        return sorted(info.name for info in self._store.list() if "/" not in info.name)
-
-    def read(self, name: str) -> bytes | None:
-        stored = self._store.get_bytes(name)
-        return stored[0] if stored else None
+class BucketFiles(StoreFiles):
+    """RunFiles in a bucket; what is wanted of a shard is copied to a temporary file while it is read."""
 
     @contextmanager
     def local(self, name: str, layers: Collection[int | str] | None = None) -> Iterator[Path]:
@@ -191,15 +160,15 @@ class Run:
     metadata: dict[str, Any] | None = None
     ledger: Ledger | None = None
 
-    def __init__(self, place: Place, shards: Sequence[str], *, is_part: bool = False, damage: str = ""):
-        self.place = place
+    def __init__(self, files: RunFiles, shards: Sequence[str], *, is_part: bool = False, damage: str = ""):
+        self.files = files
         self.shards = list(shards)
         self.is_part = is_part
         self.damage = damage
 
     @property
     def where(self) -> str:
-        return self.place.where
+        return self.files.where
 
     @property
     def worker_id(self) -> int | None:
@@ -221,10 +190,10 @@ class DescribedRun(Run):
     metadata: dict[str, Any]
     ledger: Ledger
 
-    def __init__(self, place: Place, metadata: dict[str, Any], ledger: Ledger, only: str | None):
+    def __init__(self, files: RunFiles, metadata: dict[str, Any], ledger: Ledger, only: str | None):
         """only: the one shard that is looked at; None for all."""
         self.entries = {shard.filename: vars(shard) for shard in ledger.shards}
-        super().__init__(place, list(self.entries) if only is None else [only], is_part=only is not None)
+        super().__init__(files, list(self.entries) if only is None else [only], is_part=only is not None)
         self.metadata = metadata
         self.ledger = ledger
 
@@ -247,19 +216,19 @@ def described(run: Run) -> DescribedRun:
     raise UsageError(f"{run.where} has no metadata.json or no shard; give the folder of a run")
 
 
-def read_run(place: Place, only: str | None = None) -> Run:
-    """The run at a place, or one shard of it, of which metadata.json says nothing where it is somebody else's."""
-    data, damage = place.read(METADATA_NAME), ""
+def read_run(files: RunFiles, only: str | None = None) -> Run:
+    """The run of some files, or one shard of it, of which metadata.json says nothing where it is somebody else's."""
+    data, damage = files.read(METADATA_NAME), ""
     if data is not None:
         try:
-            stored = parse_metadata(data, f"{place.where}/{METADATA_NAME}", described=True)
+            stored = parse_metadata(data, f"{files.where}/{METADATA_NAME}", described=True)
             if only is None or only in [shard.filename for shard in stored.ledger.shards]:
-                return DescribedRun(place, stored.fields, stored.ledger, only)
+                return DescribedRun(files, stored.fields, stored.ledger, only)
         except DamagedError as error:
             damage = f"is damaged: {error}"
     if only is not None:
-        return Run(place, [only], is_part=True, damage=damage)
-    return Run(place, [name for name in place.names() if shard_number(name) is not None], damage=damage)
+        return Run(files, [only], is_part=True, damage=damage)
+    return Run(files, [name for name in files.names() if shard_number(name) is not None], damage=damage)
 
 
 def open_runs(path: str | Path, *, damaged_too: bool = False) -> list[Run]:
@@ -298,7 +267,7 @@ def stored_layers(run: Run) -> list[int | str]:
     if isinstance(run, DescribedRun):
         with_embedding = run.metadata["fingerprint"]["include_embedding"]
         return [*run.metadata["layers"], *([EMBEDDING] if with_embedding else [])]
-    with run.place.local(run.shards[0], layers=()) as path:
+    with run.files.local(run.shards[0], layers=()) as path:
         return shard_layers(path)
 
 
@@ -331,7 +300,7 @@ def read_any(path: str | Path) -> bytes:
         from qwen_jax.storage.opening import open_store
 
         above, _, name = str(path).rpartition("/")
-        data = Bucket(open_store(above)).read(name)
+        data = BucketFiles(open_store(above)).read(name)
         if data is None:
             raise StorageError(f"{path} is not there")
         return data
@@ -348,11 +317,13 @@ def plain(path: str | Path) -> str:
 
 def _local_runs(path: Path) -> list[Run]:
     if path.is_file():
-        return [read_run(Folder(path.parent), path.name)]
+        return [read_run(LocalFiles(path.parent), path.name)]
     if not path.is_dir():
         raise StorageError(f"{path} is not there; give an existing file, folder or gs:// address")
     return [
-        read_run(folder) for folder in map(Folder, _folders(path, _FOLDERS_DEEP)) if _has_run(folder.names())
+        read_run(folder)
+        for folder in map(LocalFiles, _folders(path, _FOLDERS_DEEP))
+        if _has_run(folder.names())
     ]
 
 
@@ -370,14 +341,15 @@ def _runs_in_bucket(url: str) -> list[Run]:
 
     above, _, name = url.rpartition("/")
     if shard_number(name) is not None:
-        return [read_run(Bucket(open_store(above)), name)]
+        return [read_run(BucketFiles(open_store(above)), name)]
     names: dict[str, list[str]] = {}
     for info in open_store(url).list():
         folder, _, name = info.name.rpartition("/")
         names.setdefault(folder, []).append(name)
     folders = sorted((Path(folder) for folder in names if _has_run(names[folder])), key=_by_number)
     return [
-        read_run(Bucket(open_store(f"{url.rstrip('/')}/{folder}".removesuffix("/.")))) for folder in folders
+        read_run(BucketFiles(open_store(f"{url.rstrip('/')}/{folder}".removesuffix("/."))))
+        for folder in folders
     ]
 
 

@@ -35,7 +35,7 @@ def load_shard(
     (run,) = open_runs(path_or_file)
     if not run.is_part:
         raise UsageError(f"{path_or_file} is no shard; iter_samples reads folders")
-    with run.place.local(run.shards[0], layers) as path:
+    with run.files.local(run.shards[0], layers) as path:
         return shards.load_shard(path, layers=layers, max_bytes=max_bytes, name=str(path_or_file))
 
 
@@ -46,9 +46,9 @@ def iter_samples(
 
     A sample: `sample_idx`, `task_id`, `text_preview`, `token_ids`, those of the optional arrays that are stored
     (docs/guide.md), `worker_id` (None where there is no metadata.json), and `activations`: `{layer: [n, hidden]}` in
-    the stored dtype. layers: those to read, by default all. kind: which of several stored kinds; None is the main
-    one. One shard is held in memory at a time, and the next one is fetched meanwhile. Raises ShardError for what is no
-    whole shard, UsageError for a kind that is not stored.
+    the stored dtype, float32 of a quantised one. layers: those to read, by default all. kind: which of several stored
+    kinds; None is the main one. One shard is held in memory at a time, and the next one is fetched meanwhile. Raises
+    ShardError for what is no whole shard, UsageError for a kind that is not stored.
     """
     wanted = [(run, name, layers) for run in open_runs(path) for name in run.shards]
     for shard in fetched(wanted):
@@ -67,7 +67,7 @@ class Fetched(NamedTuple):
 def fetch(run: Run, name: str, layers: Collection[Layer] | None) -> Fetched:
     """layers: those that will be read; None is all."""
     turn = ExitStack()
-    return Fetched(run, name, turn.enter_context(run.place.local(name, layers)), turn)
+    return Fetched(run, name, turn.enter_context(run.files.local(name, layers)), turn)
 
 
 def fetched(wanted: Iterable[tuple[Run, str, Collection[Layer] | None]]) -> Iterator[Fetched]:
@@ -98,7 +98,7 @@ def samples_in(file: Fetched, layers: Collection[Layer] | None, kind: str | None
 
 def listed_shard(run: Run, name: str) -> dict[Layer, list[dict]]:
     """All of one shard, as far as metadata.json describes it; raises BadDataError where it holds something else."""
-    with run.place.local(name) as path:
+    with run.files.local(name) as path:
         shard = shards.load_shard(path, name=f"{run.where}/{name}")
     first, entry = next(iter(shard.values())), run.entry(name)
     keys = set(shards.record_keys(run.kinds).values()) if set(shard) != {EMBEDDING} else {"activation"}

@@ -28,7 +28,7 @@ class ActivationDataset(IterableDataset):
     Args:
         path, layer, batch_size, shuffle_buffer, seed, shards_at_once, keep, kind: as of iter_activations. The buffer is
             each worker's. A `keep` that is a function must be one that can be pickled where workers are spawned.
-        as_float32: cast; else the stored dtype, bfloat16 too.
+        as_float32: cast; else the stored dtype, bfloat16 too, but no quantised one.
         with_tokens: give Rows of tensors.
         rank, world_size: by default those of torch.distributed where it is initialised, else 0 of 1.
         num_workers: the DataLoader's, which only `len` needs to know.

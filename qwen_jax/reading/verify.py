@@ -99,7 +99,7 @@ class _RunCheck:
 
 def _files(run: DescribedRun) -> Iterator[Fault]:
     """Shards that nobody lists, and a checkpoint that says something else."""
-    names = run.place.names()
+    names = run.files.names()
     for name in names:
         if shard_number(name) is not None and run.entry(name) is None:
             yield Fault(
@@ -113,7 +113,7 @@ def _files(run: DescribedRun) -> Iterator[Fault]:
 def _checkpoint(run: DescribedRun, name: str) -> Iterator[Fault]:
     where = f"{run.where}/{name}"
     try:
-        record = parse_checkpoint(run.place.read(name) or b"")
+        record = parse_checkpoint(run.files.read(name) or b"")
     except DamagedError as error:
         yield Fault(where, f"is damaged ({error}); a restarted worker makes it again")
         return
@@ -182,8 +182,8 @@ def _without(spans: Sequence[range], others: Iterable[range]) -> list[range]:
     starts = [span.start for span in within]
 
     def is_within(index: int) -> bool:
-        place = bisect(starts, index) - 1
-        return place >= 0 and index in within[place]
+        at = bisect(starts, index) - 1
+        return at >= 0 and index in within[at]
 
     return [span for span in spans if not is_within(span.start)]
 
@@ -207,7 +207,7 @@ def _statistics(run: DescribedRun) -> Iterator[Fault]:
     """stats.safetensors is the sum of the shards' statistics, and metadata.json shows its summary."""
     if run.ledger.status != COMPLETED or not run.shards:
         return
-    where, data = f"{run.where}/{STATS_NAME}", run.place.read(STATS_NAME)
+    where, data = f"{run.where}/{STATS_NAME}", run.files.read(STATS_NAME)
     again = f"`python -m qwen_jax stats {run.where} --output {STATS_NAME}` makes it again"
     if data is None:
         yield Fault(where, f"is missing; {again}")
@@ -229,7 +229,7 @@ def _shards_stats(run: Run) -> Iterator[Stats]:
     """The statistics files of the shards that are there and whole; ShardFaults names the others."""
     for name in run.shards:
         stats_name = stats_name_beside(name)
-        data = run.place.read(stats_name)
+        data = run.files.read(stats_name)
         if data is not None:
             with suppress(BadDataError):
                 yield parse_stats(data, stats_name)

@@ -21,6 +21,8 @@ from qwen_jax.shards import (
     check_index,
     load_shard,
     record_keys,
+    restore,
+    stored_bytes,
 )
 from qwen_jax.shards.statistics import KindStats, parse_stats
 
@@ -60,25 +62,25 @@ class ShardFaults:
             if found:
                 self.can_be_made_again = True
                 return found
-            with self._run.place.local(self.name) as path:
-                shard = load_shard(path)
-                check_index(path, shard)
+            with self._run.files.local(self.name) as path:
+                stored = load_shard(path, raw=True)
+                check_index(path, stored)
         except ShardError as error:
             return [str(error)]
-        first = next(iter(shard.values()))
+        first = next(iter(stored.values()))
         self.indices = [record["sample_idx"] for record in first]
-        faults = [*_of_records(shard)]
         entry, run = self._entry, self._run
-        if entry is not None and isinstance(run, DescribedRun):
-            faults += [*self._against_entry(shard, entry), *self._against_settings(shard, run.metadata)]
-            faults += self._against_statistics(shard)
-        return faults
+        if entry is None or not isinstance(run, DescribedRun):
+            return [*_of_records(_restored(stored))]
+        described = [*self._against_entry(stored, entry), *self._against_settings(stored, run.metadata)]
+        shard = _restored(stored)
+        return [*_of_records(shard), *described, *self._against_statistics(shard)]
 
     def _of_bytes(self) -> list[str]:
         if self._entry is None:
             return []
         try:
-            size, crc32c = self._run.place.describe(self.name)
+            size, crc32c = self._run.files.describe(self.name)
         except BadDataError:
             return ["is missing"]
         if size != self._entry["bytes"]:
@@ -125,7 +127,7 @@ class ShardFaults:
     def _against_statistics(self, shard: Shard) -> Iterator[str]:
         """Against the file of the shard's statistics."""
         name = stats_name_beside(self.name)
-        data = self._run.place.read(name)
+        data = self._run.files.read(name)
         stats: Mapping[str, KindStats] = {}
         try:
             stats = {} if data is None else parse_stats(data, name)
@@ -137,6 +139,14 @@ class ShardFaults:
         for kind, key in {**record_keys(self._run.kinds), EMBEDDING: "activation"}.items():
             if kind in stats and key in next(iter(shard.values()))[0]:
                 yield from _of_kind(shard, kind, key, stats[kind])
+
+
+def _restored(stored: dict[int | str, list[dict]]) -> Shard:
+    """With values in the place of codes, record by record."""
+    for records in stored.values():
+        for number, record in enumerate(records):
+            records[number] = restore(record)
+    return stored
 
 
 def _widths(shard: Shard, metadata: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -165,14 +175,7 @@ def _keeps_fewer(fingerprint: Mapping[str, Any]) -> bool | None:
 
 
 def _raw_bytes(shard: Shard) -> int:
-    arrays = {
-        id(record[key]): record[key].nbytes
-        for records in shard.values()
-        for record in records
-        for key in ("activation", *KIND_KEYS)
-        if key in record
-    }
-    return sum(arrays.values())
+    return sum(stored_bytes(record) for records in shard.values() for record in records)
 
 
 def _of_kind(shard: Shard, kind: str, key: str, stats: KindStats) -> Iterator[str]:
@@ -185,36 +188,36 @@ def _of_kind(shard: Shard, kind: str, key: str, stats: KindStats) -> Iterator[st
     if of_layers != layers:
         yield f"the statistics of {kind} are of layers {list(stats.layers)}"
         return
-    for place, layer in enumerate(layers):
+    for row, layer in enumerate(layers):
         rows_RD = np.concatenate([record[key].astype(np.float32) for record in shard[layer]])
         norms_R = np.linalg.norm(rows_RD, axis=1).astype(np.float64)
         if not np.isfinite(norms_R).all():
             continue  # _of_records names the values
-        yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, place)
+        yield from _of_channels(f"{kind}, layer {layer}", rows_RD, norms_R, stats, row)
 
 
 def _of_channels(
-    where: str, rows_RD: np.ndarray, norms_R: np.ndarray, stats: KindStats, place: int
+    where: str, rows_RD: np.ndarray, norms_R: np.ndarray, stats: KindStats, row: int
 ) -> Iterator[str]:
     size, said = rows_RD.shape, (stats.count, stats.mean_CD.shape[1])
     if size != said:
         yield f"{where}: its statistics are of {said[0]} rows of width {said[1]}, it has {size[0]} of {size[1]}"
         return
-    mean_D, variance_D = stats.mean_CD[place], stats.variance_CD[place]
+    mean_D, variance_D = stats.mean_CD[row], stats.variance_CD[row]
     scale_D = np.sqrt(np.square(mean_D) + variance_D)
     apart_D = np.abs(rows_RD.mean(axis=0, dtype=np.float64) - mean_D)
     # The mean square of the norms is the sum of the channels' mean squares.
     squares, stated = np.square(norms_R).mean(), float((np.square(mean_D) + variance_D).sum())
     if not (apart_D <= _TOLERANCE * scale_D).all():
         yield f"{where}: the mean of channel {int(apart_D.argmax())} is not that in its statistics"
-    differ_D = np.abs(rows_RD).max(axis=0) != stats.max_abs_CD[place]
+    differ_D = np.abs(rows_RD).max(axis=0) != stats.max_abs_CD[row]
     if differ_D.any():
         yield f"{where}: the largest value of channel {int(differ_D.argmax())} is not that in its statistics"
     if not _close(squares, stated):
         yield f"{where}: the variances in its statistics are not those of its rows"
     for what, found, said in (
-        ("mean", norms_R.mean(), stats.norm_mean_C[place]),
-        ("largest", norms_R.max(), stats.norm_max_C[place]),
+        ("mean", norms_R.mean(), stats.norm_mean_C[row]),
+        ("largest", norms_R.max(), stats.norm_max_C[row]),
     ):
         if not _close(found, said):
             yield f"{where}: the {what} norm is {found:.6g}, its statistics say {said:.6g}"

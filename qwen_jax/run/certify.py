@@ -13,7 +13,7 @@ from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.steps import lay_into_steps
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import BadDataError
-from qwen_jax.kinds import EMBEDDING
+from qwen_jax.kinds import EMBEDDING, STORED_DTYPES
 from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.weights import load_model
 from qwen_jax.run.devices import device_errors
@@ -51,9 +51,9 @@ class Closeness:
         return self.relative <= tolerance
 
 
-def tolerance_of(compute_dtype: str, activation_dtype: str) -> float:
-    """The relative error that a layer may have."""
-    return TOLERANCES[compute_dtype] + float(jnp.finfo(jnp.dtype(activation_dtype)).eps)
+def tolerance_of(compute_dtype: str, activation_dtype: str, width: int) -> float:
+    """The relative error that a layer may have. width: of its rows."""
+    return TOLERANCES[compute_dtype] + STORED_DTYPES[activation_dtype].rounding(width)
 
 
 @device_errors()
@@ -73,7 +73,7 @@ def certify(job: Job, stored: Sequence[dict[str, Any]]) -> dict[str, Any]:
         from qwen_jax.run.hugging_face import hugging_face_reference
 
         references["Hugging Face float32"] = hugging_face_reference(job.source.folder, job.checkpoint.adapter)
-    tolerance = tolerance_of(job.dtype, job.activation_dtype)
+    tolerance = tolerance_of(job.dtype, job.activation_dtype, max(job.widths.values()))
     compared = {name: _compare(job, stored, prompts, run) for name, run in references.items()}
     return {
         "samples": sorted(prompts),
@@ -133,8 +133,8 @@ def _compare(
         reference = run(prompt)
         for kind, layer in sums:
             expected = reference[kind]
-            place = 0 if isinstance(layer, str) else _place(job, layer, len(expected))
-            rows = expected[place] if prompt.positions is None else expected[place][prompt.positions]
+            row = 0 if isinstance(layer, str) else _row_of(job, layer, len(expected))
+            rows = expected[row] if prompt.positions is None else expected[row][prompt.positions]
             sums[kind, layer].add(_stored_rows(sample, kind, layer, rows.shape), rows)
     return {entry: total.closeness() for entry, total in sums.items()}
 
@@ -177,7 +177,7 @@ def _entries(job: Job) -> Iterator[tuple[str, int | str]]:
         yield EMBEDDING, EMBEDDING
 
 
-def _place(job: Job, layer: int, available: int) -> int:
+def _row_of(job: Job, layer: int, available: int) -> int:
     """Our reference holds the captured layers, Hugging Face's every layer."""
     return layer if available > len(job.layers) else job.layers.index(layer)
 

@@ -159,7 +159,7 @@ def check_model(name: str, config: ModelConfig, dtypes: Iterable[str], mesh: Mes
         form = make_form(attention, platform, _STEP_TOKENS, max(_LENGTHS))
         first, *others = _run(_program(config, dtype, mesh, form), arrangements)
         unlike = dict.fromkeys(what for other in others for what in _unlike(first, other))
-        tolerance = tolerance_of(dtype, dtype)
+        tolerance = tolerance_of(dtype, dtype, config.hidden_size)
         yield Verdict(name, dtype, form.name, tolerance, _worst(first, reference), tuple(unlike))
 
 
@@ -183,7 +183,7 @@ def _elsewhere(prompts: Sequence[np.ndarray], strangers: Sequence[np.ndarray]) -
     """Among strangers in other orders, so that each begins and is cut elsewhere; and each alone."""
     mixed = [*prompts, *strangers]
     for seed in range(_ORDERS):
-        yield [mixed[place] for place in _RNG(seed).permutation(len(mixed))]
+        yield [mixed[number] for number in _RNG(seed).permutation(len(mixed))]
     yield from ([prompt] for prompt in prompts)
 
 
@@ -259,4 +259,4 @@ def _unlike(first: Found, other: Found) -> Iterator[str]:
 
 def _bits(tap: SampleTap) -> bytes:
     """Of what is stored, and of its statistics."""
-    return b"".join(array.tobytes() for array in (_rows(tap), *vars(tap.sums).values()))
+    return b"".join(array.tobytes() for array in (_rows(tap), *tap.beside, *tap.sums.arrays))

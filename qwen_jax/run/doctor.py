@@ -305,15 +305,15 @@ def _region(settings: Settings) -> str:
     store = _store(settings)
     assert isinstance(store, GcsStore)
     try:
-        place = store.location()
+        region = store.location()
     except StorageError as error:
         raise Remark(f"the bucket does not say where it is (needs storage.buckets.get): {error}") from error
     zone = _this_machines_zone()
     if zone is None:
-        raise Remark(f"the bucket is in {place}; this is no Google Cloud VM")
-    if zone.rpartition("-")[0] != place and not zone.startswith(f"{place}-"):
-        raise Remark(f"the bucket is in {place}, this VM in {zone}: uploads are slower and cost egress")
-    return f"bucket in {place}, VM in {zone}"
+        raise Remark(f"the bucket is in {region}; this is no Google Cloud VM")
+    if zone.rpartition("-")[0] != region and not zone.startswith(f"{region}-"):
+        raise Remark(f"the bucket is in {region}, this VM in {zone}: uploads are slower and cost egress")
+    return f"bucket in {region}, VM in {zone}"
 
 
 def _this_machines_zone() -> str | None:

@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from qwen_jax.data.layouts import PROMPT_FORMATS
@@ -15,7 +14,7 @@ from qwen_jax.data.prompts import load_tokenizer
 from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.data.streams import StreamSummary, read_stream, stream_summary
 from qwen_jax.errors import ConfigError, UsageError
-from qwen_jax.kinds import ALL_KINDS, EMBEDDING, KINDS
+from qwen_jax.kinds import ALL_KINDS, EMBEDDING, KINDS, STORED_DTYPES
 from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.ledger.schema import UPLOADED_TO
 from qwen_jax.model.attention import make_form, resolve_attention
@@ -56,10 +55,11 @@ class Outline:
     @property
     def bytes_per_token(self) -> int:
         """Raw bytes of activations that a kept token gives."""
-        widths = self.widths
-        values = len(self.layers) * sum(widths[kind] for kind in self.settings.activation_type)
-        values += widths[EMBEDDING] if self.settings.include_embedding else 0
-        return values * jnp.dtype(self.activation_dtype).itemsize
+        stored = STORED_DTYPES[self.activation_dtype]
+        return sum(
+            (1 if kind == EMBEDDING else len(self.layers)) * stored.row_bytes(width, self.dtype)
+            for kind, width in self.widths.items()
+        )
 
     @property
     def widths(self) -> dict[str, int]:

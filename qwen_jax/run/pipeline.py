@@ -12,8 +12,8 @@ from qwen_jax.data.steps import Part, Step
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.run.sample_reader import SampleReader
-from qwen_jax.shards import EMBEDDING, Rows, Sample
-from qwen_jax.shards.statistics import KindStats, RowSums, Stats
+from qwen_jax.shards import EMBEDDING, QuantisedRows, Rows, Sample
+from qwen_jax.shards.statistics import KindStats, RowErrors, RowSums, Stats
 
 # Steps that the device may be ahead of the host: one computing while one is copied.
 STEPS_IN_FLIGHT = 2
@@ -35,17 +35,27 @@ class CaptureStep(Protocol):
 
 @dataclass(frozen=True)
 class SampleTap:
-    """What one tap saw of a sample. pieces: [C, n, D] arrays, its kept rows one behind the other."""
+    """What one tap saw of a sample. pieces: [C, n, D] arrays, its kept rows one behind the other. beside: where those
+    are codes, the rest of model.quantise.Quantised for all rows."""
 
     pieces: Sequence[np.ndarray]
     sums: RowSums
+    beside: Sequence[np.ndarray] = ()
 
-    def layers(self) -> list[Rows]:
-        return [Rows(of_layer) for of_layer in zip(*self.pieces, strict=True)]
+    def layers(self) -> Sequence[Rows | QuantisedRows]:
+        rows = [Rows(of_layer) for of_layer in zip(*self.pieces, strict=True)]
+        if not self.beside:
+            return rows
+        return [QuantisedRows(codes, *of_layer) for codes, *of_layer in zip(rows, *self.beside, strict=True)]
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
+        return sum(array.nbytes for array in (*self.pieces, *self.beside))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That the values had on the device."""
+        return (*self.pieces[:1], *self.beside)[-1].dtype
 
 
 @dataclass(frozen=True)
@@ -128,13 +138,13 @@ class _Pieces:
         host's time; then the step's memory lives as long, so that of which little is wanted is copied."""
         self.counts += [size for _, size in part.blocks()]
         for name, tap in result.taps.items():
-            wanted = row_kept >= MIN_REAL_SHARE * tap.activations_CRD.shape[1]
-            keep = np.asarray if wanted else np.copy
+            wanted = row_kept >= MIN_REAL_SHARE * tap.stored[0].shape[1]
+            rows_CRD, *beside = (array[:, part.kept_rows] for array in tap.stored)
             self.taps.setdefault(name, []).append(
                 TapRows(
-                    keep(tap.activations_CRD[:, part.kept_rows]),
-                    np.copy(tap.norms_CR[:, part.kept_rows]),
-                    *(np.copy(sums_CED[:, part.block_rows]) for sums_CED in tap[2:]),
+                    (rows_CRD if wanted else np.copy(rows_CRD), *map(np.copy, beside)),
+                    tuple(np.copy(sums_CR[:, part.kept_rows]) for sums_CR in tap.of_rows),
+                    tuple(np.copy(sums_CED[:, part.block_rows]) for sums_CED in tap.of_blocks),
                 )
             )
         if result.log_probs_T is not None:
@@ -146,10 +156,17 @@ class _Pieces:
         return CapturedSample(tokenized, taps, log_probs)
 
     def _tap(self, parts: Sequence[TapRows]) -> SampleTap:
-        pieces, *sums = zip(*parts, strict=True)
-        norms_CR, *of_blocks = (np.concatenate(arrays, axis=1) for arrays in sums)
-        filled = [piece_CRD for piece_CRD in pieces if piece_CRD.shape[1]]
-        return SampleTap(filled, RowSums(norms_CR, np.array(self.counts), *of_blocks))
+        norms_CR, *losses = _joined([part.of_rows for part in parts])
+        mean_CED, squares_CED, max_abs_CED, *largest = _joined([part.of_blocks for part in parts])
+        errors = RowErrors(*losses, *largest) if losses else None
+        sums = RowSums(norms_CR, np.array(self.counts), mean_CED, squares_CED, max_abs_CED, errors)
+        pieces = [part.stored[0] for part in parts if part.stored[0].shape[1]]
+        return SampleTap(pieces, sums, _joined([part.stored[1:] for part in parts]))
+
+
+def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Each of the parts' arrays, [C, n, ...], one behind the other."""
+    return [np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)]
 
 
 def captured_samples(steps: Iterable[Step], capture: CaptureStep) -> Iterator[CapturedSample]:
@@ -195,7 +212,7 @@ def _refuse_non_finite(sample: CapturedSample) -> None:
     broken = [name for name, tap in sample.taps.items() if not np.isfinite(tap.sums.norms_CR).all()]
     if not broken:
         return
-    dtype = sample.taps[broken[0]].pieces[0].dtype
+    dtype = sample.taps[broken[0]].dtype
     advice = "check the checkpoint's weights"
     if dtype == np.float16:
         advice = "float16 ends at 65504: use --activation_dtype bfloat16 or float32"

@@ -12,6 +12,7 @@ from qwen_jax.data.prompts import SkippedSample, TokenizedSample, load_tokenizer
 from qwen_jax.data.steps import StepShape
 from qwen_jax.data.streams import read_stream
 from qwen_jax.errors import UsageError
+from qwen_jax.kinds import STORED_DTYPES
 from qwen_jax.model.compiled import absent_mesh, compile_now
 from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import planned_mesh
@@ -23,8 +24,6 @@ from qwen_jax.run.roof import Roof, as_on_an_accelerator, complaint, device_memo
 from qwen_jax.run.sample_reader import BadRecordLimit, PromptMaker
 from qwen_jax.settings import Settings
 
-COMPRESSED_SHARE = {"float32": 0.92, "float16": 0.92, "bfloat16": 0.78}
-"""Compressed bytes of a raw byte, measured on the demo model's residual stream (docs/reading.md)."""
 USUAL_LENGTHS = (2048, 8192, 16384, 32768)
 """Values of --max_seq_length that a plan compares."""
 _PERCENTILES = (5, 50, 95)
@@ -91,7 +90,7 @@ class Plan:
 
     @property
     def compressed_bytes(self) -> int:
-        return round(self.raw_bytes * COMPRESSED_SHARE[self.outline.activation_dtype])
+        return round(self.raw_bytes * STORED_DTYPES[self.outline.activation_dtype].compressed)
 
     @property
     def shards(self) -> int:

@@ -325,10 +325,10 @@ def discard(run: RunIdentity, places: Places) -> None:
         path for path in (places.checkpoint_path, places.metadata_path) if path and path.exists()
     ]
     _name_what_goes([*local_markers, *local_data], [*markers, *(info.name for info in data)], places)
-    _delete_local(local_markers)
+    _delete_local(local_markers, places)
     if markers or data:
         _empty_bucket(run, places, markers, data)
-    _delete_local(local_data)
+    _delete_local(local_data, places)
 
 
 def _marker_names(places: Places) -> tuple[str, str]:
@@ -350,11 +350,12 @@ def _empty_bucket(run: RunIdentity, places: Places, markers: dict[str, int], dat
         places.bucket.delete(info.name, info.generation)
 
 
-def _delete_local(paths: list[Path]) -> None:
-    """Deletes files so that they stay deleted when the power fails."""
+def _delete_local(paths: list[Path], places: Places) -> None:
+    """Deletes files so that they stay deleted when the power fails, those too that a start before this one deleted, and
+    died: else its marker comes back to data that is gone."""
     for path in paths:
         with storage_errors("delete", path):
             path.unlink()
-    for folder in {path.parent for path in paths}:
+    for folder in {places.output_dir, *([places.checkpoint_path.parent] if places.checkpoint_path else [])}:
         with storage_errors("delete in", folder):
             sync_folder(folder)

@@ -69,23 +69,22 @@ class RolloutMaker:
             return {}
         table = Prompts(*(np.full((self._rows, SLOTS), value, np.int32) for value in (0, 1, 0, 0)))
         for prompt in prompts:
-            place = self._place(prompt)
+            slot = self._row_and_slot(prompt)
             values = (prompt.token_ids[-1], len(prompt.token_ids), self._most, prompt.sample_idx)
             for array, value in zip(table, values, strict=True):
-                array[place] = value
+                array[slot] = value
         found = self._rollout(list(self._steps(prompts)), table)
-        rows = {prompt.sample_idx: found[self._place(prompt)] for prompt in prompts}
+        rows = {prompt.sample_idx: found[self._row_and_slot(prompt)] for prompt in prompts}
         return {sample_idx: tokens[tokens >= 0] for sample_idx, tokens in rows.items()}
 
-    def _place(self, prompt: TokenizedSample) -> tuple[int, int]:
-        """Row and slot."""
+    def _row_and_slot(self, prompt: TokenizedSample) -> tuple[int, int]:
         return prompt.sample_idx // SLOTS % self._rows, prompt.sample_idx % SLOTS
 
     def _steps(self, prompts: Sequence[TokenizedSample]) -> Iterator[PromptStep]:
         """The prompts of each row in steps of its own."""
         by_row: list[list[TokenizedSample]] = [[] for _ in range(self._rows)]
         for prompt in prompts:
-            by_row[self._place(prompt)[0]].append(prompt)
+            by_row[self._row_and_slot(prompt)[0]].append(prompt)
         shape = self._rollout.shape
         rows = zip_longest(*(lay_into_steps(of_row, shape) for of_row in by_row))
         for steps in rows:
@@ -119,7 +118,7 @@ def _row(step: Step | None, shape: StepShape) -> tuple[np.ndarray, ...]:
         )
     done = [part for part in step.parts if part.is_last]
     for number, part in enumerate(done):
-        end = part.place + part.stop - part.start
+        end = part.offset + part.stop - part.start
         starts[number] = shape.positions - shape.tokens + end - len(part.sample.token_ids)
         slots[number] = part.sample.sample_idx % SLOTS
     return step.tokens_XT[0], step.positions_XT[0], starts, slots, np.array(len(done), np.int32)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
@@ -85,7 +86,8 @@ class Roof:
         program, config = self.program, self.program.config
         width = 8 * config.hidden_size + 4 * config.intermediate_size / program.parts.count
         layers = program.num_layers * program.shape.tokens * width * self._bytes
-        return program.weight_bytes + 2 * program.carried_bytes + self.leaving + layers
+        captured = self.kept * held_bytes(program)
+        return program.weight_bytes + 2 * program.carried_bytes + captured + layers
 
     @cached_property
     def seconds(self) -> dict[str, float]:
@@ -123,17 +125,25 @@ def device_memory(program: Program, machine: Accelerator | None = None) -> Devic
     return DeviceMemory(
         program.weight_bytes,
         program.carried_bytes,
-        (1 + STEPS_IN_FLIGHT) * captured_bytes(program),
+        (1 + STEPS_IN_FLIGHT) * held_bytes(program),
         _temporary_bytes(program) + copied,
         slot_bytes(program),
     )
 
 
 def captured_bytes(program: Program) -> int:
-    """Activations of a step of which all tokens are kept, on each device."""
-    rows = program.carried_rows().values()
-    values = sum(array.shape[1] * array.shape[3] * array.dtype.itemsize for array in rows)
-    return values * program.shape.tokens
+    """Activations that leave each device in a step of which all tokens are kept."""
+    return _bytes_of(program.stored_rows(program.shape.tokens))
+
+
+def held_bytes(program: Program) -> int:
+    """The same with what a step computes of them before they are quantised, which is there beside them."""
+    return _bytes_of(program.rows_to_sum(program.shape.tokens))
+
+
+def _bytes_of(rows: Any) -> int:
+    """Of a device's own row."""
+    return sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in jax.tree.leaves(rows))
 
 
 def _temporary_bytes(program: Program) -> int:

@@ -1,12 +1,9 @@
 """What a shard is, how it is written, and how a stranger's is read."""
 
 from qwen_jax.shards.format import (
-    ACTIVATION_DTYPES,
     EMBEDDING,
-    KIND_KEYS,
     OPTIONAL_KEYS,
     RECORD_KEYS,
-    Rows,
     Sample,
     ShardError,
     ShardInfo,
@@ -16,13 +13,14 @@ from qwen_jax.shards.format import (
     shard_layers,
     write_shard,
 )
+from qwen_jax.shards.rows import KIND_KEYS, QuantisedRows, Rows, restore, stored_bytes
 
 __all__ = [
-    "ACTIVATION_DTYPES",
     "EMBEDDING",
     "KIND_KEYS",
     "OPTIONAL_KEYS",
     "RECORD_KEYS",
+    "QuantisedRows",
     "Rows",
     "Sample",
     "ShardError",
@@ -30,6 +28,8 @@ __all__ = [
     "check_index",
     "load_shard",
     "record_keys",
+    "restore",
     "shard_layers",
+    "stored_bytes",
     "write_shard",
 ]

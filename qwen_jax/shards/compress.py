@@ -373,8 +373,8 @@ class GzipReader:
         if behind <= 0:
             end = self._input[size - 4 : size]
         else:
-            place = self._file.tell()
-            self._file.seek(place + behind - 4)
+            start = self._file.tell()
+            self._file.seek(start + behind - 4)
             # Of the four bytes some may be in the input already; read from the file they are the same ones.
             end = self._file.read(4)
         if len(end) < 4:
@@ -382,7 +382,7 @@ class GzipReader:
         content = int.from_bytes(end, "little")
         if content > most:
             if behind > 0:
-                self._file.seek(place)
+                self._file.seek(start)
             return 0
         self._budget.work(_MEMBER_WORK)
         self._budget.pass_over(max(behind, 0))

@@ -9,26 +9,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-import ml_dtypes
 import numpy as np
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.kinds import EMBEDDING, KINDS, NOTES, STORED_DTYPES
+from qwen_jax.kinds import EMBEDDING, NOTES
 from qwen_jax.ledger.checks import MOST
 from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
+from qwen_jax.shards.dtypes import ACTIVATION_DTYPES, QUANTISED_DTYPES, SPELLINGS, Name
 from qwen_jax.shards.parts import HEAD, PartReader, index_member, read_index, stored_keys, wanted_parts
+from qwen_jax.shards.rows import (
+    ALL_QUANTISED_KEYS,
+    KIND_KEYS,
+    QuantisedRows,
+    Rows,
+    StoredRows,
+    quantised,
+    quantised_keys,
+    restore,
+    rows_by_key,
+)
 from qwen_jax.shards.unpickle import ArrayShell, Unpickler
 
 RECORD_KEYS = ("sample_idx", "activation", "shape", "text_preview", "task_id", "token_ids")
 """What every record holds, in this order."""
 ROW_KEYS = ("token_positions", "token_roles", "token_cells")
-KIND_KEYS = tuple(KINDS)
 ANSWER_KEYS = ("answer_logprobs", "answer_token_ids", "answer_positions")
 NOTE_KEYS = tuple(NOTES)
-OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS, *NOTE_KEYS)
+OPTIONAL_KEYS = (*ROW_KEYS, *ANSWER_KEYS, *KIND_KEYS, *ALL_QUANTISED_KEYS, *NOTE_KEYS)
 """What a record may hold besides: ROW_KEYS, int32 arrays over its rows; ANSWER_KEYS, one entry for each token of the
-answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 places in the prompt;
-KIND_KEYS, activations of further kinds; NOTE_KEYS, what the sample's stream line says of it (kinds.NOTES)."""
+answer, whether its row is kept or not: float32 log-probabilities, int32 token ids, int32 positions in the prompt;
+KIND_KEYS, activations of further kinds; ALL_QUANTISED_KEYS, what belongs to quantised rows (rows.py); NOTE_KEYS, what
+the sample's stream line says of it (kinds.NOTES)."""
 
 
 def record_keys(kinds: Sequence[str]) -> dict[str, str]:
@@ -45,29 +56,7 @@ class ShardError(BadDataError):
     """A shard that cannot be written as asked, or a file that is not a whole and well-formed shard."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """[n, hidden] rows that lie in several arrays, one behind the other, as the steps of a run gave them."""
-
-    pieces: Sequence[np.ndarray]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(map(len, self.pieces)), self.pieces[0].shape[1]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.pieces[0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-
-Layers = np.ndarray | Sequence[np.ndarray | Rows]
+Layers = np.ndarray | Sequence[StoredRows]
 
 
 @dataclass(frozen=True)
@@ -76,8 +65,8 @@ class Sample:
 
     Attributes:
         sample_idx: 0-based line number in the stream.
-        activations: [n_layers, n_tokens, hidden] array, or one [n_tokens, hidden] array or Rows a layer; float32,
-            float16 or bfloat16.
+        activations: [n_layers, n_tokens, hidden] array, or one [n_tokens, hidden] array, Rows or QuantisedRows a
+            layer; of kinds.STORED_DTYPES, quantised ones as QuantisedRows.
         token_ids: int32 [n_tokens], of the tokens that are kept.
         text_preview: the first characters of the prompt.
         task_id: the task's name in the dataset.
@@ -96,7 +85,7 @@ class Sample:
     task_id: str
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     kinds: Mapping[str, Layers] = field(default_factory=dict)
-    embedding: np.ndarray | Rows | None = None
+    embedding: StoredRows | None = None
     notes: Mapping[str, str | int] = field(default_factory=dict)
 
     def by_kind(self) -> list[Layers]:
@@ -126,26 +115,9 @@ class ShardInfo:
 # different bytes; and it copies each array once more. A fixed shape of data needs few opcodes.
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A global, spelled in the pickle as module and name."""
-
-    module: str
-    name: str
-
-
-_NDARRAY = _Name("numpy", "ndarray")
-_DTYPE = _Name("numpy", "dtype")
-_RECONSTRUCT = _Name("numpy._core.multiarray", "_reconstruct")
-_PLAIN_STATE = (3, "<", None, None, None, -1, -1, 0)
-_DTYPES: dict[np.dtype, tuple[str | _Name, tuple]] = {
-    np.dtype(np.float32): ("f4", _PLAIN_STATE),
-    np.dtype(np.float16): ("f2", _PLAIN_STATE),
-    np.dtype(np.int32): ("i4", _PLAIN_STATE),
-    np.dtype(ml_dtypes.bfloat16): (_Name("ml_dtypes", "bfloat16"), (3, "<", None, None, None, 2, 2, 64)),
-}
-"""The arguments and the state with which numpy and ml_dtypes pickle each dtype that a shard may hold."""
-ACTIVATION_DTYPES = tuple(map(np.dtype, STORED_DTYPES))
+_NDARRAY = Name("numpy", "ndarray")
+_DTYPE = Name("numpy", "dtype")
+_RECONSTRUCT = Name("numpy._core.multiarray", "_reconstruct")
 
 # Memo numbers: the record keys come first, then these, then what _Memo numbers. Under _SLOT_MAIN is the record's array
 # of the main kind, where that stands in it twice.
@@ -201,6 +173,7 @@ def load_shard(
     layers: Collection[int | str] | None = None,
     max_bytes: int | None = None,
     name: str | None = None,
+    raw: bool = False,
 ) -> dict[int | str, list[dict]]:
     """Reads a shard without trusting it: no code from the file runs, and memory is bounded.
 
@@ -214,11 +187,13 @@ def load_shard(
         max_bytes: bound on the memory that the content may take; by default it grows with the size of the
             file (`shards.compress.Budget`), enough for any hidden states.
         name: what messages call the shard; by default its path.
+        raw: give quantised rows as they are stored: codes under `activation`, and ALL_QUANTISED_KEYS.
 
     Returns:
         `{layer: [record, ...]}`, the embedding's records under EMBEDDING where it is stored, with the keys
-        RECORD_KEYS and some of OPTIONAL_KEYS; `activation` is a writable [n_tokens, hidden] array, `token_ids`
-        one int32 [n_tokens] array for all records of a sample.
+        RECORD_KEYS and some of OPTIONAL_KEYS; `activation` is a writable [n_tokens, hidden] array in the stored
+        dtype, float32 where that is a quantised one; `token_ids` one int32 [n_tokens] array for all records of a
+        sample.
 
     Raises:
         ShardError: not a whole, well-formed shard, or without one of `layers`; the message names the file and what
@@ -227,12 +202,12 @@ def load_shard(
     if not isinstance(path_or_file, str | os.PathLike):
         name = name or str(getattr(path_or_file, "name", "the open file"))
         with _shard_errors(name):
-            return _load(path_or_file, name, layers, max_bytes)
+            return _load(path_or_file, name, layers, max_bytes, raw)
     path = os.fspath(path_or_file)
     if path.startswith("gs://"):
         raise ShardError(f"{path} lies in a bucket: qwen_jax.reading.load_shard reads it")
     with _shard_errors(name or path), open(path, "rb") as file:
-        return _load(file, name or path, layers, max_bytes)
+        return _load(file, name or path, layers, max_bytes, raw)
 
 
 def shard_layers(path: str | os.PathLike) -> list[int | str]:
@@ -261,7 +236,7 @@ def _shard_errors(name: str) -> Iterator[None]:
 
 
 def _load(
-    file: BinaryIO, name: str, layers: Collection[int | str] | None, max_bytes: int | None
+    file: BinaryIO, name: str, layers: Collection[int | str] | None, max_bytes: int | None, raw: bool
 ) -> dict[int | str, list[dict]]:
     budget = Budget(max_bytes)
     source = file if layers is None or not file.seekable() else _wanted(file, layers, name)
@@ -269,7 +244,19 @@ def _load(
     data = Unpickler(GzipReader(source, budget), budget, keys, layers).load()
     if isinstance(source, PartReader):
         source.finish()
-    return _to_shard(_only(data, layers, name), budget)
+    shard = _to_shard(_only(data, layers, name), budget)
+    del data
+    return shard if raw else _restored(shard, budget)
+
+
+def _restored(shard: dict[int | str, list[dict]], budget: Budget) -> dict[int | str, list[dict]]:
+    """The same with values in the place of codes, record by record, so that few are held as both."""
+    for records in shard.values():
+        for number, record in enumerate(records):
+            if "scale" in record:
+                budget.charge(sum(4 * rows.size for rows in rows_by_key(record).values()))
+            records[number] = restore(record)
+    return shard
 
 
 def _wanted(file: BinaryIO, layers: Collection[int | str], name: str) -> BinaryIO:
@@ -329,6 +316,8 @@ def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, widths: Sequen
             raise ShardError(
                 f"sample {sample.sample_idx} should have activations {dtype}{[rows, width]}, got {found}"
             )
+        for fault in filter(None, map(_quantised_fault, arrays)):
+            raise ShardError(f"sample {sample.sample_idx} cannot be stored: {fault}")
     if sample.sample_idx < 0 or min(rows, *widths) < 1:
         raise ShardError(f"sample {sample.sample_idx} has a negative index, no tokens or no features")
     if sample.token_ids.dtype != np.int32 or sample.token_ids.ndim != 1:
@@ -343,6 +332,12 @@ def _check_sample(sample: Sample, n_layers: int, dtype: np.dtype, widths: Sequen
             )
     if not _answers_agree(sample.extras):
         raise ShardError(f"sample {sample.sample_idx} has {', '.join(ANSWER_KEYS)} of different lengths")
+
+
+def _quantised_fault(rows: StoredRows) -> str | None:
+    if isinstance(rows, QuantisedRows):
+        return rows.fault
+    return f"rows of {rows.dtype} need a scale (QuantisedRows)" if rows.dtype in QUANTISED_DTYPES else None
 
 
 def _is_of_answer(name: str, array: np.ndarray) -> bool:
@@ -392,10 +387,12 @@ def _head_pieces(memo: _Memo, samples: Sequence[Sample]) -> Iterator[Piece]:
     first = samples[0]
     shared = [_shared_arrays(sample) for sample in samples]
     described = list(zip(samples, shared, strict=True))
+    of_rows = _arrays_of(first.activations[0], {name: kind[0] for name, kind in first.kinds.items()})
     for key in OPTIONAL_KEYS:
-        if key in first.kinds or any(key in arrays or key in sample.notes for sample, arrays in described):
+        if key in of_rows or any(key in arrays or key in sample.notes for sample, arrays in described):
             yield from memo.put(key, [_encode(key)])
-    dtypes = [first.activations[0].dtype, *(array.dtype for arrays in shared for array in arrays.values())]
+    beside = [array.dtype for each in shared for array in each.values()]
+    dtypes = [first.activations[0].dtype, *(array.dtype for array in of_rows.values()), *beside]
     for dtype in dict.fromkeys(dtypes):
         yield from memo.put(dtype, [_dtype_opcodes(dtype)])
     for sample, arrays in described:
@@ -438,12 +435,24 @@ def _prologue() -> bytes:
 
 
 def _dtype_opcodes(dtype: np.dtype) -> bytes:
-    code, state = _DTYPES[dtype]
+    code, state = SPELLINGS[dtype]
     return _encode(_DTYPE) + _encode((code, False, True)) + pickle.REDUCE + _encode(state) + pickle.BUILD
 
 
+def _arrays_of(activation: StoredRows, kinds: Mapping[str, StoredRows]) -> dict[str, np.ndarray | Rows]:
+    """What of OPTIONAL_KEYS a record holds for its rows. kinds: as Sample.kinds, of one layer."""
+    found: dict[str, np.ndarray | Rows] = {}
+    for number, (key, rows) in enumerate((kinds or {"activation": activation}).items()):
+        if isinstance(rows, QuantisedRows):
+            found[key] = rows.codes
+            found.update(zip(quantised_keys(key if number else "activation"), rows.beside, strict=True))
+        else:
+            found[key] = rows
+    return found
+
+
 def _record_pieces(
-    memo: _Memo, sample: Sample, activation: np.ndarray | Rows, kinds: Mapping[str, np.ndarray | Rows]
+    memo: _Memo, sample: Sample, activation: StoredRows, kinds: Mapping[str, StoredRows]
 ) -> Iterator[Piece]:
     values: Mapping[str, Any] = {
         "sample_idx": int(sample.sample_idx),
@@ -451,7 +460,7 @@ def _record_pieces(
         "text_preview": sample.text_preview,
         "task_id": sample.task_id,
     }
-    main = next(iter(kinds), None)
+    main, arrays = next(iter(kinds), None), _arrays_of(activation, kinds)
     yield pickle.EMPTY_DICT + pickle.MARK
     for slot, key in enumerate(RECORD_KEYS):
         yield _get(slot)
@@ -460,14 +469,14 @@ def _record_pieces(
         elif key == "token_ids":
             yield memo.get((sample.sample_idx, key))
         else:
-            yield from _array_pieces(memo, activation)
+            yield from _array_pieces(memo, arrays["activation" if main is None else main])
             yield b"" if main is None else _put(_SLOT_MAIN)
-    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in kinds or key in sample.notes]:
+    for key in [key for key in OPTIONAL_KEYS if key in sample.extras or key in arrays or key in sample.notes]:
         yield memo.get(key)
         if key == main:
             yield _get(_SLOT_MAIN)
-        elif key in kinds:
-            yield from _array_pieces(memo, kinds[key])
+        elif key in arrays:
+            yield from _array_pieces(memo, arrays[key])
         else:
             yield memo.get((sample.sample_idx, key))
     yield pickle.SETITEMS + pickle.APPEND
@@ -498,7 +507,7 @@ def _get(slot: int) -> bytes:
     return pickle.BINGET + bytes([slot]) if slot < 256 else pickle.LONG_BINGET + struct.pack("<I", slot)
 
 
-def _encode(value: bool | int | str | bytes | tuple | _Name | None) -> bytes:
+def _encode(value: bool | int | str | bytes | tuple | Name | None) -> bytes:
     """Opcodes that push a small value, without use of the memo."""
     match value:
         case None:
@@ -512,10 +521,10 @@ def _encode(value: bool | int | str | bytes | tuple | _Name | None) -> bytes:
             return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
         case bytes():
             return pickle.SHORT_BINBYTES + struct.pack("<B", len(value)) + value
+        case Name():
+            return _encode(value.module) + _encode(value.name) + pickle.STACK_GLOBAL
         case tuple():
             return pickle.MARK + b"".join(map(_encode, value)) + pickle.TUPLE
-        case _Name():
-            return _encode(value.module) + _encode(value.name) + pickle.STACK_GLOBAL
     raise TypeError(f"no opcodes for {type(value).__name__}")
 
 
@@ -608,11 +617,28 @@ def _check_arrays(record: dict[str, Any]) -> None:
     for key in record.keys() & set(NOTE_KEYS):
         if type(record[key]) is not NOTES[key]:
             raise MalformedError(f"has a record whose {key} is no {NOTES[key].__name__}")
-    for key in record.keys() & set(OPTIONAL_KEYS) - set(NOTE_KEYS):
+    for key in record.keys() & set(OPTIONAL_KEYS) - set(NOTE_KEYS) - set(ALL_QUANTISED_KEYS):
         if not _is_optional_array(key, record[key], activation):
             raise MalformedError(f"has a record whose {key} is no such array over its tokens")
+    _check_quantised(record)
     if not _answers_agree(record):
         raise MalformedError(f"has a record with {', '.join(ANSWER_KEYS)} of different lengths")
+
+
+def _check_quantised(record: dict[str, Any]) -> None:
+    """That what belongs to codes is there and fits them, and nothing of the kind beside other rows."""
+    there = record.keys() & set(ALL_QUANTISED_KEYS)
+    coded = record["activation"].dtype in QUANTISED_DTYPES
+    wanted = {name for key in rows_by_key(record) for name in quantised_keys(key)} if coded else set()
+    if there != wanted:
+        raise MalformedError(
+            f"has a record of {record['activation'].dtype} with {', '.join(sorted(there)) or 'no scale'} beside"
+        )
+    if any(type(record[name]) is not np.ndarray for name in there):
+        raise MalformedError("has a record whose scale or exact values are no arrays")
+    for key in rows_by_key(record) if coded else ():
+        if fault := quantised(record, key).fault:
+            raise MalformedError(f"has a record whose {key} cannot be restored: {fault}")
 
 
 def _is_optional_array(key: str, array: Any, activation: np.ndarray) -> bool:

@@ -109,7 +109,7 @@ def ranges(parts: Sequence[Part], most: int) -> list[tuple[int, int]]:
         return []
     gaps = [after.start - before.end for before, after in pairwise(parts)]
     widest = sorted(range(len(gaps)), key=gaps.__getitem__, reverse=True)[: most - 1]
-    cuts = sorted(place + 1 for place in widest if gaps[place])
+    cuts = sorted(at + 1 for at in widest if gaps[at])
     return [(parts[a].start, parts[b - 1].end) for a, b in pairwise([0, *cuts, len(parts)])]
 
 

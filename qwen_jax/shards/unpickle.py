@@ -12,10 +12,10 @@ import struct
 from collections.abc import Callable, Collection
 from typing import IO, Any, cast
 
-import ml_dtypes
 import numpy as np
 
 from qwen_jax.shards.compress import IN_PLACE_BYTES, Budget, GzipReader, MalformedError
+from qwen_jax.shards.dtypes import SPELLINGS, Name
 
 _OP_COST = 128
 """Bytes charged per opcode: more than the largest empty object that one opcode can make."""
@@ -50,7 +50,8 @@ class _Dtype:
 
     def set_state(self, state: Any) -> None:
         # (version, byte order, three fields of structured dtypes, size, alignment, flags)
-        if type(state) is not tuple or len(state) != 8 or state[:5] != (3, "<", None, None, None):
+        order = "|" if self.dtype == np.int8 else "<"
+        if type(state) is not tuple or len(state) != 8 or state[:5] != (3, order, None, None, None):
             raise MalformedError("holds a dtype that is not a plain little-endian one")
 
 
@@ -106,8 +107,12 @@ def _check_shape(shape: Any, itemsize: int, size: int) -> None:
 
 
 _NDARRAY = _Global("numpy.ndarray")
-_BFLOAT16 = _Global("ml_dtypes.bfloat16")
-_DTYPES = {name: np.dtype("<" + name) for name in ("f4", "f2", "i4", "i8")}
+_DTYPES = {"i8": np.dtype("<i8")} | {
+    code: dtype for dtype, (code, _) in SPELLINGS.items() if isinstance(code, str)
+}
+_NAMED_DTYPES = {
+    _Global(".".join(code)): (code, dtype) for dtype, (code, _) in SPELLINGS.items() if isinstance(code, Name)
+}
 
 
 def _build_array(args: tuple, budget: Budget) -> ArrayShell:
@@ -118,10 +123,11 @@ def _build_array(args: tuple, budget: Budget) -> ArrayShell:
 
 def _build_dtype(args: tuple, budget: Budget) -> _Dtype:
     code = args[0] if len(args) == 3 and args[1:] == (False, True) else None
-    if code is _BFLOAT16:
-        return _Dtype(np.dtype(ml_dtypes.bfloat16))
+    if type(code) is _Global and code in _NAMED_DTYPES:
+        return _Dtype(_NAMED_DTYPES[code][1])
     if type(code) is not str or code not in _DTYPES:
-        raise MalformedError("holds a dtype other than float32, float16, bfloat16, int32 and int64")
+        known = (*SPELLINGS, np.dtype(np.int64))
+        raise MalformedError(f"holds a dtype other than {', '.join(map(str, known))}")
     return _Dtype(_DTYPES[code])
 
 
@@ -130,7 +136,7 @@ def _build_scalar(args: tuple, budget: Budget) -> int:
     if len(args) != 2 or type(args[0]) is not _Dtype or type(args[1]) is not bytearray:
         raise MalformedError("holds a numpy scalar that numpy does not write")
     dtype, data = args[0].dtype, args[1]
-    if dtype.kind != "i" or len(data) != dtype.itemsize:
+    if dtype not in (np.int32, np.int64) or len(data) != dtype.itemsize:
         raise MalformedError("holds a numpy scalar that is not an int32 or int64")
     return int.from_bytes(data, "little", signed=True)
 
@@ -150,7 +156,7 @@ _GLOBALS = {
     ("numpy.core.multiarray", "_reconstruct"): _Global("_reconstruct", _build_array),
     ("numpy._core.multiarray", "scalar"): _Global("scalar", _build_scalar),
     ("numpy.core.multiarray", "scalar"): _Global("scalar", _build_scalar),
-    ("ml_dtypes", "bfloat16"): _BFLOAT16,
+    **{tuple(name): found for found, (name, _) in _NAMED_DTYPES.items()},
     ("_codecs", "encode"): _Global("_codecs.encode", _encode),
 }
 """Exact names, never a prefix: what lies beside them in numpy (load, f2py ...) runs code."""
@@ -231,7 +237,7 @@ class Unpickler:
         return self._take(size)
 
     def _wants_no_such_array(self) -> bool:
-        """Whether what comes are the values of activations in a layer that is not wanted.
+        """Whether what comes are the values or codes of activations in a layer that is not wanted.
 
         Other arrays belong to all layers of a sample, and are stored once, before or in the first layer.
         """
@@ -239,8 +245,8 @@ class Unpickler:
         if self._wanted is None or layer is None or layer in self._wanted:
             return False
         shape, dtype, _ = self._stack[-3:]
-        is_float = type(dtype) is _Dtype and dtype.dtype.kind != "i"
-        return is_float and type(shape) is tuple and len(shape) == 2
+        of_rows = type(dtype) is _Dtype and (dtype.dtype.kind != "i" or dtype.dtype == np.int8)
+        return of_rows and type(shape) is tuple and len(shape) == 2
 
     def _layer_at_hand(self) -> int | str | None:
         """The key of the list that is being filled in the outermost dict.
@@ -248,10 +254,10 @@ class Unpickler:
         That dict is followed by one key and list, or, as Python's pickler does it, by all keys and lists so far.
         """
         stack, at_hand = self._stack, None
-        for place in range(1, len(stack) - 1, 2):
-            if type(stack[place]) not in (int, str) or type(stack[place + 1]) is not list:
+        for at in range(1, len(stack) - 1, 2):
+            if type(stack[at]) not in (int, str) or type(stack[at + 1]) is not list:
                 break
-            at_hand = stack[place]
+            at_hand = stack[at]
             self._budget.work(1)
         return at_hand
 

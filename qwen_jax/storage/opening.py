@@ -36,7 +36,7 @@ def open_store(
         UsageError: a URL that is none of these.
         StorageError: no credentials, or the folder cannot be made.
     """
-    check_place(url)
+    check_store_url(url)
     if url.startswith("gs://"):
         # Only here: google.cloud.storage takes a second to import.
         from qwen_jax.storage.gcs import GcsStore
@@ -53,7 +53,7 @@ def open_store(
     return FolderStore(Path(plain_path(url)), stop=stop)
 
 
-def check_place(url: str) -> None:
+def check_store_url(url: str) -> None:
     """Raises UsageError for what no store of ours can be opened at, or can hold."""
     if url.startswith("gs://"):
         bucket, _, prefix = url.removeprefix("gs://").partition("/")

@@ -30,6 +30,15 @@ WAYS = [
 ]
 
 
+LONGEST_TOKEN = cache(prompts._longest_token)
+
+
+@pytest.fixture(autouse=True)
+def the_vocabulary_is_read_once(monkeypatch):
+    """Reading takes as long as hundreds of prompts, and each test makes many encoders."""
+    monkeypatch.setattr(prompts, "_longest_token", LONGEST_TOKEN)
+
+
 class OneByOne:
     """A task's prompts as the loop makes them: the whole text tokenised again for each dropped example."""
 
@@ -187,9 +196,8 @@ def test_examples_that_cannot_fit_are_never_tokenised_and_all_else_is_as_ever(
     task = drawn_task(random.Random(examples + most), examples, most)
     wanted = OneByOne(demo_tokenizer, task, **way)
     monkeypatch.setattr(prompts, "_BYTES_AT_LEAST", 1)
-    monkeypatch.setattr(
-        demo_tokenizer, "get_vocab", lambda: ["abcd"]
-    )  # no token of these is longer, on average
+    # No token of these is longer, on average.
+    monkeypatch.setattr(prompts, "_longest_token", lambda tokenizer: 4)
     asked_less = 0
     for max_seq_length in (200, 400, 800, 1600):
         asked = Asked(demo_tokenizer)

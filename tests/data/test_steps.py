@@ -44,16 +44,16 @@ def test_every_token_stands_once_in_order_at_its_position(given):
     for number, step in enumerate(lay_into_steps(samples, shape)):
         assert step.tokens_XT.shape == step.positions_XT.shape == (shape.rows, shape.tokens)
         for part in step.parts:
-            here = slice(part.place, part.place + part.stop - part.start)
+            here = slice(part.offset, part.offset + part.stop - part.start)
             ids = step.tokens_XT[part.row, here]
             np.testing.assert_array_equal(ids, part.sample.token_ids[part.start : part.stop])
             np.testing.assert_array_equal(step.positions_XT[part.row, here], np.arange(part.start, part.stop))
-            place = number * shape.tokens + part.place
+            offset = number * shape.tokens + part.offset
             if part.start == 0:
-                assert place % shape.page == 0
+                assert offset % shape.page == 0
             else:
-                assert at[part.sample.sample_idx] == (part.row, place), "a sample is contiguous in its row"
-            at[part.sample.sample_idx] = (part.row, place + part.stop - part.start)
+                assert at[part.sample.sample_idx] == (part.row, offset), "a sample is contiguous in its row"
+            at[part.sample.sample_idx] = (part.row, offset + part.stop - part.start)
             found.setdefault(part.sample.sample_idx, []).extend(ids.tolist())
         assert step.positions_XT.max() < shape.positions and step.positions_XT.min() >= 0
     assert found == {each.sample_idx: each.token_ids.tolist() for each in samples}
@@ -76,11 +76,11 @@ def test_only_the_end_of_a_run_has_positions_without_a_token(given):
             for row in range(shape.rows):
                 parts = step.parts_of(row)
                 gaps = [
-                    after.place - part.place - part.stop + part.start
+                    after.offset - part.offset - part.stop + part.start
                     for part, after in itertools.pairwise(parts)
                 ]
-                last = shape.tokens - parts[-1].place - parts[-1].stop + parts[-1].start
-                assert parts[0].place == 0 and all(gap < shape.page for gap in [*gaps, last])
+                last = shape.tokens - parts[-1].offset - parts[-1].stop + parts[-1].start
+                assert parts[0].offset == 0 and all(gap < shape.page for gap in [*gaps, last])
 
 
 def test_the_next_sample_goes_to_the_row_with_the_fewest_tokens():
@@ -123,9 +123,9 @@ def test_blocks_are_those_of_the_sample_whatever_the_step(data, size):
             for part in step.parts:
                 row += [(part.sample.sample_idx, rank) for rank in part.kept]
             for part in step.parts:
-                for place, count in part.blocks():
-                    assert place >= -size
-                    held = row[before + place : before + place + count]
+                for offset, count in part.blocks():
+                    assert offset >= -size
+                    held = row[before + offset : before + offset + count]
                     done = sum(sizes.setdefault(part.sample.sample_idx, []))
                     assert held == [(part.sample.sample_idx, done + offset) for offset in range(count)]
                     sizes[part.sample.sample_idx].append(count)

@@ -29,6 +29,7 @@ from qwen_jax.fleet.supervise import Clock, Outcome, Policy, Supervisor
 from qwen_jax.ledger.names import CHECKPOINT_PATTERN
 from qwen_jax.ledger.progress_record import ProgressRecord
 from qwen_jax.ledger.schema import COMPLETED, FAILED, IN_PROGRESS, RUNNING, STARTING
+from qwen_jax.ledger.worker_files import WorkerFiles
 
 HOUR = 3600.0
 BEGINNING = 1_800_000_000.0
@@ -428,34 +429,36 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class WorldSource:
+class WorldFiles:
     """The bucket as the monitor reads it."""
 
     world: World
+    where: str = "gs://bucket/activations"
 
-    def checkpoint(self, worker: int) -> bytes | None:
+    def names(self) -> list[str]:
+        return []
+
+    def read(self, name: str) -> bytes | None:
+        folder, _, file = name.partition("/")
+        worker = int(folder.removeprefix("tpu_"))
         seen = self.world.workers[worker]
+        if file == "metadata.json":
+            norms = {"residual": {LAYER: {"norm_mean": 180.0 + worker / 10}}}
+            size = seen.checkpoint["total_shards"] * BYTES_A_SHARD
+            known = {"model": {"name": MODEL}, "totals": {"bytes": size}, "statistics": norms}
+            return json.dumps(known).encode()
+        if file == "progress.json":
+            return None if seen.record is None else seen.record.to_bytes()
         return json.dumps({"worker_id": worker} | seen.checkpoint).encode() if seen.durable_s else None
-
-    def progress(self, worker: int) -> bytes | None:
-        record = self.world.workers[worker].record
-        return None if record is None else record.to_bytes()
-
-    def metadata(self, worker: int) -> bytes | None:
-        shards = self.world.workers[worker].checkpoint["total_shards"]
-        norms = {"residual": {LAYER: {"norm_mean": 180.0 + worker / 10}}}
-        known = {"model": {"name": MODEL}, "totals": {"bytes": shards * BYTES_A_SHARD}, "statistics": norms}
-        return json.dumps(known).encode()
-
-    def checkpoint_place(self, worker: int) -> str:
-        return f"gs://bucket/activations/tpu_{worker}/checkpoint_worker_{worker}.json"
 
 
 def states(world: World, workers: Iterable[int] | None = None) -> list[WorkerState]:
     """As the monitor sees the fleet now, or some of it."""
     world.settle_all()
-    source = WorldSource(world)
-    return mark_slow([look(source, worker, world.now) for worker in workers or world.workers])
+    files = WorldFiles(world)
+    return mark_slow(
+        [look(WorkerFiles.stored(files, worker), world.now) for worker in workers or world.workers]
+    )
 
 
 def page_at(hours: float, path: Path) -> Callable[[World], None]:

@@ -97,7 +97,7 @@ def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
-@pytest.mark.parametrize("name", TPUS)
+@pytest.mark.parametrize("name", ["v4-8", "v5litepod-1", "tpu7x-8"])  # each of its own family of nodes
 def test_pods_land_on_the_tpu_that_was_asked_for(fakes, name):
     flags = ("--engine", "kubernetes", "--accelerator_type", name, "--dry_run")
     done = launch(fakes, *flags, IMAGE="image")
@@ -123,9 +123,13 @@ def test_kubernetes_needs_an_image(fakes):
     assert done.returncode == 2 and "IMAGE" in done.stderr and fakes.calls() == []
 
 
-@pytest.mark.parametrize("bucket", ["gs://bucket/folder", "file:///bucket", "gs://"])
 @pytest.mark.parametrize(
-    "engine, tool", [("gcloud", "gcloud"), ("kubernetes", "kubectl"), ("skypilot", "sky")]
+    "engine, tool, bucket",
+    [
+        ("gcloud", "gcloud", "gs://bucket/folder"),
+        ("kubernetes", "kubectl", "file:///bucket"),
+        ("skypilot", "sky", "gs://"),
+    ],
 )
 def test_these_engines_need_a_bucket_and_nothing_else(fakes, engine, tool, bucket):
     fakes.add(tool, "")

@@ -225,8 +225,8 @@ def fleet_environment(inputs: tuple[Path, Path, Path], root: Path, server: FakeG
     }
 
 
-@pytest.mark.parametrize("workers", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_fleet_with_kills(inputs, tmp_path, workers):
+@pytest.mark.slow  # test_slurm.py proves the same of four workers
+def test_a_fleet_of_eight_with_kills(inputs, tmp_path, workers=8):
     """The real scripts: with kills they leave in the bucket what undisturbed workers leave; the monitor sees it."""
     write_streams(inputs[1], tmp_path, workers)
     with FakeGcs(["bucket", "calm"]) as server:

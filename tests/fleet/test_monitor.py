@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -15,10 +16,11 @@ from qwen_jax.__main__ import main
 from qwen_jax.commands.workers import shards_url
 from qwen_jax.errors import StorageError
 from qwen_jax.fleet import monitor
-from qwen_jax.fleet.monitor import BucketSource, LocalSource, WorkerState, details, exit_code, look, mark_slow
+from qwen_jax.fleet.monitor import WorkerState, bucket_files, details, exit_code, look, mark_slow
 from qwen_jax.fleet.page import make_page, throughput
 from qwen_jax.ledger.progress_record import HISTORY_POINTS, ProgressRecord
 from qwen_jax.ledger.schema import FAILED, STARTING, TERMINATED
+from qwen_jax.ledger.worker_files import WorkerFiles
 from qwen_jax.storage.folder import FolderStore
 from qwen_jax.storage.gcs import GcsStore
 from tests.fake_gcs import FakeGcs, Fault
@@ -33,8 +35,8 @@ def fleet(tmp_path_factory):
 
 
 def states(root, count=32) -> list[WorkerState]:
-    source = LocalSource(root / "checkpoints", root / "activations")
-    return mark_slow([look(source, worker, NOW) for worker in range(count)])
+    files = partial(WorkerFiles.local, root / "checkpoints", root / "activations")
+    return mark_slow([look(files(worker), NOW) for worker in range(count)])
 
 
 def test_every_state_of_a_fleet(fleet):
@@ -317,8 +319,9 @@ def test_a_bucket_that_does_not_answer_is_said_at_once_and_looked_at_again(tmp_p
 
 def test_a_look_is_less_patient_than_a_worker(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
-    assert BucketSource("gs://bucket")._store._budget_s == monitor._BUDGET_S < 60
-    assert BucketSource("gs://bucket")._store._timeout_s == monitor._ANSWER_S < 60
+    store = bucket_files("gs://bucket")._store
+    assert store._budget_s == monitor._BUDGET_S < 60
+    assert store._timeout_s == monitor._ANSWER_S < 60
 
 
 def test_watch_ends_when_all_are_complete(tmp_path, monkeypatch, capsys):

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from qwen_jax.data.prompts import TokenizedSample
 from qwen_jax.data.steps import StepShape, lay_into_steps
@@ -53,6 +55,17 @@ def program_of(
     return Program(model.config, num_layers, tuple(layers), tuple(taps), shape=shape, **given)
 
 
+def first_devices(count: int) -> Mesh:
+    """A row of samples on each; all of this machine's devices are make_mesh's."""
+    return Mesh(np.array(jax.local_devices()[:count])[:, None], ("data", "model"))
+
+
+@cache
+def compilation(program: Program) -> Compilation:
+    """The same of equal programs: most of the time of a test is its compiler's."""
+    return Compilation(program)
+
+
 def samples_of(prompts: Iterable[np.ndarray], first: int = 0) -> list[TokenizedSample]:
     """int32 token ids of each sample."""
     return [
@@ -75,7 +88,8 @@ def joined(sample: CapturedSample, tap: str = "residual") -> np.ndarray:
 def run(
     model: Decoder, tokens: np.ndarray, layers: Sequence[int], tap: str = "residual", **settings
 ) -> np.ndarray:
-    """[C, B, T, D]: one tap of the layers, of prompts of one length, in steps that cut through them."""
+    """[C, B, T, D]: one tap of the layers, of prompts of one length, in steps that cut through them. positions: the
+    most that the program is made for; without it, that length."""
     return run_taps(model, tokens, layers, [tap], **settings)[tap]
 
 
@@ -83,8 +97,8 @@ def run_taps(
     model: Decoder, tokens: np.ndarray, layers: Sequence[int], taps: Sequence[str], **settings
 ) -> dict[str, np.ndarray]:
     """The same of several taps, by name."""
-    shape = StepShape(settings.pop("step_tokens", 50), tokens.shape[1])
-    capture = Capture(Compilation(program_of(model, layers, taps, shape, **settings)), model)
+    shape = StepShape(settings.pop("step_tokens", 50), settings.pop("positions", tokens.shape[1]))
+    capture = Capture(compilation(program_of(model, layers, taps, shape, **settings)), model)
     found = capture_samples(capture, shape, samples_of(tokens))
     return {tap: np.stack([joined(sample, tap) for sample in found], axis=1) for tap in taps}
 

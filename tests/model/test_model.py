@@ -12,7 +12,7 @@ from qwen_jax.model.config import parse_config
 from qwen_jax.model.decoder import abstract_model, parameter_count
 from qwen_jax.model.program import Program, block_sums, rows_from
 from qwen_jax.model.published import OTHER_FAMILIES, PUBLISHED, config_fields
-from tests.model.conftest import program_of, run
+from tests.model.conftest import program_of, run, run_taps
 
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {
@@ -66,7 +66,7 @@ def test_a_later_token_changes_nothing_before_it(small):
 def test_taps_add_up_to_the_residual_stream(small):
     model, tokens = small.ours(), small.tokens(2, 15)
     layers = range(small.config.num_layers)
-    residual, attn, mlp = (np.asarray(run(model, tokens, layers, tap)) for tap in ("residual", "attn", "mlp"))
+    residual, attn, mlp = run_taps(model, tokens, layers, ("residual", "attn", "mlp")).values()
     np.testing.assert_allclose(residual[1:], residual[:-1] + attn[1:] + mlp[1:], atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_what_is_carried_on_takes_the_place_of_what_was_carried():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_stored_dtype_is_the_rounded_result(small, dtype):
-    tokens = small.tokens(2, 9)
+    tokens = small.tokens(2, 15)
     layers = range(small.config.num_layers)
     exact = run(small.ours(), tokens, layers)
     stored = run(small.ours(), tokens, layers, stored_dtype=dtype)

@@ -21,33 +21,35 @@ from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.config import read_config
 from qwen_jax.model.sharding import check_split, make_mesh, planned_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
-from tests.model.conftest import capture_samples, joined, program_of, samples_of
+from tests.model.conftest import capture_samples, first_devices, joined, program_of, samples_of
 
-folder, model_parallel = sys.argv[1], int(sys.argv[2])
+folder, out = sys.argv[1:3]
 config = read_config(folder)
-mesh = make_mesh(model_parallel)
-check_split(config, model_parallel)
-model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float32, mesh)
 tokens = np.random.default_rng(7).integers(0, config.vocab_size, (16, 24), np.int32)
-shape = StepShape(40, 24, mesh.shape["data"])
 taps = ["residual", "attn_heads", "mlp_act"]  # of a whole, of parts split by heads, and by neurons
-program = program_of(model, range(config.num_layers), taps, shape, mesh=mesh)
-found = capture_samples(Capture(Compilation(program), model), shape, samples_of(tokens))
-joined_up = [np.concatenate([joined(sample, tap) for tap in taps], axis=-1) for sample in found]
-np.save(sys.argv[3], np.stack(joined_up, axis=1))
-per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
-planned = replace(program, mesh=planned_mesh(len(jax.devices()), model_parallel)).weight_bytes
-print(json.dumps({"devices": len(jax.devices()), "bytes_per_device": per_device, "planned": planned}))
+for devices, model_parallel in ((1, 1), (8, int(sys.argv[3]))):
+    mesh = make_mesh(model_parallel) if devices == 8 else first_devices(devices)
+    check_split(config, model_parallel)
+    model = load_model(open_checkpoint(folder), config, config.num_layers, jnp.float32, mesh)
+    shape = StepShape(40, 24, mesh.shape["data"])
+    program = program_of(model, range(config.num_layers), taps, shape, mesh=mesh)
+    found = capture_samples(Capture(Compilation(program), model), shape, samples_of(tokens))
+    joined_up = [np.concatenate([joined(sample, tap) for tap in taps], axis=-1) for sample in found]
+    np.save(f"{out}/{devices}.npy", np.stack(joined_up, axis=1))
+    per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
+    planned = replace(program, mesh=planned_mesh(devices, model_parallel)).weight_bytes
+    print(json.dumps({"devices": mesh.size, "bytes_per_device": per_device, "planned": planned}))
 """
 
 
-def run(folder: Path, devices: int, model_parallel: int, out: Path) -> dict:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def run(folder: Path, model_parallel: int, out: Path) -> list[dict]:
+    """On one device, and on eight."""
+    flags = "--xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(model_parallel), str(out)]
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(out), str(model_parallel)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-2:]]
 
 
 @pytest.mark.parametrize("shape, model_parallel", [("0.5B-like", 1), ("1.5B-like", 4), ("7B-like", 4)])
@@ -69,11 +71,10 @@ def test_eight_devices_equal_one_in_every_family(family, tmp_path):
 def _check_eight(folder: Path, model_parallel: int, tmp_path: Path) -> None:
     import numpy as np
 
-    one = run(folder, 1, 1, tmp_path / "one.npy")
-    many = run(folder, 8, model_parallel, tmp_path / "many.npy")
-    assert many["devices"] == 8
+    one, many = run(folder, model_parallel, tmp_path)
+    assert (one["devices"], many["devices"]) == (1, 8)
     assert many["planned"] == many["bytes_per_device"] and one["planned"] == one["bytes_per_device"]
-    expected, sharded = np.load(tmp_path / "one.npy"), np.load(tmp_path / "many.npy")
+    expected, sharded = np.load(tmp_path / "1.npy"), np.load(tmp_path / "8.npy")
     if model_parallel == 1:
         np.testing.assert_array_equal(sharded, expected)
     else:

@@ -18,6 +18,7 @@ from qwen_jax.ledger.metadata import parse_metadata
 from qwen_jax.shards import KIND_KEYS, Sample, load_shard, write_shard
 from qwen_jax.shards.format import ANSWER_KEYS, ROW_KEYS
 from qwen_jax.storage.checksum import file_crc32c
+from tests.once import made_once
 from tests.run_worker.starts import ROOT, Start
 
 DEMO = ROOT / "examples" / "demo"
@@ -45,7 +46,7 @@ def extract(root: Path, *flags: str, expect: int = 0, model: Path = DEMO / "mode
 def clean(tmp_path_factory) -> Path:
     """A worker's folder; tests only read it."""
     flags = ("--layers_to_extract", "1", "3", "--shard_size_gb", "0.003", "--batch_size", "2")
-    return extract(tmp_path_factory.mktemp("clean"), *flags)
+    return made_once(tmp_path_factory, "clean", lambda root: extract(root, *flags)) / "worker_0"
 
 
 @dataclass

@@ -172,6 +172,23 @@ def test_ranks_are_those_of_torch_distributed(clean, tmp_path):
     assert_every_row_once(torch.cat([torch.load(output) for output in outputs]), clean)
 
 
+UNFINISHED = """
+import sys, torch
+from qwen_jax.reading import iter_activations
+
+batches = iter_activations(sys.argv[1], 1, batch_size=64)
+print(torch.from_numpy(next(batches)).shape[0])
+"""
+
+
+def test_rows_that_are_left_unread_end_quietly(clean):
+    """Python takes its modules apart before what stands at the top of a script."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNFINISHED, str(clean)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "64\n", "")
+
+
 STATEFUL = """
 import sys, json, torch
 from torchdata.stateful_dataloader import StatefulDataLoader

@@ -22,6 +22,7 @@ from qwen_jax.run.pipeline import CapturedSample, FilledShard, SampleTap
 from qwen_jax.shards.statistics import RowSums
 from tests.fake_gcs import FakeGcs
 from tests.hf_reference import make_reference, save_reference
+from tests.once import made_once
 from tests.run_worker.starts import ROOT, Start
 
 TOKENIZER = ROOT / "examples" / "demo" / "model"
@@ -151,13 +152,17 @@ def make_inputs(root: Path) -> tuple[Path, Path, Path]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, root / "model" / name)
     (root / "stream_005.jsonl").write_text("\n".join(arc_lines(TASKS)) + "\n")
+    return input_paths(root)
+
+
+def input_paths(root: Path) -> tuple[Path, Path, Path]:
     return root / "model", root / "stream_005.jsonl", root / "cache"
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
     """What all runs share."""
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    return input_paths(made_once(tmp_path_factory, "inputs", make_inputs))
 
 
 @pytest.fixture
@@ -168,9 +173,8 @@ def workspace(inputs, tmp_path) -> Workspace:
 @pytest.fixture(scope="session")
 def finished(inputs, tmp_path_factory) -> Workspace:
     """An uninterrupted run, to compare with; tests only read it."""
-    workspace = Workspace(*inputs, tmp_path_factory.mktemp("finished"))
-    workspace.run()
-    return workspace
+    root = made_once(tmp_path_factory, "finished", lambda root: Workspace(*inputs, root).run())
+    return Workspace(*inputs, root)
 
 
 @pytest.fixture
@@ -187,11 +191,17 @@ def cloud(inputs, tmp_path, server) -> CloudWorkspace:
 @pytest.fixture(scope="session")
 def undisturbed(inputs, tmp_path_factory) -> dict[str, bytes]:
     """What an undisturbed run leaves in the bucket, by name."""
-    with FakeGcs() as server:
-        worker = CloudWorkspace(*inputs, tmp_path_factory.mktemp("undisturbed"), server=server)
-        worker.run()
-        assert len([name for name in worker.stored() if name.startswith("shard_")]) >= 5
-        return worker.stored()
+
+    def make(root: Path) -> None:
+        with FakeGcs() as server:
+            worker = CloudWorkspace(*inputs, root / "worker", server=server)
+            worker.run()
+            assert len([name for name in worker.stored() if name.startswith("shard_")]) >= 5
+            (root / "bucket").mkdir()
+            for name, data in worker.stored().items():
+                (root / "bucket" / name).write_bytes(data)
+
+    return tree(made_once(tmp_path_factory, "undisturbed", make) / "bucket")
 
 
 def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:

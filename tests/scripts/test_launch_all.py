@@ -238,16 +238,21 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("engine, tool", ENGINES.items())
+UNREADABLE = [
+    ("MAX_SEQ_LENGTH", "abc", "whole number"),
+    ("INCLUDE_ANSWER", "maybe", "true or false"),
+    ("OVERLONG", "cut", "choose from"),
+    ("KEEP_TOKENS", "most", "keep_tokens"),
+    ("PROGRESS_INTERVAL_S", "often", "seconds"),
+    ("GCS_RETRY_BUDGET_S", "nan", "seconds"),
+]
+
+
 @pytest.mark.parametrize(
-    "name, value, words",
+    "engine, tool, name, value, words",
     [
-        ("MAX_SEQ_LENGTH", "abc", "whole number"),
-        ("INCLUDE_ANSWER", "maybe", "true or false"),
-        ("OVERLONG", "cut", "choose from"),
-        ("KEEP_TOKENS", "most", "keep_tokens"),
-        ("PROGRESS_INTERVAL_S", "often", "seconds"),
-        ("GCS_RETRY_BUDGET_S", "nan", "seconds"),
+        *((engine, tool, *UNREADABLE[0]) for engine, tool in ENGINES.items()),
+        *(("gcloud", "gcloud", *each) for each in UNREADABLE[1:]),
     ],
 )
 def test_a_setting_that_no_worker_can_read_starts_nothing(fakes, tmp_path, engine, tool, name, value, words):

@@ -1,13 +1,22 @@
 """Statistics of parts, merged, are those of all rows together; a channel that is massive at few rows is found."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
 from qwen_jax.errors import BadDataError
-from qwen_jax.shards.statistics import MASSIVE, KindStats, RowSums, merge_stats, parse_stats, stats_bytes
+from qwen_jax.shards.statistics import (
+    MASSIVE,
+    KindStats,
+    RowErrors,
+    RowSums,
+    merge_stats,
+    parse_stats,
+    stats_bytes,
+)
 
 LAYERS = (3, 7)
 
@@ -106,3 +115,52 @@ def test_what_is_no_whole_statistics_file_is_refused_by_name(data):
 
 def test_an_undamaged_file_is_taken():
     assert parse_stats(damaged(lambda array: array), "here")["mlp"].count > 0
+
+
+def lossy(samples: list[np.ndarray], seed: int) -> tuple[KindStats, np.ndarray]:
+    """Of samples whose rows are what is left after random errors, and those errors."""
+    rng, sums, all_errors = np.random.default_rng(seed), [], []
+    for sample in samples:
+        e = rng.normal(0, 0.01, sample.shape) * np.abs(sample).max(axis=-1, keepdims=True)
+        x = sample + e
+        largest = [np.abs(e[:, start : start + 70]).max(axis=1) for start in range(0, e.shape[1], 70)]
+        of_rows = [part.sum(-1).astype(np.float32) for part in (x * x, x * e, e * e)]
+        errors = RowErrors(*of_rows, np.stack(largest, axis=1))
+        sums.append(replace(row_sums(sample.astype(np.float32)), errors=errors))
+        all_errors.append(e)
+    return KindStats.of_samples(LAYERS, sums), np.concatenate(all_errors, axis=1)
+
+
+def test_losses_of_parts_are_those_of_all_rows():
+    samples = random_samples(20)
+    parts = [lossy(samples[place::4], place) for place in range(4)]
+    merged = merge_stats([{"mlp": stats} for stats, _ in parts])["mlp"]
+    rows = np.concatenate([sample for place in range(4) for sample in samples[place::4]], axis=1)
+    e = np.concatenate([errors for _, errors in parts], axis=1)
+    x = rows + e
+    np.testing.assert_allclose(merged.loss.row_squares_C, np.square(x).sum((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(merged.loss.error_squares_C, np.square(e).sum((1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(merged.loss.max_error_CD, np.abs(e).max(axis=1))
+    cosines = (x * rows).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(rows, axis=-1)
+    np.testing.assert_allclose(merged.loss.cosine_distance_C, (1 - cosines).mean(axis=1), rtol=1e-4)
+    (again,) = parse_stats(stats_bytes({"mlp": merged}), "here").values()
+    assert again.summary() == merged.summary() and "max_error_channel" in merged.summary()["3"]
+
+
+def test_where_one_part_does_not_say_what_was_lost_all_do_not():
+    known, _ = lossy(random_samples(3), 0)
+    merged = merge_stats([{"mlp": known}, {"mlp": replace(known, loss=None)}])["mlp"]
+    assert merged.loss is None and "cosine" not in merged.summary()["3"]
+
+
+@pytest.mark.parametrize("part", ["cosine_distance", "max_error"])
+@pytest.mark.parametrize("damage", [None, lambda array: array[..., :1], lambda array: -array])
+def test_losses_that_are_not_whole_are_refused(part, damage):
+    stats, _ = lossy(random_samples(3), 0)
+    tensors = load(stats_bytes({"mlp": stats}))
+    array = tensors.pop(f"mlp.{part}")
+    if damage is not None:
+        tensors[f"mlp.{part}"] = damage(array)
+    about = json.dumps({"mlp": {"layers": list(LAYERS), "count": stats.count}})
+    with pytest.raises(BadDataError, match=r"^here is not a whole statistics file"):
+        parse_stats(save(tensors, metadata={"stats": about}), "here")

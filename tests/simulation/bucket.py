@@ -47,11 +47,13 @@ class Session:
 class Bucket:
     """Objects, sessions and requests that are still on their way.
 
-    before: says what is to go wrong with a request, None for nothing. after: told of each object that changed.
+    before: says what is to go wrong with a request, None for nothing. after: told of each object that changed. as_sent:
+    makes a request one that arrives as its sender's, whoever is at work then.
     """
 
     before: Callable[[str], str | None] = lambda what: None
     after: Callable[[str], None] = lambda name: None
+    as_sent: Callable[[Callable[[], object]], Callable[[], object]] = lambda work: work
     objects: dict[str, Stored] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     late: list[Callable[[], object]] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Bucket:
         if trouble is None:
             return work()
         if trouble == "late":
-            self.late.append(work)
+            self.late.append(self.as_sent(work))
             raise requests.ReadTimeout("no answer")
         if trouble == "lose":
             arrive(work)

@@ -11,6 +11,7 @@ from qwen_jax.ledger.metadata import Ledger
 from qwen_jax.ledger.names import METADATA_NAME, shard_stats_name
 from qwen_jax.run import commit, resume
 from qwen_jax.run.commit import Committer
+from qwen_jax.run.places import Places
 from qwen_jax.storage import atomic, gcs
 from qwen_jax.storage.atomic import json_bytes, write_json
 from qwen_jax.storage.store import PreconditionFailedError
@@ -217,12 +218,27 @@ def _() -> Iterator[None]:
 
 @mutant("what is deleted locally may come back when the power fails")
 def _() -> Iterator[None]:
-    def careless(paths: list) -> None:
+    def careless(paths: list, places: Places) -> None:
         for path in paths:
             with storage_errors("delete", path):
                 path.unlink()
 
     with instead(resume, "_delete_local", careless):
+        yield
+
+
+RARE = "what a start before it deleted locally may come back when the power fails"
+
+
+@mutant(RARE)
+def _() -> Iterator[None]:
+    def of_this_start(paths: list, places: Places) -> None:
+        for path in paths:
+            path.unlink()
+        for folder in {path.parent for path in paths}:
+            atomic.sync_folder(folder)
+
+    with instead(resume, "_delete_local", of_this_start):
         yield
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutants import MUTANTS, RARE
 from tests.simulation.world import Event, Script, explained, fails, run, search, simulated
 
 DEFAULT_CRASHES = 10_000
@@ -48,7 +48,7 @@ def test_old_defects_are_found(what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [what for what in MUTANTS if what not in OLD_DEFECTS])
+@pytest.mark.parametrize("what", [what for what in MUTANTS if what not in (*OLD_DEFECTS, RARE)])
 def test_mutants_are_found(what):
     assert_found(what)
 
@@ -68,6 +68,25 @@ def test_a_failure_is_shrunk_to_a_short_script():
     assert text.count("Event(") <= 3 < len(Script.random(seed).events)
     with simulated():
         assert fails(Script.random(seed)) is None, "the failure is the mutant's"
+
+
+DELETED_TWICE = Script(
+    bits=(0,),
+    with_bucket=False,
+    events=(
+        Event(0, "unlink", "force"),
+        Event(2, "sync folder", "kill"),
+        Event(0, "unlink /m0/out/stats_0001", "power"),
+    ),
+)
+"""Dies before it has synced what it deleted; the start after it loses its power."""
+
+
+def test_a_restart_syncs_what_a_restart_before_it_deleted():
+    with simulated(), MUTANTS[RARE]():
+        assert "ahead of" in str(fails(DELETED_TWICE))
+    with simulated():
+        assert run(DELETED_TWICE).crashes == 3
 
 
 OVERTAKEN = Script(

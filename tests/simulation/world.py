@@ -176,7 +176,7 @@ class World:
         self._due = next(self._events, None)
         self._due_from = self._due.gap if self._due else 0
         self.machines = [Machine(number, bits) for number, bits in enumerate(script.bits)]
-        self.bucket = Bucket(self._before_request, self._changed)
+        self.bucket = Bucket(self._before_request, self._changed, self._as_sent)
         self.watch = Watch(self.bucket.objects, CHECKPOINT)
         self.baton = threading.Semaphore(0)
         self.current: Process | None = None
@@ -332,6 +332,18 @@ class World:
             self.watch.changed(name, self.current.forced)
         except Violation as violation:
             self.violation = self.violation or violation
+
+    def _as_sent(self, work: Callable[[], object]) -> Callable[[], object]:
+        sender = self.current
+
+        def arrives() -> object:
+            at_work, self.current = self.current, sender
+            try:
+                return work()
+            finally:
+                self.current = at_work
+
+        return arrives
 
     def _kill(self, process: Process, number: int) -> None:
         self.crashes += 1

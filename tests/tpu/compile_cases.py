@@ -37,22 +37,24 @@ def program_of(
     taps: tuple[str, ...] = ("residual",),
     answers: bool = False,
     batch_size: int = 4,
+    stored: str | None = None,
 ) -> Program:
-    """The step of a published size on the TPUs of that mesh, as run/job.py makes it. layers: the first ones only."""
+    """The step of a published size on the TPUs of that mesh, as run/job.py makes it. layers: the first ones only.
+    stored: None stores the compute dtype."""
     config = config_of(size)
     tokens, layers = step_tokens(batch_size, positions, False), layers or config.num_layers
     form = make_form(resolve_attention("auto", dtype, "tpu"), "tpu", tokens, positions)
     shape = StepShape.of(tokens, positions, mesh.shape["data"], form.page)
     every = tuple(range(layers))
-    return Program(config, layers, every, tuple(taps), dtype, dtype, mesh, shape, form, answers)
+    return Program(config, layers, every, tuple(taps), dtype, stored or dtype, mesh, shape, form, answers)
 
 
 def compile_case(folder: Path, case: dict[str, Any]) -> None:
-    """kept: tokens of a step that are kept. what: `step` or `sum_up`."""
+    """kept: tokens of a step that are kept. what: `step`, `quantise` or `sum_up`."""
     name, kept, what = case.pop("name"), case.pop("kept", None), case.pop("what", "step")
     mesh = absent_mesh(ACCELERATORS[case.pop("machine")], case.pop("model_parallel", 1))
     program = program_of(mesh, **case)
-    found = asdict(compile_now((program.lower_sum_up if what == "sum_up" else program.lower_step)(kept)))
+    found = asdict(compile_now(getattr(program, f"lower_{what}")(kept)))
     (folder / f"{name}.txt").write_text(found.pop("text"))
     found |= {"weights": program.weight_bytes, "carried": program.carried_bytes}
     (folder / f"{name}.json").write_text(json.dumps(found))

@@ -216,6 +216,25 @@ def test_float32(tmp_path):
     check_program(read(tmp_path, "float32", cases["float32"]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["v4-8", "v6e-4"])
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
+def test_quantised_rows(stored, machine, tmp_path):
+    """The step is that of every dtype; what quantises its rows and sums them up stays on its device. Of the activations
+    as computed no copy is made, of the codes one at most."""
+    of_program = {"size": "0.5B", "stored": stored}
+    cases = {what: {**of_program, "machine": machine, "what": what} for what in ("quantise", "sum_up")}
+    compile_all(tmp_path, cases)
+    program = program_of(machine_mesh(ACCELERATORS[machine], 1), **of_program)
+    most = {"quantise": 8192 * 896 * 4, "sum_up": 1.1 * captured_bytes(program)}
+    for what, case in cases.items():
+        found = read(tmp_path, what, case)
+        assert found.collectives() == [] and not HOST.search(found.text)
+        assert found.figures["temporaries"] < most[what]
+        if what == "quantise":
+            assert found.figures["outputs"] == pytest.approx(captured_bytes(program), rel=0.01)
+
+
 TPUS = [each.name for each in ACCELERATORS.values() if each.topology]
 
 
