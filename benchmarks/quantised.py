@@ -50,7 +50,7 @@ Rows = np.ndarray
 def extract(root: Path) -> Path:
     """A run of the random model in float32."""
     model = save_model(root / "model", SHAPE)
-    stream = ROOT / "examples" / "demo" / "streams" / "stream_000.jsonl"
+    stream = ROOT / "tests" / "reading" / "streams" / "stream_000.jsonl"
     flags = ("--dtype", "float32", "--max_seq_length", "640", "--shard_size_gb", "0.05")
     output(worker_command(stream, model, root, *flags))
     return root / "out" / "worker_0"
