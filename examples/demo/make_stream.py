@@ -52,6 +52,8 @@ def count(grid: Grid, rng: random.Random) -> Grid:
 KINDS: dict[str, Callable[[Grid, random.Random], Grid]] = {
     rule.__name__: rule for rule in (copy, mirror, recolour, shift, turn, count)
 }
+TRAINED = ("copy", "shift", "count")
+"""Kinds that the demo's model has seen (train_model.py); the others show what it makes of what it does not know."""
 
 
 def make_task(kind: str, number: int, count: int = PAIRS_PER_TASK) -> dict:

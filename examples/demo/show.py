@@ -10,6 +10,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from examples.demo.make_stream import TRAINED
 from qwen_jax.reading import iter_samples
 from qwen_jax.shards import load_shard
 
@@ -40,10 +41,11 @@ def answers_by_kind(folder: Path) -> dict[str, tuple[int, int, float]]:
 
 
 def show_answers(folder: Path) -> None:
-    print("\nThe model's answers (examples/demo/train_model.py trained it on other tasks of these kinds):")
+    print("\nThe model's own answers, to tasks that it was not trained on (examples/demo/train_model.py):")
     print("  kind       solved    mean log-probability of a token of its answer")
     for kind, (count, solved, mean) in answers_by_kind(folder).items():
-        print(f"  {kind:10} {solved:2} of {count}  {mean:8.4f}")
+        note = "" if kind in TRAINED else "  a kind that it never saw"
+        print(f"  {kind:10} {solved:2} of {count}  {mean:8.4f}{note}")
 
 
 def main(root: str) -> None:

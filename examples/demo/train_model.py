@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Trains examples/demo/model, a tiny Qwen2, on tasks of the demo's kinds, and says which of them it solves.
+"""Trains examples/demo/model, a tiny Qwen2, on three of the demo's kinds of tasks, and says what it solves.
 
 Run from the repository's root: python -m examples.demo.train_model
 
-The forward pass is the package's own, but for attention, which it computes in loops without a gradient. Kinds are
-learned one after the other: on all at once a model of this size learns to copy no cell for thousands of steps.
+The forward pass is the package's own, but for attention, which it computes in loops without a gradient. The model
+learns copy alone first: on several kinds at once it copies no cell for long. Trained on all six it solved at most 12
+of 32 tasks of a kind after 1,800 steps.
 
 Letters in names: B prompts, M wanted tokens of a prompt; others as in qwen_jax/model/decoder.py.
 """
@@ -31,7 +32,7 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 import extract_activations
-from examples.demo.make_stream import DEMO, KINDS, make_task, tasks, write
+from examples.demo.make_stream import DEMO, TRAINED, make_task, tasks, write
 from qwen_jax.data.arc import parse_record
 from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.data.prompts import PromptEncoder, TokenizedSample
@@ -77,9 +78,7 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(400, ("copy",), 2),
-    Stage(200, ("copy", "recolour"), 2),
-    Stage(300, ("copy", "recolour", "mirror"), 2),
-    Stage(900, tuple(KINDS), 3),
+    Stage(1400, TRAINED, 3),
 )
 BATCH, LEARNING_RATE, WARM_UP_STEPS = 8, 6e-3, 100
 FIRST_OUTPUT_WEIGHT = 0.2
@@ -236,8 +235,9 @@ def loss(graph: nnx.GraphDef, config: ModelConfig, params: nnx.State, lesson: Le
 
 
 def learning_rate(steps: int, step: jax.Array) -> jax.Array:
-    """Up in the first steps, down to nothing in the last third."""
-    return LEARNING_RATE * jnp.clip(jnp.minimum(step / WARM_UP_STEPS, 3 * (steps - step) / steps), 0, 1)
+    """Up in the first steps, down to nothing from a quarter of the steps on."""
+    falling = (steps - step) / (0.75 * steps)
+    return LEARNING_RATE * jnp.clip(jnp.minimum(step / WARM_UP_STEPS, falling), 0, 1)
 
 
 def train(tokenizer: Any, stages: Sequence[Stage]) -> tuple[nnx.State, list[float]]:

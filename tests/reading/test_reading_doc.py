@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from examples.demo.make_stream import TRAINED
 from examples.demo.show import answers_by_kind
 from qwen_jax.__main__ import main
 from tests.reading.conftest import ROOT
@@ -17,8 +18,6 @@ from tests.run_worker.starts import Start
 PAGE = (ROOT / "docs" / "reading.md").read_text()
 SHOWN = re.findall(r"^\$ python -m qwen_jax (.+)\n((?:(?!```|\$).*\n)+)", PAGE, re.MULTILINE)
 FIVE = re.search(r"```bash\n(.+?)```", PAGE, re.DOTALL).group(1).splitlines()
-SOLVED = ("copy", "recolour")
-"""Kinds of tasks that the demo's model was trained to solve."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def test_a_command_prints_what_is_shown(demo, capsys, command, output):
         del printed[: printed.index(shape(line)) + 1]
 
 
-@pytest.mark.parametrize("kind", SOLVED)
+@pytest.mark.parametrize("kind", TRAINED)
 def test_the_demos_model_solves_held_out_tasks_of_these_kinds(demo, kind):
     count, solved, log_probability = answers_by_kind(demo / "demo_output/bucket/activations/tpu_0")[kind]
     assert count == 16 and solved >= 13 and log_probability > -0.2
