@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from examples.demo.make_stream import TRAINED
 from examples.demo.show import answers_by_kind
 from qwen_jax.__main__ import main
 from tests.reading.conftest import ROOT
@@ -66,7 +65,7 @@ def test_a_command_prints_what_is_shown(demo, capsys, command, output):
         del printed[: printed.index(shape(line)) + 1]
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", ("copy", "shift"))
 def test_the_demos_model_solves_held_out_tasks_of_these_kinds(demo, kind):
     count, solved, log_probability = answers_by_kind(demo / "demo_output/bucket/activations/tpu_0")[kind]
     assert count == 16 and solved >= 13 and log_probability > -0.2
