@@ -107,4 +107,4 @@ def test_the_python_of_the_page_runs(demo, block):
     if "loss" in scope:
         assert 0 < float(scope["loss"]) < 1000
     if "batches" in scope:
-        assert scope["batches"].cursor["batches"] == 1 and scope["rows"].shape[1:] == (64,)
+        assert scope["batches"].cursor["batches"] == 1 and scope["rows"].shape == (2400, 64)
