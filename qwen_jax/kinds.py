@@ -91,7 +91,7 @@ NOTES = LINE_NOTES | {"solved": int}
 
 EXACT_CHANNELS = 4
 """Values of a quantised row that are stored as they were computed, those of the largest size: massive activations stand
-in at most four channels of any model that was looked at (Sun et al. 2024), and each takes 6 to 8 bytes a row."""
+in very few channels (Sun et al. 2024), and each takes 6 to 8 bytes a row."""
 QUANTISED_KEYS = ("scale", "exact_channels", "exact_values")
 """What a record holds beside the codes of quantised rows."""
 
