@@ -42,7 +42,7 @@ def answers_by_kind(folder: Path) -> dict[str, tuple[int, int, float]]:
 
 def show_answers(folder: Path) -> None:
     print("\nThe model's own answers, to tasks that it was not trained on (examples/demo/train_model.py):")
-    print("  kind       solved    mean log-probability of a token of its answer")
+    print("  kind       solved    mean log-probability of a token of its answer, right or wrong")
     for kind, (count, solved, mean) in answers_by_kind(folder).items():
         note = "" if kind in TRAINED else "  a kind that it never saw"
         print(f"  {kind:10} {solved:2} of {count}  {mean:8.4f}{note}")

@@ -28,7 +28,9 @@ KILLED, REQUEUED, CANCELLED, SPARED = range(4)
 TASKS = {KILLED: 5, REQUEUED: 16, CANCELLED: 16, SPARED: 3}
 """Those that are stopped in the middle have enough for that."""
 WORKERS = len(TASKS)
-DEMO = ROOT / "examples" / "demo"
+MODEL = ROOT / "examples" / "demo" / "model"
+STREAM = ROOT / "tests" / "reading" / "streams" / "stream_000.jsonl"
+"""Its tasks are long enough for a shard each."""
 # The environment's Python: this one, with what users install; a worker whose file is in $KILLS dies at the failpoint
 # that it names, once.
 PYTHON = f"""
@@ -66,14 +68,14 @@ def submit(folder: Path, environment: dict[str, str], *flags: str) -> str:
 
 
 def fleet_settings(root: Path, server: FakeGcs) -> dict[str, str]:
-    """The worker's variables: the demo's model, and a stream of some of its tasks for each worker."""
+    """The worker's variables: the demo's model, and a stream of some tasks for each worker."""
     (root / "streams").mkdir()
-    lines = (DEMO / "streams" / "stream_000.jsonl").read_text().splitlines()
+    lines = STREAM.read_text().splitlines()
     for worker, tasks in TASKS.items():
         path = root / "streams" / f"stream_{worker:03d}.jsonl"
         path.write_text("\n".join(lines[worker : worker + tasks]) + "\n")
     return {
-        **{"MODEL_PATH": str(DEMO / "model"), "DATASET_DIR": str(root / "streams"), "BATCH_SIZE": "2"},
+        **{"MODEL_PATH": str(MODEL), "DATASET_DIR": str(root / "streams"), "BATCH_SIZE": "2"},
         **{
             "MAX_SEQ_LENGTH": "1024",
             "SHARD_SIZE_GB": "0.0001",
