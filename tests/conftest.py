@@ -10,7 +10,20 @@ for name in ("TPU_WORKER_ID", "WORKER_ID", "GCS_BUCKET", "UPLOAD_TO_GCS", "STORA
     os.environ.pop(name, None)
 
 
+LONG = (
+    *(
+        "tpu/test_compiled.py",
+        "fleet/test_slurm.py",
+        "simulation/test_simulation.py",
+        "run_worker/test_torture.py",
+    ),
+    *("run_worker/test_memory.py", "reading/test_hostile_files.py", "scripts/test_launch_all.py"),
+)
+"""Files of which each keeps a process busy for a minute: begun last, they would leave the others idle."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not str(item.path).endswith(LONG))
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(0))
