@@ -3,9 +3,9 @@
     python benchmarks/quantised.py [--run FOLDER] [--layer 2] [--steps 400] [--d_sae 512]
 
 The rows are those of one run in float32: of --run, or of a random model with the width of the 0.5B model, 4 layers, in
-whose embedding three channels are 100 times larger than the rest, on the demo's prompts. They are written once more in
-each dtype, quantised ones by the program that a device runs, and examples/train_sae_jax.py's TopK autoencoder is
-trained on each in the same order from the same start.
+whose embedding three channels are 100 times larger than the rest, on the prompts of tests/reading/streams. They are
+written once more in each dtype, quantised ones by the program that a device runs, and examples/train_sae_jax.py's TopK
+autoencoder is trained on each in the same order from the same start.
 
 - lost: the error by Euclidean norms; 1 - cosine, mean of the rows; the channel whose largest error is the largest share
   of its root mean square, and that share; as stored, before any autoencoder.

@@ -66,6 +66,10 @@ def make_task(kind: str, number: int, count: int = PAIRS_PER_TASK) -> dict:
     return {"task_id": f"demo-{kind}-{number:02d}", "train": pairs[:-1], "test": pairs[-1:]}
 
 
+def kind_of(task_id: str) -> str:
+    return task_id.split("-")[1]
+
+
 def tasks(first: int = 0, count: int = TASKS_PER_KIND) -> Iterator[dict]:
     """The tasks of all kinds with the numbers from `first` on."""
     for number in range(first, first + count):

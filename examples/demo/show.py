@@ -10,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from examples.demo.make_stream import TRAINED
+from examples.demo.make_stream import TRAINED, kind_of
 from qwen_jax.reading import iter_samples
 from qwen_jax.shards import load_shard
 
@@ -33,7 +33,7 @@ def answers_by_kind(folder: Path) -> dict[str, tuple[int, int, float]]:
     (nats) of a token of these answers."""
     answers = defaultdict(list)
     for sample in iter_samples(folder, layers=[0]):
-        answers[sample["task_id"].split("-")[1]].append((sample["solved"], sample["answer_logprobs"].mean()))
+        answers[kind_of(sample["task_id"])].append((sample["solved"], sample["answer_logprobs"].mean()))
     return {
         kind: (len(of), sum(solved for solved, _ in of), float(np.mean([mean for _, mean in of])))
         for kind, of in answers.items()

@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
 import extract_activations
-from examples.demo.make_stream import DEMO, TRAINED, make_task, tasks, write
+from examples.demo.make_stream import DEMO, TRAINED, kind_of, make_task, tasks, write
 from qwen_jax.data.arc import parse_record
 from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.data.prompts import PromptEncoder, TokenizedSample
@@ -284,20 +284,16 @@ def solved_by_kind(model: Path) -> dict[str, dict[str, float]]:
     with TemporaryDirectory() as root:
         write(Path(root), tasks(HELD_OUT_NUMBERS, HELD_OUT_TASKS))
         for sample in extracted(model, root, "--rollout", str(ANSWER_TOKENS)):
-            found[kind_of(sample)]["tasks"] += 1
-            found[kind_of(sample)]["solved"] += sample["solved"]
+            found[kind_of(sample["task_id"])]["tasks"] += 1
+            found[kind_of(sample["task_id"])]["solved"] += sample["solved"]
         for sample in extracted(model, root, "--include_answer"):
-            found[kind_of(sample)]["log_probability"] += (
+            found[kind_of(sample["task_id"])]["log_probability"] += (
                 float(sample["answer_logprobs"].mean()) / HELD_OUT_TASKS
             )
     return {
         kind: counts | {"log_probability": round(counts["log_probability"], 4)}
         for kind, counts in found.items()
     }
-
-
-def kind_of(sample: dict[str, Any]) -> str:
-    return sample["task_id"].split("-")[1]
 
 
 def extracted(model: Path, root: str, *flags: str) -> Iterator[dict[str, Any]]:

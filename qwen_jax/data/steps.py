@@ -139,7 +139,7 @@ class Part:
         return slice(self.answer_offset, self.answer_offset + len(self.answered))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Place among the row's kept tokens and size of each block of BLOCK_TOKENS that these tokens complete.
+        """Offset among the row's kept tokens and size of each block of BLOCK_TOKENS that these tokens complete.
 
         The offset is negative for a block that began in an earlier step.
         """

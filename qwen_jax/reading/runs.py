@@ -55,6 +55,9 @@ class RunFiles(Files, Protocol):
 class LocalFiles(FolderFiles):
     """RunFiles in a local folder."""
 
+    def read(self, name: str) -> bytes | None:
+        return super().read(name) if (self.path / name).is_file() else None
+
     @contextmanager
     def local(self, name: str, layers: Collection[int | str] | None = None) -> Iterator[Path]:
         yield self._present(name)

@@ -84,3 +84,9 @@ def test_the_embedding_of_a_sample(everything, capsys):
 
 def test_a_sample_of_a_shard_alone(clean, capsys):
     assert "sample 13, " in shown(capsys, clean / "shard_0002.pkl.gz", "--sample", 13)
+
+
+def test_a_folder_in_the_place_of_metadata_is_none(copy, capsys):
+    (copy.folder / "metadata.json").unlink()
+    (copy.folder / "metadata.json").mkdir()
+    assert main(["inspect", str(copy.folder)]) == 0 and "shard_0001" in capsys.readouterr().out
