@@ -614,10 +614,10 @@ def _check_arrays(record: dict[str, Any]) -> None:
     tokens = record["token_ids"]
     if type(tokens) is not np.ndarray or tokens.dtype != np.int32 or tokens.shape != activation.shape[:1]:
         raise MalformedError("has a record whose token_ids are not one int32 per token")
-    for key in record.keys() & set(NOTE_KEYS):
+    for key in sorted(record.keys() & set(NOTE_KEYS)):
         if type(record[key]) is not NOTES[key]:
             raise MalformedError(f"has a record whose {key} is no {NOTES[key].__name__}")
-    for key in record.keys() & set(OPTIONAL_KEYS) - set(NOTE_KEYS) - set(ALL_QUANTISED_KEYS):
+    for key in sorted(record.keys() & set(OPTIONAL_KEYS) - set(NOTE_KEYS) - set(ALL_QUANTISED_KEYS)):
         if not _is_optional_array(key, record[key], activation):
             raise MalformedError(f"has a record whose {key} is no such array over its tokens")
     _check_quantised(record)
