@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.model.decoder import Decoder
-from qwen_jax.model.program import Program, Sums
+from qwen_jax.model.program import Program, Sums, TapArrays
 from qwen_jax.model.quantise import Stored
 
 log = logging.getLogger(__name__)
@@ -159,21 +159,19 @@ class Capture:
         *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
         compiled = self._compilation.step(None if kept is None else kept.shape[1])
         computed, log_probs, self._carried = compiled(self.params, self._tables, self._carried, *inputs)
-        stored = self._stored(computed)
-        rows = (
-            {tap: Stored(computed[tap], stored[tap]) for tap in stored} if program.is_quantised else computed
-        )
+        stored, rows = self._stored(computed)
         sums = [self._sum_up(rows, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
         self._rows = sums[-1][1]
         return Captured(stored, [found for found, _ in sums], log_probs, program.taps)
 
-    def _stored(self, computed: dict[str, jax.Array]) -> dict[str, Any]:
-        """Of each tap the arrays that leave the device (TapRows.stored)."""
-        if self._program.is_quantised:
-            return self._program.quantise(computed)
-        return {tap: (array,) for tap, array in computed.items()}
+    def _stored(self, computed: dict[str, jax.Array]) -> tuple[dict[str, Any], TapArrays]:
+        """Of each tap the arrays that leave the device (TapRows.stored), and the rows to sum up."""
+        if not self._program.is_quantised:
+            return {tap: (array,) for tap, array in computed.items()}, computed
+        stored = self._program.quantise(computed)
+        return stored, {tap: Stored(computed[tap], stored[tap]) for tap in stored}
 
-    def _sum_up(self, rows: Any, counts: jax.Array, *blocks: np.ndarray) -> Any:
+    def _sum_up(self, rows: TapArrays, counts: jax.Array, *blocks: np.ndarray) -> Any:
         by_row = NamedSharding(self._program.mesh, P("data"))
         return self._program.sum_up(self._rows, rows, counts, *jax.device_put(blocks, by_row))
 

@@ -125,16 +125,12 @@ class Program(Generic[Shape]):
     def stored_rows(self, rows: int) -> Any:
         """The same, as they leave the device: arrays, or Quantised."""
         captured = self.captured_rows(rows)
-        return (
-            {tap: self._quantised(each) for tap, each in captured.items()} if self.is_quantised else captured
-        )
+        return jax.tree.map(self._quantised, captured) if self.is_quantised else captured
 
     def rows_to_sum(self, rows: int) -> Any:
         """The same, as `sum_up` takes them (TapArrays)."""
         captured, stored = self.captured_rows(rows), self.stored_rows(rows)
-        return (
-            {tap: Stored(captured[tap], stored[tap]) for tap in captured} if self.is_quantised else captured
-        )
+        return jax.tree.map(Stored, captured, stored) if self.is_quantised else captured
 
     def carried_rows(self) -> Any:
         """The last kept tokens of every row, which the next step's blocks may begin with (TapArrays)."""

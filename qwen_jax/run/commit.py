@@ -1,7 +1,7 @@
 """The commit protocol: data first, then the marker, bucket before local (docs/reliability.md).
 
-One commit is: the shard's statistics and the shard under their final names on the local disk, the local
-metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in the bucket,
+One commit is: no other shard of that name on the local disk, the shard's statistics and the shard under their final
+names there, the local metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in the bucket,
 the local checkpoint. Whatever dies between two steps, no marker is ever ahead of durable data.
 """
 
@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from qwen_jax.data.prompts import SkippedSample, TokenizedSample
@@ -25,7 +26,7 @@ from qwen_jax.run.run_stats import StoredStats
 from qwen_jax.run.stages import timed
 from qwen_jax.shards import ShardInfo, write_shard
 from qwen_jax.shards.statistics import Stats, stats_bytes
-from qwen_jax.storage.atomic import AtomicFile, atomic_write, json_bytes, write_json
+from qwen_jax.storage.atomic import AtomicFile, atomic_write, json_bytes, sync_folder, write_json
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class Committer:
 
     def publish(self, shard: WrittenShard) -> None:
         """Gives a written shard its name, uploads and records it; shards in the order of `write`."""
+        _delete_stale(shard.file.path)
         self._write_stats(shard_stats_name(len(self.ledger.shards) + 1), shard.stats)
         shard.file.finish()
         failpoint("shard_named")
@@ -301,6 +303,15 @@ class BackgroundCommitter:
     def __exit__(self, *exc_info: object) -> None:
         self._writer.shutdown(cancel_futures=True)
         self._publisher.shutdown(cancel_futures=True)
+
+
+def _delete_stale(path: Path) -> None:
+    """Deletes a shard that an earlier start left under this name, and no ledger holds: of other bits, it would stand
+    beside statistics that are not its own if this start died before it gave the new one its name."""
+    if path.exists():
+        with storage_errors("delete", path):
+            path.unlink()
+            sync_folder(path.parent)
 
 
 def _result(step: Future[None] | None) -> None:

