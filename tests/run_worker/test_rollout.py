@@ -46,6 +46,17 @@ def test_a_kill_changes_nothing(rolled, workspace):
     assert tree(workspace.output) == tree(rolled.output)
 
 
+def test_answers_are_the_same_where_a_byte_a_value_is_stored(rolled, workspace):
+    workspace.run(*FLAGS, "--activation_dtype", "int8")
+    pairs = list(zip(records(workspace)[1], records(rolled)[1], strict=True))
+    assert len(pairs) > 3
+    for quantised, exact in pairs:
+        for key in ("token_ids", "token_roles", "answer_token_ids", "answer_logprobs", "answer_positions"):
+            np.testing.assert_array_equal(quantised[key], exact[key])
+        x_ND, error_ND = exact["activation"], quantised["activation"] - exact["activation"]
+        assert 0 < np.linalg.norm(error_ND) < 0.02 * np.linalg.norm(x_ND)
+
+
 def test_such_a_run_is_whole_certified_and_repaired(rolled, workspace, capsys):
     copy = shutil.copytree(rolled.output, workspace.root / "worker_5")
     assert main(["verify", str(copy)]) == 0
