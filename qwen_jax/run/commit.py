@@ -1,8 +1,8 @@
 """The commit protocol: data first, then the marker, bucket before local (docs/reliability.md).
 
 One commit is: no other shard of that name on the local disk, the shard's statistics and the shard under their final
-names there, the local metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in the bucket,
-the local checkpoint. Whatever dies between two steps, no marker is ever ahead of durable data.
+names there, the local metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in
+the bucket, the local checkpoint. Whatever dies between two steps, no marker is ever ahead of durable data.
 """
 
 import logging

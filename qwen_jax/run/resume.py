@@ -170,7 +170,7 @@ def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence)
 
 
 def _refuse_a_moving_bucket(places: Places, fence: Fence) -> None:
-    """Nothing is lost or unexplained where another writer is at work while this one looks."""
+    """What was read says nothing where another writer is at work while this one looks."""
     for name, generation in fence.generations.items():
         present = places.bucket.stat(name)
         if (present.generation if present else 0) != generation:
@@ -195,12 +195,17 @@ def _read_local(path: Path) -> bytes | None:
 
 
 def _bucket_claim(run: RunIdentity, places: Places, fence: Fence) -> _Claim:
-    """Reads the bucket's markers and remembers their generations: the fencing token of this writer."""
+    """Reads the bucket's markers and remembers their generations: the fencing token of this writer.
+
+    As they were at one moment: a checkpoint from before a rival's --force_restart and metadata.json from after it would
+    together cover shards that he is about to delete.
+    """
     contents: dict[str, bytes | None] = {}
     for name in (places.checkpoint_name, METADATA_NAME):
         stored = places.bucket.get_bytes(name)
         contents[name] = stored[0] if stored else None
         fence.generations[name] = stored[1].generation if stored else 0
+    _refuse_a_moving_bucket(places, fence)
     checkpoint = contents[places.checkpoint_name] if places.checkpoint_path else None
     return _claim(run, places.bucket.url, checkpoint, contents[METADATA_NAME])
 

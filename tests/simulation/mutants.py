@@ -227,8 +227,23 @@ def _() -> Iterator[None]:
         yield
 
 
+TWO_MOMENTS = "a checkpoint and a metadata.json of two moments are believed"
 DELETED = "what a start before it deleted locally may come back when the power fails"
 STALE = "a shard of other bits stands beside new statistics until it is replaced"
+
+
+@mutant(TWO_MOMENTS)
+def _() -> Iterator[None]:
+    def read(run: Any, places: Places, fence: Any) -> Any:
+        contents: dict[str, Any] = {}
+        for name in (places.checkpoint_name, METADATA_NAME):
+            stored = places.bucket.get_bytes(name)
+            contents[name] = stored[0] if stored else None
+            fence.generations[name] = stored[1].generation if stored else 0
+        return resume._claim(run, places.bucket.url, *contents.values())
+
+    with instead(resume, "_bucket_claim", read):
+        yield
 
 
 @mutant(STALE)
