@@ -147,6 +147,24 @@ class Apart:
         self._ours.recv()
 
 
+def report_speeds(dtype: str, size: int, speed: dict[str, float], compressed: float) -> None:
+    """speed: raw MB/s by case; compressed: what is left of a byte."""
+    limit = min(speed["isal_reusing"], speed["disk"] / compressed)
+    report(
+        f"Host path, {size / 1e9:.2f} GB of {dtype} hidden states, raw MB/s",
+        [
+            ("ours: parts, statistics, shard, compress, write, sync", f"{speed['ours']:.0f} MB/s"),
+            ("bare isal level 1 on all cores", f"{speed['isal']:.0f} MB/s"),
+            ("bare isal, with the worker's allocator settings", f"{speed['isal_reusing']:.0f} MB/s"),
+            ("disk: write and sync as it is", f"{speed['disk']:.0f} MB/s"),
+            ("gzip.open + pickle.dump", f"{speed['peer']:.1f} MB/s"),
+            ("ours / bare isal", f"{speed['ours'] / speed['isal']:.2f}"),
+            ("ours / the slower of isal (same allocator) and disk", f"{speed['ours'] / limit:.2f}"),
+            ("ours / gzip + pickle", f"{speed['ours'] / speed['peer']:.0f}"),
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -186,22 +204,9 @@ def main() -> None:
         }
         seconds = interleave(cases, args.rounds)
         compressed = sum(path.stat().st_size for path in Path(folder).glob("shard_*")) / raw.nbytes
-    speed = {name: raw.nbytes / seconds[name] / 1e6 for name in cases}
-    speed["peer"] = part_bytes / seconds["peer"] / 1e6
-    limit = min(speed["isal_reusing"], speed["disk"] / compressed)
-    report(
-        f"Host path, {raw.nbytes / 1e9:.2f} GB of {args.dtype} hidden states, raw MB/s",
-        [
-            ("ours: parts, statistics, shard, compress, write, sync", f"{speed['ours']:.0f} MB/s"),
-            ("bare isal level 1 on all cores", f"{speed['isal']:.0f} MB/s"),
-            ("bare isal, with the worker's allocator settings", f"{speed['isal_reusing']:.0f} MB/s"),
-            ("disk: write and sync as it is", f"{speed['disk']:.0f} MB/s"),
-            ("gzip.open + pickle.dump", f"{speed['peer']:.1f} MB/s"),
-            ("ours / bare isal", f"{speed['ours'] / speed['isal']:.2f}"),
-            ("ours / the slower of isal (same allocator) and disk", f"{speed['ours'] / limit:.2f}"),
-            ("ours / gzip + pickle", f"{speed['ours'] / speed['peer']:.0f}"),
-        ],
-    )
+    of_peer = part_bytes / raw.nbytes
+    speed = {name: raw.nbytes * (of_peer if name == "peer" else 1) / seconds[name] / 1e6 for name in cases}
+    report_speeds(args.dtype, raw.nbytes, speed, compressed)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,20 @@ def bucket() -> Iterator[None]:
             server.terminate()
 
 
+def write_arrow(path: Path, values: np.ndarray) -> None:
+    """One column of rows, each as its bytes."""
+    import pyarrow as pa
+
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(2 * HIDDEN), len(values), [None, pa.py_buffer(values.view(np.uint8))]
+    )
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([("row", column.type)])) as out,
+    ):
+        out.write(pa.record_batch([column], names=["row"]))
+
+
 def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], object]]:
     """Uploads the shards, and the last layer as safetensors and Arrow files; a case reads that layer's rows."""
     import pyarrow as pa
@@ -119,16 +133,8 @@ def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], 
     files = sorted((root / "safetensors" / f"layer_{LAST:02d}").iterdir())
     for path in files:
         peers.put_file(path.name, path)
-        values = safetensors.numpy.load_file(path)["activations"]
-        column = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(2 * HIDDEN), len(values), [None, pa.py_buffer(values.view(np.uint8))]
-        )
         arrow = root / path.with_suffix(".arrow").name
-        with (
-            pa.OSFile(str(arrow), "wb") as sink,
-            pa.ipc.new_file(sink, pa.schema([("row", column.type)])) as out,
-        ):
-            out.write(pa.record_batch([column], names=["row"]))
+        write_arrow(arrow, safetensors.numpy.load_file(path)["activations"])
         peers.put_file(arrow.name, arrow)
 
     def ranged() -> None:
@@ -159,6 +165,29 @@ def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], 
         "of safetensors files of that layer": from_safetensors,
         "of Arrow files of that layer": from_arrow,
     }
+
+
+def report_files(shards: int, rows: int, size: int, seconds: dict[str, float]) -> None:
+    """size: bytes of the shards; seconds: by case."""
+    speed = {case: rows / taken for case, taken in seconds.items()}
+    report(
+        f"One layer of {LAYERS} out of {shards} shards, {size / 1e9:.2f} GB, {rows:,} rows of width {HIDDEN}",
+        [
+            ("ours, the first layer", f"{speed['first']:,.0f} rows/s"),
+            ("ours, the last layer", f"{speed['last']:,.0f} rows/s"),
+            (f"ours, shuffled, buffer of {BUFFER:,}", f"{speed['shuffled']:,.0f} rows/s"),
+            *(
+                [("ours, shuffled, by a DataLoader", f"{speed['torch']:,.0f} rows/s")]
+                if "torch" in speed
+                else []
+            ),
+            ("gzip.open + pickle.load", f"{speed['peer']:,.0f} rows/s"),
+            ("that layer's bytes inflated on all cores", f"{speed['inflated']:,.0f} rows/s"),
+            ("all bytes of the files read", f"{size / seconds['file'] / 1e6:,.0f} MB/s"),
+            ("ours, last layer / gzip + pickle", f"{speed['last'] / speed['peer']:.1f}"),
+            ("ours, shuffled / inflated", f"{speed['shuffled'] / speed['inflated']:.2f}"),
+        ],
+    )
 
 
 def main() -> None:
@@ -195,21 +224,7 @@ def main() -> None:
             if args.torch:
                 of_bucket["of shards, shuffled, by a DataLoader"] = torch_epochs(URL, rows)
             bucket_seconds = interleave(of_bucket, args.rounds)
-    speed = {case: rows / seconds[case] for case in cases}
-    report(
-        f"One layer of {LAYERS} out of {args.shards} shards, {size / 1e9:.2f} GB, {rows:,} rows of width {HIDDEN}",
-        [
-            ("ours, the first layer", f"{speed['first']:,.0f} rows/s"),
-            ("ours, the last layer", f"{speed['last']:,.0f} rows/s"),
-            (f"ours, shuffled, buffer of {BUFFER:,}", f"{speed['shuffled']:,.0f} rows/s"),
-            *([("ours, shuffled, by a DataLoader", f"{speed['torch']:,.0f} rows/s")] if args.torch else []),
-            ("gzip.open + pickle.load", f"{speed['peer']:,.0f} rows/s"),
-            ("that layer's bytes inflated on all cores", f"{speed['inflated']:,.0f} rows/s"),
-            ("all bytes of the files read", f"{size / seconds['file'] / 1e6:,.0f} MB/s"),
-            ("ours, last layer / gzip + pickle", f"{speed['last'] / speed['peer']:.1f}"),
-            ("ours, shuffled / inflated", f"{speed['shuffled'] / speed['inflated']:.2f}"),
-        ],
-    )
+    report_files(args.shards, rows, size, seconds)
     report(
         f"The last layer's rows out of a bucket, {LATENCY_S * 1e3:.0f} ms, {RATE / 1e6:.0f} MB/s",
         [(case, f"{rows / bucket_seconds[case]:,.0f} rows/s") for case in of_bucket],
