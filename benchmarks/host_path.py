@@ -204,8 +204,8 @@ def main() -> None:
         }
         seconds = interleave(cases, args.rounds)
         compressed = sum(path.stat().st_size for path in Path(folder).glob("shard_*")) / raw.nbytes
-    of_peer = part_bytes / raw.nbytes
-    speed = {name: raw.nbytes * (of_peer if name == "peer" else 1) / seconds[name] / 1e6 for name in cases}
+    speed = {name: raw.nbytes / seconds[name] / 1e6 for name in cases}
+    speed["peer"] = part_bytes / seconds["peer"] / 1e6
     report_speeds(args.dtype, raw.nbytes, speed, compressed)
 
 
