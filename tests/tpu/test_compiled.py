@@ -47,6 +47,7 @@ COLLECTIVE = re.compile(
 )
 HOST = re.compile(r" (infeed|outfeed|send|recv)\(|S\(5\)")  # 5 is the host's memory
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+CALL = re.compile(r" call(?:-start)?\(.* to_apply=%?([\w.-]+)")
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ class Compiled:
     text: str
 
     def collectives(self) -> list[tuple[str, str]]:
-        """(computation, kind) of each."""
-        found, where = [], ""
+        """(computation, kind) of each. One that is called, as TPU7x has its SparseCores do, stands where it is called."""
+        found, callers, where = [], {}, ""
         for line in self.text.splitlines():
             if opened := COMPUTATION.match(line):
                 where = opened[1]
+            if called := CALL.search(line):
+                callers[called[1]] = where
             found += [(where, kind) for kind in COLLECTIVE.findall(line)]
-        return found
+        return [(callers.get(where, where), kind) for where, kind in found]
 
     def loop_bodies(self) -> set[str]:
         return set(re.findall(r"body=%?([\w.-]+)", self.text))
