@@ -2,16 +2,22 @@
 
 As a script it writes a checkpoint of a published size, for trying things at the true shape:
     python tests/hf_reference.py OUT_FOLDER --size 0.5B --dtype bfloat16
+
+torch and transformers take seconds to import, which a process that makes no model is spared.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is a script
 from qwen_jax.model.published import PUBLISHED
@@ -36,6 +42,9 @@ def make_reference(
     of those channels are small, as there too, or attention would saturate and the comparison would only
     measure chaos.
     """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     windows = {"max_window_layers": layers} if model_type == "qwen2" else {}
     config = AutoConfig.for_model(
@@ -77,11 +86,15 @@ def _randomise(name: str, data: torch.Tensor, outliers: torch.Tensor, generator:
 
 def save_reference(model: PreTrainedModel, folder: str | Path, dtype: str = "float32", **kwargs) -> Path:
     """Writes the model as a checkpoint folder; its weights are rounded to `dtype` first."""
+    import torch
+
     model.to(getattr(torch, dtype)).save_pretrained(folder, **kwargs)
     return Path(folder)
 
 
-def load_reference(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_reference(folder: str | Path, dtype: str = "float32") -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
@@ -90,6 +103,8 @@ def reference_taps(model: PreTrainedModel, tokens: np.ndarray) -> dict[str, np.n
 
     Hooks, because the last entry of Hugging Face's own hidden_states is already normed.
     """
+    import torch
+
     caught: dict[str, list[np.ndarray]] = {}
 
     def keep(tap: str, seen) -> None:

@@ -17,7 +17,7 @@ MOST = 10**15
 """Of anything that is counted."""
 _MOST_TEXT = 10_000
 _MOST_DEPTH = 12
-_WHOLE_BITS = 64
+_WHOLE_BITS, _MOST_DIGITS = 64, 21
 # A value takes 16 bytes and more in a file of ours, indented as it is, and about 120 bytes of memory.
 _BYTES_A_VALUE, _VALUES_FREE = 16, 1_000_000
 
@@ -44,12 +44,18 @@ def parse_json(data: bytes) -> Any:
     if sum(map(data.count, (b",", b"[", b"{"))) > _VALUES_FREE + len(data) // _BYTES_A_VALUE:
         raise DamagedError("more values than a file of its size has")
     try:
-        root = json.loads(data.decode(), parse_constant=_refuse_constant)
+        root = json.loads(
+            data.decode(), parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite_float
+        )
+        if b"\\u" in data:  # the only way to write half a surrogate pair, which no file can hold
+            json.dumps(root, ensure_ascii=False).encode()
     except RecursionError as error:
         raise DamagedError("nested without end") from error
+    except UnicodeEncodeError as error:
+        raise DamagedError("it holds half a surrogate pair") from error
     except ValueError as error:
-        raise DamagedError(f"not JSON ({error})") from error
-    _check_values(root)
+        raise DamagedError(f"not JSON such as ours ({error})") from error
+    _check_depth(root)
     return root
 
 
@@ -57,34 +63,32 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_values(root: Any) -> None:
+def _bounded_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS or (number := int(digits)).bit_length() > _WHOLE_BITS:
+        raise ValueError(f"{digits:.20}... is a number of more than {_WHOLE_BITS} bits")
+    return number
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits:.20} is not finite")
+    return number
+
+
+def _check_depth(root: Any) -> None:
     """Level by level, so that depth costs no recursion."""
-    level = [root]
-    for _ in range(_MOST_DEPTH):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                below += value
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            else:
-                _check_plain(value)
-        level = below
-    if level:
-        raise DamagedError(f"nested deeper than {_MOST_DEPTH} levels")
-
-
-def _check_plain(value: Any) -> None:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DamagedError("it holds half a surrogate pair") from error
-    elif isinstance(value, int) and value.bit_length() > _WHOLE_BITS:
-        raise DamagedError(f"it holds a number of {value.bit_length()} bits")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise DamagedError("it holds a number that is not finite")
+    level, depth = [root], 0
+    while level:
+        depth += 1
+        if depth > _MOST_DEPTH:
+            raise DamagedError(f"nested deeper than {_MOST_DEPTH} levels")
+        level = [
+            below
+            for value in level
+            if isinstance(value, dict | list)
+            for below in (value.values() if isinstance(value, dict) else value)
+        ]
 
 
 def whole(least: int = 0, most: int = MOST) -> Check:

@@ -33,6 +33,7 @@ CHUNK_BYTES = 8 << 20
 
 _CHUNK_UNIT = 256 << 10
 _WRITER_KEY = "writer"
+_SIZE_LEFT_OUT = {crc32c_of(b""): 0}  # Google's testbench does so for what is empty
 _CONTENT_TYPE = "application/octet-stream"
 _TRANSIENT_CODES = {408, 410, 429}
 _log = logging.getLogger(__name__)
@@ -300,8 +301,7 @@ class GcsStore:
         """What a reply says of an object; raises _WrongReplyError where it is not of this one, or not whole."""
         try:
             said, generation, crc32c = resource["name"], int(resource["generation"]), resource["crc32c"]
-            # Google's testbench leaves out the size of what is empty.
-            size = int(resource.get("size", 0 if crc32c == crc32c_of(b"") else None))
+            size = int(resource["size"] if "size" in resource else _SIZE_LEFT_OUT[crc32c])
             writer = (resource.get("metadata") or {}).get(_WRITER_KEY)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _WrongReplyError(f"a reply that does not describe an object ({error!r})") from error

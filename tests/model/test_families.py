@@ -5,7 +5,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -59,7 +58,7 @@ def test_every_layer_of_every_tap(family):
 def test_bfloat16_is_as_close_to_float32_as_hugging_faces_own(family):
     tokens = family.tokens(1, 80)
     exact = reference_taps(family.hf, tokens)["residual"]
-    theirs = reference_taps(load_reference(family.folder, torch.bfloat16), tokens)["residual"]
+    theirs = reference_taps(load_reference(family.folder, "bfloat16"), tokens)["residual"]
     ours = run(family.ours(jnp.bfloat16), tokens, range(family.config.num_layers))
     check_bfloat16(ours.astype(np.float32), theirs, exact)
 

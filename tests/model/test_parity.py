@@ -150,7 +150,7 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_faces_own(reference):
     """bfloat16 rounds at the same points as Hugging Face: cosine above 0.999, and no worse than theirs."""
     tokens = reference.tokens(2, 40)
     exact = reference_taps(reference.hf, tokens)["residual"]
-    theirs = reference_taps(load_reference(reference.folder, torch.bfloat16), tokens)["residual"]
+    theirs = reference_taps(load_reference(reference.folder, "bfloat16"), tokens)["residual"]
     ours = np.asarray(
         run(reference.ours(jnp.bfloat16), tokens, range(reference.config.num_layers)), np.float32
     )

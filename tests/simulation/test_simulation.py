@@ -1,6 +1,8 @@
 """Exactly once, against every order of crashes, failures and rivals that a seed can think of."""
 
 import logging
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
@@ -8,6 +10,7 @@ from tests.simulation.mutants import DELETED, MUTANTS, STALE, TWO_MOMENTS
 from tests.simulation.world import Event, Script, explained, fails, run, search, simulated
 
 DEFAULT_CRASHES = 10_000
+HALF_A_MILLION = 500_000
 RARE = {
     # Dies before it has synced what it deleted; the start after it loses its power.
     DELETED: (
@@ -66,9 +69,13 @@ def quiet():
 
 
 def assert_promises_hold(crashes: int, seed: int) -> None:
-    died, violation, last = search(crashes, seed)
-    assert violation is None, explained(last)
-    print(f"{died} crashes, seeds {seed} to {last}: no promise broken")
+    """Two processes have half of the crashes each, and seeds of their own."""
+    seeds = [seed, seed + HALF_A_MILLION]
+    with ProcessPoolExecutor(2, get_context("spawn"), logging.disable, (logging.CRITICAL,)) as pool:
+        found = list(pool.map(search, [crashes // 2] * 2, seeds))
+    for first, (died, violation, last) in zip(seeds, found, strict=True):
+        assert violation is None, explained(last)
+        print(f"{died} crashes, seeds {first} to {last}: no promise broken")
 
 
 def test_ten_thousand_crashes():

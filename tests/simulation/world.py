@@ -6,6 +6,7 @@ not say goes well. So a script is all there is to a failure, and a shorter one i
 """
 
 import contextlib
+import functools
 import gc
 import json
 import random
@@ -22,6 +23,7 @@ from qwen_jax.errors import ConfigError, StorageError, WriterConflictError
 from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.run import commit, resume, run_stats
 from qwen_jax.run.places import Places
+from qwen_jax.shards import statistics
 from qwen_jax.storage import atomic, checksum, gcs, resumable
 from tests.simulation.bucket import Bucket, Client, Http, arrive
 from tests.simulation.disk import Disk, DiskOs, SimPath, machines, open_file
@@ -450,6 +452,7 @@ def simulated() -> Iterator[None]:
         mock.patch.object(run_stats, "load_shard", lambda path: path.read_bytes()),
         mock.patch.object(run_stats, "shard_stats", lambda data, kinds: stats_of(data)),
         mock.patch.object(commit, "stats_bytes", stats_file),
+        mock.patch.object(statistics, "parse_stats", functools.cache(statistics.parse_stats)),
     ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

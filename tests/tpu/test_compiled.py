@@ -57,7 +57,7 @@ class Compiled:
     text: str
 
     def collectives(self) -> list[tuple[str, str]]:
-        """(computation, kind) of each. One that is called, as TPU7x has its SparseCores do, stands where it is called."""
+        """(computation, kind) of each; one that is called, as TPU7x's SparseCores do them, by where it is called."""
         found, callers, where = [], {}, ""
         for line in self.text.splitlines():
             if opened := COMPUTATION.match(line):
