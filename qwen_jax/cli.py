@@ -1,8 +1,10 @@
 """Flags as all our scripts take them: flag, then environment variable, then default."""
 
 import argparse
+import atexit
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -195,9 +197,12 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
 
 def _end(code: int) -> NoReturn:
     """Ends the process; at once where a daemon thread still runs, since Python's own end aborts a process of which one
-    is in foreign code ("exception not rethrown")."""
+    is in foreign code ("exception not rethrown"). A Ctrl-C changes the code no more: while other threads end it cuts
+    them off, later it is not heard."""
     sys.stdout.flush()
     sys.stderr.flush()
     if any(thread.daemon for thread in threading.enumerate()):
         os._exit(code)
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)

@@ -178,3 +178,37 @@ def test_errors_and_warnings_are_shown_so_too():
     record = logging.LogRecord("x", logging.WARNING, "", 0, "skipped: %s", (HOSTILE,), None)
     for text in (str(StorageError(HOSTILE)), ShownFormatter("%(message)s").format(record), shown(HOSTILE)):
         assert text.isprintable() and "SECRET" not in text
+
+
+ENDING = """
+import atexit, os, signal, threading, time
+from qwen_jax.cli import run_script
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main(argv):
+    for thread in {threads}:
+        threading.Thread(target=thread).start()
+    globals()["late"] = Late()
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    return 3
+
+run_script(main)
+"""
+STUCK = """
+def stuck():
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the end has begun
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("threads", ["[]", "[stuck]"], ids=["Python itself ends", "a thread still runs"])
+def test_ctrl_c_at_the_end_changes_nothing(threads):
+    """What was done is done: the code says how, and no signal. A thread that does not end is cut off."""
+    script = STUCK + ENDING.format(threads=threads)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")

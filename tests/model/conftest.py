@@ -1,9 +1,10 @@
 """One random reference per shape, saved once a session, and our model loaded from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,17 @@ def run_taps(
     return {tap: np.stack([joined(sample, tap) for sample in found], axis=1) for tap in taps}
 
 
-@pytest.fixture(scope="session", params=SHAPES)
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For tests of values: the compiler optimises nothing, which takes it a third of the time. Tests of bits compile
+    as the product does."""
+    compile_fully = jax.stages.Lowered.compile
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: compile_fully(lowered, options)):
+        yield
+
+
+@pytest.fixture(scope="session", params=["0.5B-like", "7B-like"])
 def reference(request, tmp_path_factory) -> Reference:
     return build_reference(SHAPES[request.param], tmp_path_factory.mktemp("reference"))
 

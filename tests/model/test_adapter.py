@@ -18,6 +18,8 @@ from tests.hf_reference import load_reference, reference_taps, save_reference
 from tests.model.conftest import run, samples_of
 from tests.model.test_parity import STACK_TOLERANCE, worst_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "bias": "none", "modules_to_save": None}
 

@@ -16,6 +16,8 @@ from tests.hf_reference import load_reference, reference_taps
 from tests.model.conftest import Reference, build_reference, run, run_taps
 from tests.model.test_parity import STACK_TOLERANCE, check_bfloat16, worst_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SHAPE = (48, 80, 2, 6, 2, 97, True)
 _SMALL = {"rope_theta": 1e4, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | _SMALL

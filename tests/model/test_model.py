@@ -14,6 +14,8 @@ from qwen_jax.model.program import Program, block_sums, rows_from
 from qwen_jax.model.published import OTHER_FAMILIES, PUBLISHED, config_fields
 from tests.model.conftest import program_of, run, run_taps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Parameters of the published checkpoints, as their model cards and safetensors headers count them.
 KNOWN_COUNTS = {
     "0.5B": 494_032_768,

@@ -50,7 +50,7 @@ def test_other_numbers_fail_and_are_measured(copy, capsys):
         assert kinds["residual"]["1"]["relative"] < 1e-5
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_value_that_is_not_finite_fails_and_is_recorded_as_null(copy, capsys, value):
     def spoil(shard):
         for record in shard[1]:

@@ -17,8 +17,8 @@ time.time_ns = lambda: int(time.time() * 1e9)
 
 def test_a_clock_that_steps_back_an_hour_at_every_look(cloud, undisturbed, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BACKWARDS)
+    cloud.killed_at("shard_uploaded:2")
     wrong = replace(cloud.having(PYTHONPATH=str(tmp_path)), forked=False)
-    wrong.killed_at("shard_uploaded:2")
     stamps = [line[:8] for line in wrong.run().stderr.splitlines() if " INFO " in line]
     assert stamps != sorted(stamps), "the clock did not step back"
     assert cloud.stored() == undisturbed

@@ -375,18 +375,18 @@ def then_changed(path):
     found = _summary(path)
     lines = open(path, "rb").read().splitlines(True)
     with open(path, "wb") as file:
-        file.writelines({change})
+        file.writelines(lines[:10])
     return found
 streams.stream_summary = then_changed
 """
 
 
-@pytest.mark.parametrize("change", ["lines[:10]", "lines + lines[:6]", "lines[1:2] + lines[1:]"])
-def test_a_stream_that_changes_after_its_digest_was_taken(workspace, finished, tmp_path, change):
-    """A run over it would be completed and wrong, and no later start would ever look again."""
+def test_a_stream_that_changes_after_its_digest_was_taken(workspace, finished, tmp_path):
+    """A run over it would be completed and wrong, and no later start would ever look again. Other changes:
+    tests/data/test_streams.py."""
     stream = tmp_path / "changing.jsonl"
     stream.write_bytes(workspace.stream.read_bytes())
-    (tmp_path / "sitecustomize.py").write_text(CHANGING.replace("{change}", change))
+    (tmp_path / "sitecustomize.py").write_text(CHANGING)
     changing = replace(workspace.having(PYTHONPATH=f"{tmp_path}:{ROOT}"), forked=False)
     done = changing.run(stream=stream, expect=78)
     assert "was changed while it was in use" in done.stderr and "Traceback" not in done.stderr

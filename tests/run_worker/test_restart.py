@@ -51,13 +51,13 @@ def test_killed_between_shards_and_restarted(workspace, finished):
 
 
 def test_sigterm_exits_143_and_resumes(workspace, finished):
-    """With the real command line."""
-    assert interrupt(replace(workspace, forked=False), signal.SIGTERM) == 143
+    assert interrupt(workspace, signal.SIGTERM) == 143
     workspace.run()
     assert tree(workspace.output) == tree(finished.output)
 
 
 def test_ctrl_c_exits_130_and_resumes(workspace, finished):
+    """With the real command line."""
     process = replace(workspace, forked=False).start()
     wait_until(lambda: committed_shards(workspace) > 0, process)
     process.send_signal(signal.SIGINT)
