@@ -1,27 +1,21 @@
 """Kills a worker over and over, and compares the bucket it leaves with that of an undisturbed run.
 
-    python -m tests.run_worker.torture --kills 500 --stops 500 --seed 1
-
 A life is one stream from its first start to exit code 0, with SIGKILLs between: at a named failpoint, after
 a random time, or at a random request to the bucket. In some rounds the local disk is lost. In others the worker is
 stopped (SIGSTOP) at a random request, a rival on another disk runs to its end or is killed, and the worker goes on
-(SIGCONT). With --stops, half of the lives have shards above 8 MiB, which go up in chunks, in half of the lives rivals
-compute other bits, and requests fail in every way all the time. To save the imports, most starts are forks of a
-process that has imported everything and run `main` of the script; every tenth is the real command line. A seed fixes
-the plan; what a kill by time hits depends on the machine.
+(SIGCONT). Where stops are asked for, half of the lives have shards above 8 MiB, which go up in chunks, in half of the
+lives rivals compute other bits, and requests fail in every way all the time. To save the imports, most starts are forks
+of a process that has imported everything and run `main` of the script; every tenth is the real command line. A seed
+fixes the plan; what a kill by time hits depends on the machine.
 """
 
-import argparse
 import collections
 import gzip
 import json
-import os
 import pickle
 import random
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +24,7 @@ from qwen_jax.errors import WriterConflictError
 from qwen_jax.run.failpoints import NAMES, VARIABLE
 from qwen_jax.storage.gcs import CHUNK_BYTES
 from tests.fake_gcs import FakeGcs, Fault, crc32c
-from tests.run_worker.conftest import CloudWorkspace, make_inputs, tree
+from tests.run_worker.conftest import CloudWorkspace, tree
 from tests.run_worker.starts import Start
 
 CHECKPOINT = "checkpoint_worker_5.json"
@@ -338,27 +332,3 @@ def keep_both(folder: Path, wanted: dict[str, bytes], found: dict[str, bytes]) -
         (folder / kind).mkdir(parents=True)
         for name, data in files.items():
             (folder / kind / name).write_bytes(data)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--stops", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("PROGRESS_INTERVAL_S", "0")
-    folder = Path(tempfile.mkdtemp(prefix="torture_"))
-    (folder / "inputs").mkdir()
-    result = Torture(make_inputs(folder / "inputs"), folder, args.seed).run(args.kills, args.stops)
-    print(result)
-    sound = not (result.lost or result.duplicated or result.ahead or result.torn or result.different)
-    if sound:
-        shutil.rmtree(folder)
-    else:
-        print(f"kept: {folder}")
-    sys.exit(not sound)
-
-
-if __name__ == "__main__":
-    main()
