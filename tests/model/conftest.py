@@ -30,6 +30,9 @@ SHAPES = {
     "7B-like": (112, 144, 3, 28, 4, 199, False),
 }
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+"""Options of a compiler that optimises nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -106,11 +109,10 @@ def run_taps(
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """For tests of values: the compiler optimises nothing, which takes it a third of the time. Tests of bits compile
+    """For tests of values: to optimise nothing takes the compiler a third of the time. Tests of bits compile
     as the product does."""
     compile_fully = jax.stages.Lowered.compile
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: compile_fully(lowered, options)):
+    with mock.patch.object(jax.stages.Lowered, "compile", lambda lowered: compile_fully(lowered, QUICK)):
         yield
 
 

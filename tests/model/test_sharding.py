@@ -10,7 +10,7 @@ import pytest
 
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.sharding import check_split, make_mesh, planned_mesh
-from tests.model.conftest import SHAPES, build_reference
+from tests.model.conftest import QUICK, SHAPES, build_reference
 
 PROGRAM = """
 import json, sys
@@ -44,8 +44,8 @@ for devices, model_parallel in ((1, 1), (8, int(sys.argv[3]))):
 
 def run(folder: Path, model_parallel: int, out: Path) -> list[dict]:
     """On one device, and on eight."""
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # as conftest.quick_compilation
-    flags = f"--xla_force_host_platform_device_count=8 {quick}"
+    options = {"xla_force_host_platform_device_count": 8} | QUICK
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, str(folder), str(out), str(model_parallel)]
     root = Path(__file__).parents[2]

@@ -51,7 +51,8 @@ def test_killed_between_shards_and_restarted(workspace, finished):
 
 
 def test_sigterm_exits_143_and_resumes(workspace, finished):
-    assert interrupt(workspace, signal.SIGTERM) == 143
+    """With the real command line."""
+    assert interrupt(replace(workspace, forked=False), signal.SIGTERM) == 143
     workspace.run()
     assert tree(workspace.output) == tree(finished.output)
 
