@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,15 +76,18 @@ NAMES = {
 }
 
 
+@cache
+def texts_in(file: Path) -> set[str]:
+    constants = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_what_a_worker_leaves_is_spelled_in_one_place(name):
     """In code that uses it: words for people, and a glob over many, may say it too."""
 
     def is_spelled(file: Path) -> bool:
-        texts = (
-            node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)
-        )
-        return any(isinstance(text, str) and name in text and " " not in text for text in texts)
+        return any(name in text and " " not in text for text in texts_in(file))
 
     found = [str(file.relative_to(ROOT / "qwen_jax")) for file in modules() if is_spelled(file)]
     assert found == [NAMES[name]]

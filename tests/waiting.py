@@ -7,10 +7,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], seconds: float = 30) -> T:
-    """What the condition gives as soon as it is true; AssertionError where it is not in so many seconds."""
+def until(condition: Callable[[], T], seconds: float = 30, every: float = 0.005) -> T:
+    """What the condition gives as soon as it is true; AssertionError where it is not in so many seconds. every: how
+    often it is asked, in seconds: less often where a question is a process."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not true after {seconds} s: {found!r}"
-        time.sleep(0.005)
+        time.sleep(every)
     return found

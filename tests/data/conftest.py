@@ -8,13 +8,14 @@ import pytest
 
 from qwen_jax.data.arc import Task, parse_record
 from qwen_jax.data.prompts import load_tokenizer
+from tests.few import few
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "qwen2.5-tokenizer"
 DEMO = ROOT / "examples" / "demo" / "model"
 
 
-@pytest.fixture(scope="session", params=[REAL, DEMO], ids=["qwen2.5", "demo"])
+@pytest.fixture(scope="session", params=few([DEMO, REAL]), ids=["demo", "qwen2.5"])
 def tokenizer(request):
     if not request.param.is_dir():
         pytest.skip("the Qwen2.5 tokenizer is not beside this checkout; the demo's stands in")

@@ -43,6 +43,7 @@ def test_a_lesson_wants_every_output_and_the_end():
     assert set(np.unique(lesson.weights_BM)) == {0, np.float32(train_model.FIRST_OUTPUT_WEIGHT), 1}
 
 
+@pytest.mark.wide
 def test_attention_in_training_is_that_of_the_worker():
     rng = np.random.default_rng(0)
     q_TNH, k_TKH, v_TKH = (jnp.asarray(rng.normal(size=(150, heads, 16)), jnp.float32) for heads in (4, 2, 2))

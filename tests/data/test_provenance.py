@@ -8,6 +8,7 @@ from qwen_jax.data.layouts import PROMPT_FORMATS
 from qwen_jax.data.prompts import PromptEncoder, TokenizedSample
 from qwen_jax.errors import UsageError
 from qwen_jax.roles import ROLE_NAMES, RoleSet, example_role, role_name
+from tests.few import few
 
 
 def grids(task: Task) -> list:
@@ -47,7 +48,7 @@ DIGITS = {name: 20 if name in ("rows", "plain", "json") else 40 for name in PROM
 
 
 @pytest.mark.parametrize("chat_template", [False, True])
-@pytest.mark.parametrize("prompt_format", DIGITS)
+@pytest.mark.parametrize("prompt_format", few(DIGITS, 2))
 def test_every_cell_of_real_tasks(tokenizer, arc_tasks, prompt_format, chat_template):
     encoder = PromptEncoder(tokenizer, prompt_format, chat_template, 100_000, include_answer=True)
     for task in arc_tasks[chat_template :: DIGITS[prompt_format]]:

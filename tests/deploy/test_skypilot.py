@@ -13,6 +13,7 @@ from qwen_jax.errors import StorageError
 from qwen_jax.settings import WORKER_ID_VARIABLES
 from tests.scripts.conftest import ROOT, launch_worker_variables, setting_variables
 
+pytestmark = pytest.mark.wide  # SkyPilot takes seconds to import
 TASK = ROOT / "deploy" / "skypilot" / "worker.yaml"
 # What SkyPilot makes of the task, with the variables that a user passes on.
 PARSE = """

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,10 @@ class Cluster:
         rows = (line.split(maxsplit=1) for line in said.splitlines())
         return {int(task): state for task, state in rows}
 
+    def until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """As tests.waiting, of what is asked of Slurm: each question is a process."""
+        until(condition, seconds, every=0.2)
+
     def start_now(self, task: str) -> None:
         """Of one that has been queued again, which Slurm lets wait."""
         self.call("scontrol", "update", f"JobId={task}", "StartTime=now")
@@ -87,12 +91,12 @@ def one_node() -> Iterator[Cluster]:
         _configure(cluster.folder)
         for command in _daemons(cluster.folder):
             daemons.enter_context(_daemon(command, cluster))
-        until(lambda: _is_idle(cluster))
+        cluster.until(lambda: _is_idle(cluster), seconds=30)
         try:
             yield cluster
         finally:
             cluster.call("scancel", "--me")
-            until(lambda: not cluster.call("squeue", "--noheader"), seconds=60)
+            cluster.until(lambda: not cluster.call("squeue", "--noheader"), seconds=60)
 
 
 def _configure(folder: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from qwen_jax.accelerators import TPUS
 from qwen_jax.fleet.kubernetes import node_selector
 from qwen_jax.fleet.worker_variables import PASSED_ON, PLACES, SECRETS
+from tests.few import few
 from tests.scripts.conftest import ROOT, Fakes, write_script
 from tests.scripts.test_launch_all import every_setting, launch
 from tests.waiting import until
@@ -26,6 +27,7 @@ KEEP_THE_OVERLAY = (
 )
 
 
+@pytest.mark.wide
 def test_sky_gets_one_call_for_all(fakes):
     fakes.add("sky", "")
     done = launch(fakes, "--engine", "skypilot", "--num_workers", "5", bucket="gs://bucket/", BATCH_SIZE="8")
@@ -41,6 +43,7 @@ def test_sky_gets_one_call_for_all(fakes):
     assert call.environment["PWD"] == str(ROOT)
 
 
+@pytest.mark.wide
 def test_sky_gets_one_call_for_each_chosen_worker(fakes):
     fakes.add("sky", "")
     assert {*SETTINGS, *PLACES, *SECRETS, "GCS_BUCKET"} == set(PASSED_ON)
@@ -57,6 +60,7 @@ def test_sky_gets_one_call_for_each_chosen_worker(fakes):
     assert fakes.calls("sky")[1].environment["HF_TOKEN"] == "hf_secret"
 
 
+@pytest.mark.wide
 def test_kubectl_gets_the_base_with_these_workers(fakes):
     fakes.add("kubectl", KEEP_THE_OVERLAY)
     variables = {"IMAGE": "registry:5000/name", "HF_TOKEN": "hf_secret"}
@@ -97,7 +101,7 @@ def test_what_kubernetes_is_given_is_valid_and_whole(fakes):
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not on the PATH")
-@pytest.mark.parametrize("name", ["v4-8", "v5litepod-1", "tpu7x-8"])  # each of its own family of nodes
+@pytest.mark.parametrize("name", few(["tpu7x-8", "v4-8", "v5litepod-1"]))  # each of its own family of nodes
 def test_pods_land_on_the_tpu_that_was_asked_for(fakes, name):
     flags = ("--engine", "kubernetes", "--accelerator_type", name, "--dry_run")
     done = launch(fakes, *flags, IMAGE="image")
@@ -112,6 +116,7 @@ def test_pods_land_on_the_tpu_that_was_asked_for(fakes, name):
     assert "cpu" in asked and worker["env"]
 
 
+@pytest.mark.wide
 def test_pods_cannot_land_on_an_unknown_tpu(fakes):
     done = launch(fakes, "--engine", "kubernetes", "--accelerator_type", "v3-8", "--dry_run", IMAGE="image")
     assert done.returncode == 2 and "no TPU machine 'v3-8'" in done.stderr
@@ -123,6 +128,7 @@ def test_kubernetes_needs_an_image(fakes):
     assert done.returncode == 2 and "IMAGE" in done.stderr and fakes.calls() == []
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "engine, tool, bucket",
     [
@@ -139,7 +145,7 @@ def test_these_engines_need_a_bucket_and_nothing_else(fakes, engine, tool, bucke
 
 
 @pytest.mark.parametrize(
-    "engine, tool", [("kubernetes", "kubectl"), ("skypilot", "sky"), ("slurm", "sbatch")]
+    "engine, tool", few([("kubernetes", "kubectl"), ("skypilot", "sky"), ("slurm", "sbatch")])
 )
 def test_what_the_tool_says_is_passed_on(fakes, engine, tool):
     fakes.add(tool, "echo 'it broke' >&2; exit 3")
@@ -200,6 +206,7 @@ def test_local_workers_run_to_their_end_and_say_how(fakes):
     assert (fakes.folder.parent / "checkout" / "logs" / "worker_5.log").read_text() == "I am 5\n"
 
 
+@pytest.mark.wide
 def test_supervised_local_workers_are_started_again(fakes):
     script = '[ -e "again$WORKER_ID" ] || { touch "again$WORKER_ID"; kill -9 $$; }'
     flags = ("--num_workers", "2", "--supervise", "--backoff_s", "0.01")
@@ -208,6 +215,7 @@ def test_supervised_local_workers_are_started_again(fakes):
     assert running.returncode == 0 and out.count("killed by signal 9") == 2
 
 
+@pytest.mark.wide
 def test_sigterm_ends_the_local_workers_gently(fakes):
     script = 'cd "$(dirname "$0")"; trap "touch ended$WORKER_ID; exit 143" TERM; touch up$WORKER_ID; sleep 60 & wait $!'
     running = local(fakes, "--num_workers", "2", "--parallel", "2", "--supervise", script=script)
@@ -219,6 +227,7 @@ def test_sigterm_ends_the_local_workers_gently(fakes):
     assert len(list(checkout.glob("ended*"))) == 2
 
 
+@pytest.mark.wide
 def test_the_local_dry_run_can_be_run_by_hand(fakes):
     running = local(fakes, "--num_workers", "3", "--dry_run", script='echo "$WORKER_ID" >>ran')
     out, _ = running.communicate(timeout=60)

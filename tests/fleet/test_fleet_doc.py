@@ -84,7 +84,17 @@ def test_every_command_that_makes_a_tpu_is_one_that_the_launcher_prints():
     assert made and all(line in outputs for line in made)
 
 
-@pytest.mark.parametrize("command, output", SHOWN, ids=[command[-40:] for command, _ in SHOWN])
+@pytest.mark.parametrize(
+    "command, output",
+    [
+        pytest.param(
+            *shown,
+            id=shown[0][-40:],
+            marks=(pytest.mark.wide,) if {"plan", "doctor"} & set(shown[0].split()) else (),
+        )
+        for shown in SHOWN
+    ],
+)
 def test_a_command_prints_what_is_shown(bare, busy, fakes, command, output):
     if "kubernetes" in command and shutil.which("kubectl") is None:
         pytest.skip("kubectl is not on the PATH")

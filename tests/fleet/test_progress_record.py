@@ -132,6 +132,7 @@ def test_what_lies_there_of_old_cannot_hurt(tmp_path, old):
     assert (written(tmp_path).status, written(tmp_path).earlier) == ("ended", [])
 
 
+@pytest.mark.wide
 def test_the_end_waits_two_seconds_for_a_bucket_that_does_not_answer(tmp_path, monkeypatch):
     with FakeGcs() as silent:
         silent.faults.append(Fault("stall", times=99))
@@ -178,6 +179,7 @@ def test_a_run_leaves_a_record_and_the_same_shards(cloud, workspace):  # noqa: F
     assert tree(quiet.output) == tree(cloud.output) and "progress.json" not in quiet.stored()
 
 
+@pytest.mark.wide
 def test_a_start_with_other_settings_leaves_word_in_the_bucket(cloud):  # noqa: F811
     cloud.run("--max_samples", "2")
     cloud.having(PROGRESS_INTERVAL_S="60").run("--max_samples", "3", expect=78)

@@ -125,7 +125,7 @@ def pause_when_begun(folder: Path, job: str, workers: set[int]) -> None:
                 os.kill(left.pop(worker), signal.SIGSTOP)
         return not left
 
-    until(pause_some, seconds=300)
+    until(pause_some, seconds=300, every=0.05)
     assert {seen(folder, worker).status for worker in workers} == {IN_PROGRESS}
 
 
@@ -163,16 +163,16 @@ def test_a_fleet_that_is_requeued_killed_and_cancelled(slurm, tmp_path):
         job = submit(folder, environment)
         pause_when_begun(folder, job, {REQUEUED, CANCELLED})
         slurm.call("scontrol", "requeue", f"{job}_{REQUEUED}")
-        until(lambda: slurm.states(job)[KILLED].startswith("PENDING"), seconds=60)
-        until(lambda: slurm.states(job)[REQUEUED].startswith("PENDING"), seconds=60)
+        slurm.until(lambda: slurm.states(job)[KILLED].startswith("PENDING"), seconds=60)
+        slurm.until(lambda: slurm.states(job)[REQUEUED].startswith("PENDING"), seconds=60)
         slurm.start_now(f"{job}_{REQUEUED}")
-        until(lambda: slurm.states(job)[REQUEUED].startswith("COMPLETED"), seconds=300)
+        slurm.until(lambda: slurm.states(job)[REQUEUED].startswith("COMPLETED"), seconds=300)
         slurm.call("scancel", job)
-        until(lambda: set(slurm.states(job)) and is_over(slurm, job), seconds=60)
+        slurm.until(lambda: set(slurm.states(job)) and is_over(slurm, job), seconds=60)
         assert slurm.states(job)[CANCELLED].startswith("CANCELLED")
         assert "SIGTERM" in (folder / log.format(CANCELLED)).read_text()
         again = submit(folder, environment)
-        until(lambda: all(state.startswith("COMPLETED") for state in slurm.states(again).values()), 300)
+        slurm.until(lambda: all(each.startswith("COMPLETED") for each in slurm.states(again).values()), 300)
         assert left_in(server, "bucket") == left_in(server, "calm")
         for place in ((), ("--bucket", "gs://bucket")):
             look = [folder / "check_all_workers.sh", str(WORKERS), *place]
@@ -224,7 +224,7 @@ def test_what_follows_an_end(slurm, fakes, tmp_path):
     # As Slurm does before a time limit: to the script alone.
     slurm.call("scancel", "--batch", "--signal=TERM", f"{job}_{len(ENDS) - 1}")
     wanted = dict(enumerate(ENDS.values()))
-    until(lambda: slurm.states(job) == wanted, seconds=300)
+    slurm.until(lambda: slurm.states(job) == wanted, seconds=300)
     assert {(folder / f"settings_{task}").read_text() for task in wanted} == {f"true {HARD}"}
     log = (folder / "logs" / "worker_4.log").read_text()
     assert list(ENDS)[4] == "65" and "exit code 65: requeuehold" in log

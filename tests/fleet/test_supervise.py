@@ -27,6 +27,7 @@ from qwen_jax.fleet.gcloud import (
 )
 from qwen_jax.fleet.supervise import BLIND_ROUNDS, Clock, Outcome, Policy, Supervisor
 from qwen_jax.fleet.worker_variables import listed, parse_workers
+from tests.few import few
 from tests.scripts.conftest import Fakes
 from tests.scripts.test_launch_all import HARD
 
@@ -229,6 +230,7 @@ def test_gcloud_that_is_of_no_use_ends_it(cloud):
         run_supervisor(cloud, [lambda: None] * BLIND_ROUNDS)
 
 
+@pytest.mark.wide
 def test_tries_are_spaced_and_capped(cloud):
     cloud.fail("create", "ERROR: no more capacity in the zone")
     rounds = [lambda: None] * 40
@@ -239,6 +241,7 @@ def test_tries_are_spaced_and_capped(cloud):
     assert "worker 3: tpu-worker-3 not created: ERROR: no more capacity in the zone" in said
 
 
+@pytest.mark.wide
 def test_a_worker_that_gets_on_has_its_tries_back(cloud):
     def lost() -> None:
         cloud.record(3)
@@ -252,6 +255,7 @@ def test_a_worker_that_gets_on_has_its_tries_back(cloud):
     assert cloud.asked().count("create tpu-worker-3") == 6
 
 
+@pytest.mark.wide
 def test_a_worker_without_records_is_known_by_its_checkpoint(cloud):
     """PROGRESS_INTERVAL_S=0: it gets on for twenty minutes, and is started once."""
     cloud.vms(w3="READY")
@@ -269,6 +273,7 @@ def test_a_start_that_fails_is_tried_again(cloud):
     assert any("not started: ssh: connect to host" in line for line in said)
 
 
+@pytest.mark.wide
 def test_a_worker_that_falls_silent_is_started_again(cloud):
     cloud.vms(w3="READY")
     run_supervisor(cloud, [lambda: None] * 16 + [done(cloud, 3)])
@@ -484,6 +489,7 @@ def test_records_that_are_replaced_while_they_are_read_are_read_again(cloud):
     assert cloud.asked() == ["ssh tpu-worker-3"] and not any("not read" in line for line in said)
 
 
+@pytest.mark.wide
 def test_without_records_machines_are_looked_after_and_nobody_is_called_silent(cloud):
     cloud.vms(w3="READY")
     cloud.fail("records", "ERROR: 404")
@@ -509,7 +515,7 @@ def test_a_start_alone_is_no_progress(cloud, status, tokens):
     assert "4 tries without progress" in outcome.given_up[3]
 
 
-@pytest.mark.parametrize("when", ["1e999", "NaN", '"now"', "1e300"])
+@pytest.mark.parametrize("when", few(["1e999", "NaN", '"now"', "1e300"]))
 def test_times_that_no_worker_writes_are_no_sign_of_life(cloud, when):
     cloud.mend("records")
     cloud.answer("records", f'{{"worker_id": 3, "status": "running", "updated_at": {when}}}')
@@ -518,6 +524,7 @@ def test_times_that_no_worker_writes_are_no_sign_of_life(cloud, when):
     assert cloud.asked() == ["ssh tpu-worker-3"] * 2
 
 
+@pytest.mark.wide
 def test_what_it_waits_for_is_said_once_and_counted_now_and_then(cloud):
     cloud.vms(w3="STOPPED", w8="CREATING")
     steps = [*[lambda: None] * 20, lambda: cloud.vms(w3="STOPPED", w8="STARTING"), done(cloud, 3, 8)]

@@ -22,6 +22,7 @@ from qwen_jax.model.program import Program
 from qwen_jax.model.sharding import make_mesh
 from qwen_jax.model.weights import load_model, open_checkpoint
 from qwen_jax.run.pipeline import CapturedSample, captured_samples
+from tests.few import few
 
 # hidden, mlp, layers, heads, kv heads, vocabulary, tied: the head layouts of the published sizes.
 SHAPES = {
@@ -116,7 +117,7 @@ def quick_compilation() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", params=["0.5B-like", "7B-like"])
+@pytest.fixture(scope="session", params=few(["0.5B-like", "7B-like"]))
 def reference(request, tmp_path_factory) -> Reference:
     return build_reference(SHAPES[request.param], tmp_path_factory.mktemp("reference"))
 

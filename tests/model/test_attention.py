@@ -13,6 +13,7 @@ import pytest
 
 from qwen_jax.errors import ConfigError
 from qwen_jax.model.attention import Blocked, make_form, resolve_attention
+from tests.few import few
 
 N, K, H = 6, 2, 64
 
@@ -53,8 +54,8 @@ def make_samples(lengths, dtype=np.float32):
     ]
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-@pytest.mark.parametrize("tokens", [64, 97])
+@pytest.mark.parametrize("at_once", few([3, 1]))
+@pytest.mark.parametrize("tokens", few([97, 64]))
 def test_blocked(at_once, tokens):
     """Blocks of 16 queries and 32 keys, one at a time as on a CPU and several as on a GPU."""
     samples = make_samples([1, 200, 16, 33, 64, 5, 2, 130])
@@ -63,6 +64,7 @@ def test_blocked(at_once, tokens):
     np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6)
 
 
+@pytest.mark.wide
 def test_blocked_at_its_own_sizes():
     samples = make_samples([300, 700])
     expected = np.concatenate([plain(*sample) for sample in samples])
@@ -132,6 +134,7 @@ print((after - before) * 1024)
 """
 
 
+@pytest.mark.wide
 def test_32768_tokens_on_the_cpu(tmp_path):
     """A plain [N, T, T] array of this one head would take 4.3 GB in float32; beyond the short sample it takes 50 MB."""
     from tests.model.conftest import build_reference

@@ -12,6 +12,7 @@ import pytest
 from qwen_jax.data.steps import BLOCK_TOKENS, StepShape
 from qwen_jax.kinds import ALL_KINDS
 from qwen_jax.model.capture import Capture, Compilation
+from tests.few import few
 from tests.model.conftest import capture_samples, joined, program_of, samples_of
 
 LENGTHS = (40, 1, 300, 77, 130, 64, 5, 299, 33)
@@ -85,12 +86,13 @@ config = read_config(sys.argv[1])
 rng = np.random.default_rng(5)
 prompts = [rng.integers(0, 199, length).astype(np.int32) for length in (40, 1, 300, 77, 130, 64, 5, 299, 33) * 2]
 assert len(jax.devices()) == 8
-for devices in (1, 2, 8):
+for devices in (1, int(sys.argv[3])):
     mesh = make_mesh() if devices == 8 else first_devices(devices)
-    if devices != 2:
-        codes = [array for arrays in bits(*looked_capture("int8", mesh)).values() for array in arrays]
-        np.save(f"{sys.argv[2]}/int8_{devices}.npy", np.concatenate([array.ravel().view(np.uint8) for array in codes]))
-    for dtype in ("float32", "bfloat16"):
+    for dtype in sys.argv[4:]:
+        if dtype == "int8":
+            codes = [array.ravel() for arrays in bits(*looked_capture(dtype, mesh)).values() for array in arrays]
+            np.save(f"{sys.argv[2]}/{dtype}_{devices}.npy", np.concatenate([array.view(np.uint8) for array in codes]))
+            continue
         model = load_model(open_checkpoint(sys.argv[1]), config, config.num_layers, jnp.dtype(dtype), mesh)
         shape = StepShape(96, 300, devices)
         program = program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)
@@ -100,16 +102,18 @@ for devices in (1, 2, 8):
 """
 
 
-def test_one_two_and_eight_devices(small, tmp_path):
+@pytest.mark.parametrize(
+    "devices, dtypes", few([(8, ["float32"]), (8, ["bfloat16", "int8"]), (2, ["float32", "bfloat16"])])
+)
+def test_several_devices_compute_what_one_does(small, tmp_path, devices, dtypes):
     flags = "--xla_force_host_platform_device_count=8"
     subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(small.folder), str(tmp_path)],
+        [sys.executable, "-c", PROGRAM, str(small.folder), str(tmp_path), str(devices), *dtypes],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         cwd=Path(__file__).parents[2],
         check=True,
     )
-    for dtype, counts in (("float32", (2, 8)), ("bfloat16", (2, 8)), ("int8", (8,))):
-        one, *others = (np.load(tmp_path / f"{dtype}_{devices}.npy") for devices in (1, *counts))
+    for dtype in dtypes:
+        one, several = (np.load(tmp_path / f"{dtype}_{count}.npy") for count in (1, devices))
         assert one.size
-        for other in others:
-            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, several)

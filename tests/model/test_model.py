@@ -12,6 +12,7 @@ from qwen_jax.model.config import parse_config
 from qwen_jax.model.decoder import abstract_model, parameter_count
 from qwen_jax.model.program import Program, block_sums, rows_from
 from qwen_jax.model.published import OTHER_FAMILIES, PUBLISHED, config_fields
+from tests.few import few
 from tests.model.conftest import program_of, run, run_taps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,6 +56,7 @@ def test_parameters_are_stacked_over_the_layers():
     assert model.blocks.mlp.down_DF.shape == (80, 8192, 29568)
 
 
+@pytest.mark.wide
 def test_a_later_token_changes_nothing_before_it(small):
     model = small.ours()
     tokens = small.tokens(1, 120)
@@ -65,6 +67,7 @@ def test_a_later_token_changes_nothing_before_it(small):
     assert np.abs(before[:, :, 73:] - after[:, :, 73:]).max() > 1e-3
 
 
+@pytest.mark.wide
 def test_taps_add_up_to_the_residual_stream(small):
     model, tokens = small.ours(), small.tokens(2, 15)
     layers = range(small.config.num_layers)
@@ -72,6 +75,7 @@ def test_taps_add_up_to_the_residual_stream(small):
     np.testing.assert_allclose(residual[1:], residual[:-1] + attn[1:] + mlp[1:], atol=1e-5)
 
 
+@pytest.mark.wide
 def test_chosen_layers_are_those_of_a_full_run(small):
     """Also with the deeper layers neither loaded nor run."""
     tokens = small.tokens(2, 15)
@@ -87,6 +91,7 @@ def abstract_step(config, num_layers: int, layers, tokens: int = 64):
     return program_of(model, layers, ["residual"], shape).lower_step()
 
 
+@pytest.mark.wide
 def test_only_the_chosen_layers_are_held():
     """Of 24 layers, two requested: the compiled step needs less memory by the 22 others. Nothing is run."""
     config = published_config("0.5B")
@@ -114,7 +119,8 @@ def test_what_is_carried_on_takes_the_place_of_what_was_carried():
     assert many.temp_size_in_bytes - few.temp_size_in_bytes < 1.3 * carried
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.wide
+@pytest.mark.parametrize("dtype", few(["float16", "bfloat16", "float32"]))
 def test_stored_dtype_is_the_rounded_result(small, dtype):
     tokens = small.tokens(2, 15)
     layers = range(small.config.num_layers)

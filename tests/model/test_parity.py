@@ -48,6 +48,7 @@ def test_every_layer_of_every_tap(reference, rows, length):
             assert worst_error(ours[tap][layer], theirs[tap][layer]) < STACK_TOLERANCE, (tap, layer)
 
 
+@pytest.mark.wide
 def test_long_samples_over_many_steps_and_blocks_of_keys(small):
     tokens = small.tokens(1, 1300)
     theirs = reference_taps(small.hf, tokens)["residual"]
@@ -86,6 +87,7 @@ def test_hidden_states_of_hugging_face_are_our_layers_shifted_by_one(reference):
     assert worst_error(ours[last], theirs[last + 1].numpy()) > 0.01
 
 
+@pytest.mark.wide
 def test_each_module_alone(reference):
     """Given Hugging Face's own input, each module's output is within the tighter module tolerance."""
     tokens = reference.tokens(1, 33)
@@ -177,6 +179,7 @@ def _cosine(x, exact) -> float:
     return float((dots / (np.linalg.norm(x, axis=-1) * np.linalg.norm(exact, axis=-1))).min())
 
 
+@pytest.mark.wide
 def test_golden_file_without_torch():
     """What tests/model/make_golden.py recorded from Hugging Face; needs neither torch nor transformers."""
     expected = np.load(GOLDEN / "taps.npz")

@@ -20,6 +20,7 @@ from qwen_jax.model.sharding import make_mesh
 from qwen_jax.run.device_check import TINY
 from qwen_jax.shards import QuantisedRows
 from qwen_jax.shards.rows import restored
+from tests.few import few
 from tests.model.conftest import capture_samples, joined, samples_of
 from tests.model.test_invariance import LENGTHS, assert_equal_bits
 
@@ -51,7 +52,7 @@ def half_steps(rows: QuantisedRows, x_RD: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("computed", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", few(DTYPES))
 def test_rows_come_back_within_half_a_step_and_the_largest_values_exactly(dtype, computed):
     x_CRD = rows_with_everything(computed)
     found = jax.jit(partial(on_device.quantise, dtype=dtype))(x_CRD)
@@ -101,7 +102,7 @@ def looked_capture(stored: str, mesh: Mesh) -> tuple[Capture, StepShape, list[np
     return Capture(Looked(program), nnx.Module()), shape, prompts
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=few(DTYPES))
 def setting(request):
     """Each test takes the capture as another one left it."""
     return looked_capture(request.param, make_mesh())
@@ -158,7 +159,7 @@ def test_what_is_stored_and_said_of_it_follows_from_what_was_computed(setting, m
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", few(DTYPES))
 def test_a_row_that_is_not_finite_does_not_become_so(dtype):
     """Or the run would not refuse it; with fewer such values than are kept exactly, and with more."""
     x_CRD = np.random.default_rng(0).standard_normal((1, 12, 48), np.float32)

@@ -94,6 +94,7 @@ def test_an_answer_is_the_same_alone_and_wherever_a_start_begins(maker, small, g
     assert answers(maker()([samples[6]], {})) == {6: greedy[6]}
 
 
+@pytest.mark.wide
 def test_drawn_tokens_follow_from_the_seed_and_the_sample(maker, small, greedy):
     samples = [*prompts(small, LENGTHS[:6]), *samples_of([prompts(small, LENGTHS[:1])[0].token_ids], 6)]
     drawn = answers(maker(30.0, 3)(samples, {}))
@@ -103,6 +104,7 @@ def test_drawn_tokens_follow_from_the_seed_and_the_sample(maker, small, greedy):
     assert drawn[0] != drawn[6] and drawn[0] != greedy[0]
 
 
+@pytest.mark.wide
 def test_an_answer_ends_with_its_end(maker, small):
     made = answers(maker(30.0, 3)(prompts(small, [4] * 64), {}))
     ended = [ids for ids in made.values() if 5 in ids]

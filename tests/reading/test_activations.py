@@ -16,6 +16,7 @@ from qwen_jax.reading.activations import READERS
 from qwen_jax.reading.runs import open_runs
 from qwen_jax.roles import RoleSet
 from qwen_jax.shards import ShardError, load_shard
+from tests.few import few
 from tests.reading.conftest import ROOT, Copy, all_rows, extract
 
 
@@ -52,7 +53,7 @@ def test_processes_share_the_rows(clean):
         iter_activations(clean, 3, 512, process_index=0, process_count=99)
 
 
-@pytest.mark.parametrize("at_once", [2, 3, 100])
+@pytest.mark.parametrize("at_once", few([3, 2, 100]))
 def test_rows_of_several_shards_at_once(clean, at_once):
     def drawn(**options):
         return iter_activations(clean, 3, 512, 1000, seed=1, shards_at_once=at_once, **options)
@@ -80,7 +81,7 @@ def sort_rows(rows: np.ndarray) -> np.ndarray:
     return rows[np.lexsort(rows.T)]
 
 
-@pytest.mark.parametrize("done", [0, 1, 7, 30])
+@pytest.mark.parametrize("done", few([7, 0, 1, 30]))
 def test_a_cursor_goes_on_with_the_very_next_batch(clean, done):
     options = {"shuffle_buffer": 2000, "seed": 3, "epochs": 2}
     whole = iter_activations(clean, 3, 700, **options)

@@ -52,6 +52,7 @@ def test_what_is_written_on_the_local_disk_is_no_address(bucket, tmp_path):
             main([*command, "gs://bucket/out"])
 
 
+@pytest.mark.wide
 def test_commands_take_the_address(bucket, capsys, tmp_path):
     assert main(["inspect", URL]) == 0
     bucket.put_file("streams.json", STREAMS)
@@ -65,6 +66,7 @@ def test_commands_take_the_address(bucket, capsys, tmp_path):
     assert "samples: 36, each stored once" in capsys.readouterr().out
 
 
+@pytest.mark.wide
 def test_faults_in_a_bucket_are_found(bucket):
     data, info = bucket.get_bytes("shard_0003.pkl.gz")
     bucket.put_bytes("shard_0003.pkl.gz", data[:-3], if_generation=info.generation)

@@ -19,6 +19,7 @@ def fidelity(folder) -> dict:
     return json.loads((folder / "metadata.json").read_text())["fidelity"]
 
 
+@pytest.mark.wide
 def test_a_sound_run_passes_and_says_so_in_its_metadata(copy, capsys):
     assert main(["certify", str(copy.folder), "--samples", "2"]) == 0
     record = fidelity(copy.folder)
@@ -50,6 +51,7 @@ def test_other_numbers_fail_and_are_measured(copy, capsys):
         assert kinds["residual"]["1"]["relative"] < 1e-5
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_value_that_is_not_finite_fails_and_is_recorded_as_null(copy, capsys, value):
     def spoil(shard):
@@ -79,6 +81,7 @@ def test_tokens_of_another_line_are_refused(copy):
         main(["certify", str(copy.folder), "--samples", "99"])
 
 
+@pytest.mark.wide
 def test_every_kind_and_kept_rows_alone(tmp_path, capsys):
     flags = ("--activation_type", "mlp", "attn", "--include_embedding", "--keep_tokens", "every:7")
     folder = extract(tmp_path / "kinds", *flags, "--activation_dtype", "float16", "--max_samples", "3")
@@ -91,6 +94,7 @@ def test_every_kind_and_kept_rows_alone(tmp_path, capsys):
     assert np.isfinite([float(x) for x in re.findall(r"\d\.\d\de[+-]\d\d", capsys.readouterr().out)]).all()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("attention", ["ragged", "blocked"])
 def test_a_run_of_a_tpu_or_gpu_is_certified_on_any_machine(copy, attention):
     def elsewhere(metadata):
@@ -114,6 +118,7 @@ def test_weights_are_shared_over_devices_where_this_machine_has_as_many(copy, mo
     assert asked[0].model_parallel == 2
 
 
+@pytest.mark.wide
 def test_a_single_shard_is_certified_and_the_whole_runs_metadata_left_alone(copy, capsys):
     before = (copy.folder / "metadata.json").read_bytes()
     path = copy.folder / "shard_0002.pkl.gz"
@@ -126,6 +131,7 @@ def test_a_single_shard_is_certified_and_the_whole_runs_metadata_left_alone(copy
     assert drawn[0] == entry["first_sample_idx"] and drawn[-1] == entry["last_sample_idx"]
 
 
+@pytest.mark.wide
 def test_an_unfinished_run_is_measured_and_its_metadata_left_to_its_worker(copy, capsys):
     copy.metadata(lambda metadata: metadata.update(status="in_progress"))
     before = (copy.folder / "metadata.json").read_bytes()

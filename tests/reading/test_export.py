@@ -12,6 +12,7 @@ from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.reading import iter_samples
 from qwen_jax.reading.export import FORMATS, SafetensorsWriter, export
 from qwen_jax.shards import load_shard
+from tests.few import few
 from tests.reading.conftest import STREAMS, all_rows, extract
 from tests.run_worker.conftest import tree
 
@@ -63,6 +64,7 @@ def test_hf_dataset_has_the_shape_that_sae_lens_checks(clean, tmp_path):
     assert tokens.shape == (len(rows),) and set(tokens) <= set(rows_of(clean, "token_ids"))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("to", FORMATS)
 def test_an_interrupted_export_goes_on_and_ends_the_same(clean, tmp_path, monkeypatch, to):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -93,6 +95,7 @@ def test_layers_may_come_later(clean, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "npy" / "layer_01.npy"), all_rows(clean, 1))
 
 
+@pytest.mark.wide
 def test_kinds_embedding_bfloat16_and_fewer_rows(tmp_path):
     flags = ("--activation_type", "residual", "mlp", "--include_embedding", "--keep_tokens", "every:5")
     folder = extract(tmp_path / "run", *flags, "--activation_dtype", "bfloat16", "--max_samples", "4")
@@ -143,6 +146,7 @@ def two_kinds(tmp_path_factory):
     return extract(tmp_path_factory.mktemp("kinds"), *flags)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "to, change, message",
     [
@@ -161,7 +165,7 @@ def test_an_export_of_something_else_is_not_taken_for_this_one(two_kinds, tmp_pa
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", few(FORMATS))
 def test_an_export_of_other_shards_is_not_taken_for_this_one(clean, copy, tmp_path, to):
     export(clean, to, tmp_path, layers=[3])
     copy.metadata(lambda metadata: metadata["shards"][1].update(crc32c="AAAAAA=="))
@@ -176,7 +180,7 @@ def unfinished(metadata: dict) -> None:
     metadata.update(status="in_progress", last_processed_sample_idx=last)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", few(FORMATS))
 def test_a_run_that_has_grown(clean, copy, tmp_path, to):
     copy.metadata(unfinished)
     export(copy.folder, to, tmp_path / "grown", layers=[3])

@@ -38,19 +38,23 @@ def lines(clean, tmp_path_factory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.wide
 def test_there_are_enough_of_them(lines):
     assert len({line["file"] for line in lines}) > 55
     assert len({line["command"] for line in lines}) == 8
 
 
+@pytest.mark.wide
 def test_none_ends_in_a_traceback(lines):
     assert [line for line in lines if not line["outcome"].startswith("exit ")] == []
 
 
+@pytest.mark.wide
 def test_none_takes_much_memory(lines):
     assert [line for line in lines if line["bytes"] > MOST_BYTES] == []
 
 
+@pytest.mark.wide
 def test_readers_refuse_a_damaged_description_with_65(lines):
     """The same file, the same words, whichever command reads it."""
     refused = {

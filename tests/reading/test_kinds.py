@@ -38,6 +38,7 @@ def everything(tmp_path_factory):
     return extract(tmp_path_factory.mktemp("everything"), *flags)
 
 
+@pytest.mark.wide
 def test_each_kind_is_read_at_its_width(everything):
     for kind, width in WIDTHS.items():
         samples = list(iter_samples(everything, layers=[1], kind=kind))
@@ -56,6 +57,7 @@ def test_kinds_add_up(everything):
     assert not np.allclose(of["mlp_in"], of["resid_mid"])
 
 
+@pytest.mark.wide
 def test_such_a_run_is_whole_and_certified(everything, capsys):
     assert main(["verify", str(everything)]) == 0
     assert main(["certify", str(everything), "--samples", "1"]) == 0

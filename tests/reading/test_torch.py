@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.reading import Rows
 from qwen_jax.reading.torch import ActivationDataset
+from tests.few import few
 from tests.reading.conftest import ROOT, all_rows, extract
 from tests.reading.test_activations import sort_rows
 
@@ -26,7 +27,7 @@ def assert_every_row_once(found: torch.Tensor, clean) -> None:
     np.testing.assert_array_equal(sort_rows(found.numpy()), sort_rows(all_rows(clean, 3)))
 
 
-@pytest.mark.parametrize("workers", [0, 2, 6])
+@pytest.mark.parametrize("workers", few([2, 0, 6]))
 def test_every_row_once_over_workers(clean, workers):
     """Of six workers two have no shard."""
     dataset = ActivationDataset(clean, 3, 512, num_workers=workers)
@@ -45,7 +46,8 @@ def test_more_ranks_than_shards_are_refused(clean):
         ActivationDataset(clean, 3, 512, rank=2, world_size=2)
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.wide
+@pytest.mark.parametrize("workers", few([2, 0, 3]))
 @pytest.mark.parametrize("batch_size", [1, 700, 10**6])
 def test_the_length_is_the_number_of_batches(clean, workers, batch_size):
     dataset = ActivationDataset(clean, 3, batch_size, num_workers=workers)
@@ -121,6 +123,7 @@ def test_rows_come_with_their_tokens(clean):
     assert batch.token_cells.shape == (len(batch.activations), 4)
 
 
+@pytest.mark.wide
 def test_bfloat16_rows_are_cast_or_left(tmp_path):
     flags = ("--activation_dtype", "bfloat16", "--max_samples", "3", "--layers_to_extract", "0")
     folder = extract(tmp_path, *flags)
@@ -181,6 +184,7 @@ print(torch.from_numpy(next(batches)).shape[0])
 """
 
 
+@pytest.mark.wide
 def test_rows_that_are_left_unread_end_quietly(clean):
     """Python takes its modules apart before what stands at the top of a script."""
     done = subprocess.run(

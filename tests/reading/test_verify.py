@@ -19,6 +19,7 @@ from qwen_jax.shards import load_shard
 from qwen_jax.shards.compress import Span
 from qwen_jax.shards.parts import index_member, read_index
 from qwen_jax.shards.statistics import parse_stats, stats_bytes
+from tests.few import few
 from tests.reading.conftest import DEMO, STREAMS, Copy, extract
 from tests.run_worker.conftest import tree
 from tests.shards.samples import without_index
@@ -345,7 +346,7 @@ def flip(path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", few(PLANTED, 14))
 def test_a_planted_fault_is_found_and_no_other(copy, name):
     plant, expected = PLANTED[name]
     plant(copy)
@@ -396,6 +397,7 @@ def test_a_stream_extracted_twice(copy, clean):
     assert "holds the samples of a stream that" in found and str(clean) in found
 
 
+@pytest.mark.wide
 def test_workers_may_share_the_layers_of_one_stream(clean, tmp_path):
     flags = ("--layers_to_extract", "0", "2", "--batch_size", "2")
     other = Copy(extract(tmp_path, *flags, "--shard_size_gb", "0.003"))
@@ -460,6 +462,7 @@ def test_repair_makes_the_same_bytes(copy, clean, capsys):
     assert tree(copy.folder) == tree(clean)
 
 
+@pytest.mark.wide
 def test_repair_goes_on_after_a_shard_that_this_machine_cannot_make(copy, clean, capsys):
     for number in (1, 2):
         (copy.folder / f"shard_000{number}.pkl.gz").unlink()

@@ -57,6 +57,10 @@ class Start:
             with log.open("a") as file:
                 self._process = subprocess.Popen(command, cwd=ROOT, env=plain, stdout=file, stderr=file)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.exitcode if self._forked else self._process.poll()
@@ -65,7 +69,7 @@ class Start:
         """Does nothing once it has ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, number)
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

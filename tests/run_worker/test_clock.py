@@ -15,6 +15,7 @@ time.time_ns = lambda: int(time.time() * 1e9)
 """
 
 
+@pytest.mark.wide
 def test_a_clock_that_steps_back_an_hour_at_every_look(cloud, undisturbed, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BACKWARDS)
     cloud.killed_at("shard_uploaded:2")

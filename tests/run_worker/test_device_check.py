@@ -57,6 +57,7 @@ def programs(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.wide
 def test_this_machine_passes_in_both_dtypes():
     for verdict in check_model("small", SMALL, ("float32", "bfloat16"), make_mesh()):
         assert verdict.faults == [] and "bits are each sample's own" in str(verdict)
@@ -65,6 +66,7 @@ def test_this_machine_passes_in_both_dtypes():
             assert 1e-4 < verdict.worst["mlp"][1].relative < verdict.tolerance
 
 
+@pytest.mark.wide
 def test_values_and_bits_that_are_wrong(monkeypatch):
     """Values at a few late positions only; bits also of samples whose values are well within the tolerance."""
     monkeypatch.setattr(device_check, "make_form", lambda *args: Wrong())

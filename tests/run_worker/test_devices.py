@@ -40,6 +40,7 @@ def test_the_cpu_does_not_stand_in_for_an_accelerator(machine, finder, found, wo
     assert find_devices()
 
 
+@pytest.mark.wide
 def test_the_worker_says_that_jax_finds_no_devices(workspace):
     started_afresh = replace(workspace.having(JAX_PLATFORMS="cuda"), forked=False)
     done = started_afresh.run(expect=75)

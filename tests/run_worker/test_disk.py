@@ -47,6 +47,7 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
+@pytest.mark.wide
 def test_a_file_size_limit(workspace, finished):
     """RLIMIT_FSIZE stands for a full disk where nothing can be mounted; shards here are larger."""
     limit = 200_000
@@ -65,6 +66,7 @@ def test_a_file_size_limit(workspace, finished):
     assert tree(workspace.output) == tree(finished.output)
 
 
+@pytest.mark.wide
 def test_a_full_disk(workspace, finished):
     room = sum(path.stat().st_size for path in finished.shards()[:2]) + 100_000
     with small_disk(workspace.root / "activations", str(room)):
@@ -76,6 +78,7 @@ def test_a_full_disk(workspace, finished):
         assert tree(workspace.output) == tree(finished.output)
 
 
+@pytest.mark.wide
 def test_a_disk_too_full_for_the_checkpoint(workspace, finished):
     with small_disk(workspace.root / "checkpoints", "4k"):
         (workspace.root / "checkpoints" / "others").write_bytes(bytes(4096))
@@ -87,6 +90,7 @@ def test_a_disk_too_full_for_the_checkpoint(workspace, finished):
         assert workspace.checkpoint.read_bytes() == finished.checkpoint.read_bytes()
 
 
+@pytest.mark.wide
 def test_a_disk_that_becomes_read_only(workspace, finished):
     with small_disk(workspace.root / "activations", "64m"):
         workspace.killed_at("shard_named:2")

@@ -18,6 +18,7 @@ from qwen_jax.run.pipeline import CapturedSample, FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
 from qwen_jax.storage.folder import FolderStore
+from tests.few import few
 from tests.run_worker.conftest import ROOT, captured_sample, commit
 from tests.run_worker.torture import CHECKPOINT
 
@@ -155,6 +156,7 @@ def test_metadata_of_another_run(local):
         local.resume()
 
 
+@pytest.mark.wide
 def test_a_checkpoint_torn_at_every_byte_is_rebuilt(local):
     whole = local.markers[0].read_bytes()
     for length in range(len(whole) - 1):
@@ -165,6 +167,7 @@ def test_a_checkpoint_torn_at_every_byte_is_rebuilt(local):
     assert local.markers[0].read_bytes() == whole
 
 
+@pytest.mark.wide
 def test_metadata_torn_at_every_byte_is_refused(local):
     whole = local.markers[1].read_bytes()
     for length in range(len(whole) - 1):
@@ -219,7 +222,8 @@ def changed(root: Any, path: tuple, change: Callable[[Any, Any], None]) -> bytes
     return json.dumps(root).encode()
 
 
-@pytest.mark.parametrize("marker", [0, 1], ids=["checkpoint", "metadata"])
+@pytest.mark.wide
+@pytest.mark.parametrize("marker", few([0, 1]), ids=["checkpoint", "metadata"])
 def test_absurd_and_missing_values_everywhere(local, marker):
     """Some cannot be told from true ones (a task's name); then nothing may be lost."""
     originals = [path.read_bytes() for path in local.markers]
@@ -282,8 +286,8 @@ def damage_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_checkpoint", [True, False])
-@pytest.mark.parametrize("number", range(1, SHARDS + 1))
-@pytest.mark.parametrize("damage", [damage_missing, damage_shorter, damage_one_bit, damage_folder])
+@pytest.mark.parametrize("number", few(range(1, SHARDS + 1), 2))
+@pytest.mark.parametrize("damage", few([damage_one_bit, damage_missing, damage_shorter, damage_folder], 2))
 def test_a_listed_shard_that_is_missing_or_changed(prepared, damage, number, with_checkpoint):
     """In the truth it is refused by name; a local copy of what the bucket has does not matter."""
     name = f"shard_{number:04d}.pkl.gz"
@@ -346,6 +350,7 @@ def assert_drift_refused(workspace, words: str, *flags: str) -> None:
     assert workspace.checkpoint.read_bytes() == before
 
 
+@pytest.mark.wide
 def test_another_stream_by_the_command_line(begun, tmp_path):
     stream = tmp_path / "stream.jsonl"
     stream.write_bytes(begun.stream.read_bytes() + b"\n")
@@ -381,6 +386,7 @@ streams.stream_summary = then_changed
 """
 
 
+@pytest.mark.wide
 def test_a_stream_that_changes_after_its_digest_was_taken(workspace, finished, tmp_path):
     """A run over it would be completed and wrong, and no later start would ever look again. Other changes:
     tests/data/test_streams.py."""

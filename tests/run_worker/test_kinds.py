@@ -57,6 +57,7 @@ def test_a_kind_is_stored_once(everything):
     assert len(gzip.decompress(everything.shards()[0].read_bytes())) < 1.2 * raw
 
 
+@pytest.mark.wide
 def test_answers_follow_the_prompt_and_their_log_probabilities_are_hugging_faces(everything):
     model = load_reference(everything.model)
     lines = everything.stream.read_bytes().splitlines()
@@ -81,6 +82,7 @@ def next_token_logprobs(model, token_ids: np.ndarray) -> np.ndarray:
     return theirs[torch.arange(len(tokens) - 1), tokens[1:]].numpy()
 
 
+@pytest.mark.wide
 def test_answers_are_matched_to_tokens_where_rows_are_dropped_and_the_head_is_untied(workspace, tmp_path):
     model = save_reference(make_reference(64, 96, 3, 4, 2, 512, False), tmp_path / "untied")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -136,6 +138,7 @@ def test_statistics_equal_a_float64_recomputation(everything, finished):
         assert summary["norm_max"] == pytest.approx(exact["norm_max"], rel=1e-5)
 
 
+@pytest.mark.wide
 def test_lost_statistics_are_made_again_from_the_shard(workspace, finished):
     workspace.killed_at("completing")
     (workspace.output / "stats_0002.safetensors").unlink()
@@ -148,6 +151,7 @@ def test_lost_statistics_are_made_again_from_the_shard(workspace, finished):
         assert_close(ours[name], whole[name])
 
 
+@pytest.mark.wide
 def test_only_rows_of_the_wanted_roles_are_kept(workspace, finished):
     workspace.run("--keep_tokens", "role:test_input", "--max_samples", "6")
     full = {record["sample_idx"]: record for record in records(finished)[2]}
@@ -162,6 +166,7 @@ def test_only_rows_of_the_wanted_roles_are_kept(workspace, finished):
     assert workspace.metadata()["totals"]["tokens"] == sum(len(record["token_ids"]) for record in stored)
 
 
+@pytest.mark.wide
 def test_only_kept_rows_leave_the_device(workspace):
     done = workspace.run("--keep_tokens", "last", "--max_samples", "6")
     shapes = [line.split("compiling ")[1] for line in done.stderr.splitlines() if "compiling" in line]
@@ -197,6 +202,7 @@ def test_eight_devices_store_the_same_kinds_rows_and_answers(workspace):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-4 * np.abs(theirs[name]).max())
 
 
+@pytest.mark.wide
 def test_random_rows_are_the_same_after_a_kill(workspace, finished):
     flags = ("--keep_tokens", "random:0.3", "--skip_first", "5", "--skip_special_tokens")
     flags += ("--max_samples", "9", "--shard_size_gb", "0.0003")

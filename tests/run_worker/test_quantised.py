@@ -43,6 +43,7 @@ def quantised(finished, tmp_path_factory):
     return worker
 
 
+@pytest.mark.wide
 def test_killed_and_started_again_it_ends_the_same(workspace, quantised):
     killed = workspace.having(QWEN_JAX_FAILPOINT="shard_named:2")
     killed.run(*FLAGS, *SMALL, expect=-signal.SIGKILL)

@@ -50,6 +50,7 @@ def test_killed_between_shards_and_restarted(workspace, finished):
     assert workspace.checkpoint.read_bytes() == finished.checkpoint.read_bytes()
 
 
+@pytest.mark.wide
 def test_sigterm_exits_143_and_resumes(workspace, finished):
     """With the real command line."""
     assert interrupt(replace(workspace, forked=False), signal.SIGTERM) == 143
@@ -116,6 +117,7 @@ def test_a_local_bucket_holds_what_the_folder_holds(workspace, finished):
     assert stored == local and not workspace.shards()
 
 
+@pytest.mark.wide
 def test_a_run_that_has_uploaded_is_not_gone_on_with_without_its_bucket(cloud):
     cloud.run("--max_samples", "2")
     alone = Workspace(cloud.model, cloud.stream, cloud.cache, cloud.root)
@@ -143,6 +145,7 @@ def test_no_checkpointing(workspace, finished):
     assert tree(workspace.output) == tree(finished.output)
 
 
+@pytest.mark.wide
 def test_other_settings_are_refused_by_name(workspace):
     workspace.run("--max_samples", "2")
     done = workspace.run("--max_samples", "2", "--activation_type", "attn", expect=78)
@@ -201,6 +204,7 @@ def test_all_lines_are_accounted_for(finished):
     assert totals["samples"] + totals["skipped"] == TASKS
 
 
+@pytest.mark.wide
 def test_activations_beyond_float16_are_refused_not_stored(workspace, tmp_path):
     """One embedding channel of 1e6 overflows float16; the same model in bfloat16 is fine."""
     tensors = load_file(workspace.model / "model.safetensors")
@@ -214,6 +218,7 @@ def test_activations_beyond_float16_are_refused_not_stored(workspace, tmp_path):
     workspace.elsewhere("bfloat16").run(*flags, "--activation_dtype", "bfloat16")
 
 
+@pytest.mark.wide
 def test_a_changed_batch_size_is_allowed_and_said(workspace, finished):
     interrupt(workspace, signal.SIGKILL)
     done = workspace.run("--batch_size", "1")

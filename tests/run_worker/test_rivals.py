@@ -31,6 +31,7 @@ def assert_mirrored(worker, undisturbed) -> None:
     assert tree(worker.output) | {CHECKPOINT: worker.checkpoint.read_bytes()} == undisturbed
 
 
+@pytest.mark.wide
 def test_a_paused_worker_finds_its_successor_and_gives_way(cloud, undisturbed):
     paused = cloud.elsewhere("paused").start()
     wait_until(lambda: total_shards(cloud) >= 1, paused)
@@ -59,6 +60,7 @@ def test_two_at_once(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 def test_two_on_one_machine(cloud, undisturbed):
     first = cloud.start()
     wait_until(lambda: total_shards(cloud) >= 0, first)
@@ -70,6 +72,7 @@ def test_two_on_one_machine(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 def test_stale_local_files_beside_a_newer_bucket(cloud, undisturbed):
     cloud.killed_at("checkpoint_local:2")
     shutil.copytree(cloud.root, cloud.root.with_name("stale"))
@@ -85,6 +88,7 @@ def test_stale_local_files_beside_a_newer_bucket(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 def test_a_shard_kept_locally_is_uploaded_first_and_no_other_again(cloud, undisturbed):
     cloud.killed_at("shard_described:2")
     assert total_shards(cloud) == 1 and "shard_0002.pkl.gz" not in cloud.stored()
@@ -98,6 +102,7 @@ def test_a_shard_kept_locally_is_uploaded_first_and_no_other_again(cloud, undist
     assert_mirrored(cloud, undisturbed)
 
 
+@pytest.mark.wide
 def test_a_finished_worker_changes_nothing_in_the_bucket_even_on_a_new_disk(cloud, undisturbed):
     cloud.run()
     generations = cloud.generations()
@@ -109,6 +114,7 @@ def test_a_finished_worker_changes_nothing_in_the_bucket_even_on_a_new_disk(clou
     assert cloud.checkpoint.read_bytes() == undisturbed[CHECKPOINT]
 
 
+@pytest.mark.wide
 def test_a_lost_bucket_is_filled_from_local_files_alone(cloud, undisturbed):
     cloud.run()
     cloud.server.objects("bucket").clear()
@@ -124,6 +130,7 @@ def test_resume_from_the_bucket_alone(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("killed_at", ["completing", "metadata_local:7", "metadata_stored:7"])
 def test_killed_while_completing(cloud, undisturbed, killed_at):
     """The stream's last lines are skipped, so the last marker says more than the last shard does."""

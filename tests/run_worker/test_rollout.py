@@ -26,6 +26,7 @@ def rolled(finished, tmp_path_factory):
     return worker
 
 
+@pytest.mark.wide
 def test_answers_and_their_log_probabilities_are_hugging_faces(rolled):
     model, stored = load_reference(rolled.model), records(rolled)[1]
     assert len(stored) > 3
@@ -40,12 +41,14 @@ def test_answers_and_their_log_probabilities_are_hugging_faces(rolled):
     assert "rollout_seed" not in rolled.metadata()["fingerprint"]
 
 
+@pytest.mark.wide
 def test_a_kill_changes_nothing(rolled, workspace):
     workspace.having(QWEN_JAX_FAILPOINT="checkpoint_local:2").run(*FLAGS, expect=-9)
     workspace.run(*FLAGS)
     assert tree(workspace.output) == tree(rolled.output)
 
 
+@pytest.mark.wide
 def test_answers_are_the_same_where_a_byte_a_value_is_stored(rolled, workspace):
     workspace.run(*FLAGS, "--activation_dtype", "int8")
     pairs = list(zip(records(workspace)[1], records(rolled)[1], strict=True))
@@ -57,6 +60,7 @@ def test_answers_are_the_same_where_a_byte_a_value_is_stored(rolled, workspace):
         assert 0 < np.linalg.norm(error_ND) < 0.02 * np.linalg.norm(x_ND)
 
 
+@pytest.mark.wide
 def test_such_a_run_is_whole_certified_and_repaired(rolled, workspace, capsys):
     copy = shutil.copytree(rolled.output, workspace.root / "worker_5")
     assert main(["verify", str(copy)]) == 0

@@ -13,6 +13,7 @@ def assert_unharmed(result, kills: int) -> None:
     assert (result.lost, result.duplicated, result.ahead, result.torn, result.different) == (0, 0, 0, 0, [])
 
 
+@pytest.mark.wide
 def test_twenty_kills(inputs, tmp_path):
     assert_unharmed(Torture(inputs, tmp_path, seed=1).run(20), 20)
 

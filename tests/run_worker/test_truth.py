@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -115,6 +116,7 @@ def test_checkpoint_has_the_guides_keys(finished):
     }
 
 
+@pytest.mark.wide
 def test_taps_and_layers_are_those_asked_for(workspace, finished):
     workspace.run("--activation_type", "mlp", "--layers_to_extract", "2", "0", "--max_samples", "3")
     stored = records(workspace)
@@ -130,6 +132,7 @@ def test_taps_and_layers_are_those_asked_for(workspace, finished):
     assert workspace.metadata()["layer_meaning"].startswith("output of block i's MLP")
 
 
+@pytest.mark.wide
 def test_stored_dtype(workspace, finished):
     workspace.run("--activation_dtype", "bfloat16", "--max_samples", "2")
     exact = records(finished)[1][0]["activation"]
@@ -138,6 +141,7 @@ def test_stored_dtype(workspace, finished):
     np.testing.assert_allclose(stored.astype(np.float32), exact, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.wide
 def test_eight_devices_store_what_one_does(workspace, finished):
     """Also with the weights split over two devices each; metadata names the devices."""
     many = workspace.having(XLA_FLAGS="--xla_force_host_platform_device_count=8")

@@ -53,6 +53,7 @@ def test_a_bucket_that_is_gone_for_long_ends_with_75_and_the_shard_kept(cloud, u
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
     stall = Fault("stall", "POST", "/upload/", nth=SECOND_SHARD)
     cloud.server.faults = [stall]
@@ -66,6 +67,7 @@ def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 def test_sigterm_between_retries(cloud, undisturbed):
     failing = Fault("status", "POST", "/upload/", nth=SECOND_SHARD, times=10**9)
     cloud.server.faults = [failing]
@@ -77,6 +79,7 @@ def test_sigterm_between_retries(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
+@pytest.mark.wide
 def test_sigterm_during_compilation(cloud, undisturbed):
     cold = replace(cloud, cache=cloud.root / "cold_cache")
     process = cold.start()
@@ -108,6 +111,7 @@ def foreign(tmp_path):
     return process
 
 
+@pytest.mark.wide
 def test_sigterm_while_foreign_code_runs_for_long(foreign):
     assert "cut off after 8 s" in terminate(foreign)
 

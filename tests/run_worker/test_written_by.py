@@ -37,6 +37,7 @@ def test_a_run_records_it_outside_the_fingerprint(finished):
     assert {name: metadata["written_by"][name] for name in expected} == expected
 
 
+@pytest.mark.wide
 def test_a_start_with_other_versions_says_what_differs_in_one_line(workspace):
     workspace.killed_at("checkpoint_local:2")
     ours = workspace.metadata()["written_by"]
@@ -48,11 +49,13 @@ def test_a_start_with_other_versions_says_what_differs_in_one_line(workspace):
     assert workspace.metadata()["written_by"] == ours
 
 
+@pytest.mark.wide
 def test_a_start_with_the_same_versions_says_nothing_of_them(workspace):
     workspace.killed_at("checkpoint_local:2")
     assert "versions" not in workspace.run().stderr
 
 
+@pytest.mark.wide
 def test_a_run_of_a_toolkit_that_recorded_nothing(workspace):
     workspace.killed_at("checkpoint_local:2")
     path = workspace.output / "metadata.json"

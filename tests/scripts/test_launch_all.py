@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen_jax.model.published import config_fields
+from tests.few import few
 from tests.scripts.conftest import ROOT, Call, Fakes, setting_variables, write_script
 from tests.waiting import until
 
@@ -81,6 +82,7 @@ def test_defaults(gcloud):
     assert all(command.startswith("cd qwen && ") for _, _, command in calls)
 
 
+@pytest.mark.wide
 def test_a_model_that_cannot_fit_is_said_before_machines_are_paid_for(gcloud, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_fields("72B")))
     variables = {"NUM_WORKERS": "1", "MODEL_PATH": str(tmp_path), "VENV_DIR": with_packages(tmp_path / "env")}
@@ -90,6 +92,7 @@ def test_a_model_that_cannot_fit_is_said_before_machines_are_paid_for(gcloud, tm
     assert "warning" not in launch(gcloud, "--dry_run", **variables).stderr
 
 
+@pytest.mark.wide
 def test_values_of_any_kind_reach_gcloud(gcloud):
     launch(gcloud, NUM_WORKERS="1", ZONE=HARD, NAME_PATTERN=f"{HARD}-{{}}-vm")
     name, zone, _ = given(gcloud.calls("gcloud")[0])
@@ -151,6 +154,7 @@ def test_the_remote_command_starts_the_worker_with_every_setting(remote, tmp_pat
     assert not list(tmp_path.rglob("owned"))
 
 
+@pytest.mark.wide
 def test_unset_variables_stay_unset(remote):
     for call in remote():
         assert not set(call.environment) & (set(PASSED_ON) - {"GCS_BUCKET"})
@@ -194,6 +198,7 @@ def test_a_bare_vm_fetches_the_checkout_and_its_own_stream(fakes, gcloud, tmp_pa
     assert [each.arguments[1] for each in fakes.calls("gcloud")[1:]] == ["cat", "cat", "cp"]
 
 
+@pytest.mark.wide
 def test_each_worker_has_its_log_and_a_second_start_keeps_it(remote, tmp_path):
     log = tmp_path / "home" / "qwen" / "logs" / "worker_2.log"
     write_script(log, "")
@@ -203,6 +208,7 @@ def test_each_worker_has_its_log_and_a_second_start_keeps_it(remote, tmp_path):
     assert log.read_text() == "before\nfrom the worker\n"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("missing", ["folder", "script"])
 def test_a_vm_without_the_checkout_is_no_success(gcloud, tmp_path, missing):
     launch(gcloud, NUM_WORKERS="1")
@@ -214,6 +220,7 @@ def test_a_vm_without_the_checkout_is_no_success(gcloud, tmp_path, missing):
     assert ("qwen" if missing == "folder" else "launch_worker.sh") in done.stderr
 
 
+@pytest.mark.wide
 def test_workers_that_gcloud_cannot_start_are_named(fakes):
     fakes.add("gcloud", 'case "$5" in *-1 | *-3) echo "no such VM" >&2; exit 1 ;; esac')
     done = launch(fakes, NUM_WORKERS="5")
@@ -223,6 +230,7 @@ def test_workers_that_gcloud_cannot_start_are_named(fakes):
     assert len(fakes.calls("gcloud")) == 5
 
 
+@pytest.mark.wide
 def test_gcloud_does_not_eat_the_input(fakes):
     fakes.add("gcloud", "cat >/dev/null")
     assert launch(fakes, NUM_WORKERS="3").stdout.splitlines()[-1] == "3 of 3 workers started"
@@ -246,10 +254,13 @@ UNREADABLE = [
 
 @pytest.mark.parametrize(
     "engine, tool, name, value, words",
-    [
-        *((engine, tool, *UNREADABLE[0]) for engine, tool in ENGINES.items()),
-        *(("gcloud", "gcloud", *each) for each in UNREADABLE[1:]),
-    ],
+    few(
+        [
+            *((engine, tool, *UNREADABLE[0]) for engine, tool in ENGINES.items()),
+            *(("gcloud", "gcloud", *each) for each in UNREADABLE[1:]),
+        ],
+        2,
+    ),
 )
 def test_a_setting_that_no_worker_can_read_starts_nothing(fakes, tmp_path, engine, tool, name, value, words):
     """No engine may make machines for workers that each end with exit code 2."""
@@ -269,6 +280,7 @@ def test_without_packages_settings_are_left_to_the_workers(gcloud, tmp_path):
     assert done.returncode == 0 and "settings are left to the workers to check: no numpy here" in done.stderr
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("flags", [(), ("--supervise",)])
 def test_a_token_is_forwarded_and_never_printed(gcloud, flags):
     shown = launch(gcloud, "--workers", "3", "--dry_run", *flags, HF_TOKEN="hf_secret")
@@ -280,12 +292,14 @@ def test_a_token_is_forwarded_and_never_printed(gcloud, flags):
     assert "hf_secret" not in done.stdout + done.stderr
 
 
+@pytest.mark.wide
 def test_a_token_of_two_lines_is_refused(gcloud):
     done = launch(gcloud, "--workers", "3", HF_TOKEN="hf_one\nhf_two")
     assert done.returncode == 2 and "HF_TOKEN must be one line" in done.stderr
     assert gcloud.calls() == []
 
 
+@pytest.mark.wide
 def test_further_flags_reach_gcloud_as_a_shell_reads_them(gcloud):
     create = "--network 'my net' --labels=a=b --service-account x@y --internal-ips"
     flags = ("--workers", "3", f"--gcloud_create_flags={create}", "--gcloud_ssh_flags=--tunnel-through-iap")
@@ -312,6 +326,7 @@ rmdir "running-$$"
 """
 
 
+@pytest.mark.wide
 def test_ssh_is_parallel_up_to_the_limit(fakes, tmp_path):
     """The first call is alone: it makes the key."""
     fakes.add("gcloud", PARALLEL)
@@ -330,6 +345,7 @@ esac
 """
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("workers, code, last", [("3", 0, "1 of 1"), ("3-4", 1, "1 of 2")])
 def test_supervision_ends_with_the_code_of_its_result(fakes, workers, code, last):
     """Worker 3 is complete; worker 4 fails for good as soon as it has been started."""
@@ -346,24 +362,27 @@ def test_supervision_ends_with_the_code_of_its_result(fakes, workers, code, last
 
 @pytest.mark.parametrize(
     "arguments, variables, words",
-    [
-        ((), {"bucket": "file:///bucket"}, "name of a Cloud Storage bucket"),
-        ((), {"bucket": "gs://bucket/some/prefix"}, "name of a Cloud Storage bucket"),
-        (("--gcloud_ssh_flags=it's",), {}, "not what a shell reads"),
-        (("--gcloud_create_flags", "--internal-ips --network n"), {}, "write it in one word with ="),
-        ((), {"bucket": ""}, "set GCS_BUCKET"),
-        (("--dry_run",), {"bucket": ""}, "set GCS_BUCKET"),
-        ((), {"NUM_WORKERS": "0"}, "NUM_WORKERS"),
-        ((), {"NUM_WORKERS": "three"}, "NUM_WORKERS"),
-        ((), {"NUM_WORKERS": "08"}, "NUM_WORKERS"),
-        ((), {"NAME_PATTERN": "one-name"}, "NAME_PATTERN"),
-        (("5",), {}, "unrecognized arguments: 5"),
-        (("--dry_run", "5"), {}, "unrecognized arguments: 5"),
-        (("--workers", "7-3"), {}, "3,7-9"),
-        (("--workers", "a"), {}, "3,7-9"),
-        (("--engine", "kubernetes", "--workers", "3"), {"IMAGE": "x"}, "--num_workers"),
-        (("--engine", "kubernetes", "--supervise"), {}, "leave --supervise out"),
-    ],
+    few(
+        [
+            ((), {"bucket": "file:///bucket"}, "name of a Cloud Storage bucket"),
+            ((), {"bucket": "gs://bucket/some/prefix"}, "name of a Cloud Storage bucket"),
+            (("--gcloud_ssh_flags=it's",), {}, "not what a shell reads"),
+            (("--gcloud_create_flags", "--internal-ips --network n"), {}, "write it in one word with ="),
+            ((), {"bucket": ""}, "set GCS_BUCKET"),
+            (("--dry_run",), {"bucket": ""}, "set GCS_BUCKET"),
+            ((), {"NUM_WORKERS": "0"}, "NUM_WORKERS"),
+            ((), {"NUM_WORKERS": "three"}, "NUM_WORKERS"),
+            ((), {"NUM_WORKERS": "08"}, "NUM_WORKERS"),
+            ((), {"NAME_PATTERN": "one-name"}, "NAME_PATTERN"),
+            (("5",), {}, "unrecognized arguments: 5"),
+            (("--dry_run", "5"), {}, "unrecognized arguments: 5"),
+            (("--workers", "7-3"), {}, "3,7-9"),
+            (("--workers", "a"), {}, "3,7-9"),
+            (("--engine", "kubernetes", "--workers", "3"), {"IMAGE": "x"}, "--num_workers"),
+            (("--engine", "kubernetes", "--supervise"), {}, "leave --supervise out"),
+        ],
+        5,
+    ),
 )
 def test_wrong_calls_start_nothing(gcloud, arguments, variables, words):
     done = launch(gcloud, *arguments, **variables)
@@ -372,6 +391,7 @@ def test_wrong_calls_start_nothing(gcloud, arguments, variables, words):
     assert gcloud.calls() == [] and done.stdout == ""
 
 
+@pytest.mark.wide
 def test_without_gcloud(fakes, tmp_path):
     (tmp_path / "python3").symlink_to(sys.executable)
     environment = fakes.environment(GCS_BUCKET="bucket") | {"PATH": str(tmp_path)}
@@ -386,6 +406,7 @@ def test_help(fakes):
     assert "REMOTE_DIR" in done.stdout and "set -e" not in done.stdout
 
 
+@pytest.mark.wide
 def test_the_dry_run_is_one_line_a_worker(gcloud):
     lines = launch(gcloud, "--dry_run", NUM_WORKERS="3").stdout.splitlines()
     assert [shlex.split(line)[5] for line in lines] == ["tpu-worker-0", "tpu-worker-1", "tpu-worker-2"]

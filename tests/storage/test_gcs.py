@@ -21,6 +21,7 @@ from qwen_jax.storage.gcs import GcsStore
 from qwen_jax.storage.store import ReplacedError
 from tests import fake_gcs
 from tests.fake_gcs import FakeGcs, Fault
+from tests.few import few
 from tests.storage.contract import BIG, StoreContract
 from tests.waiting import until
 
@@ -130,7 +131,7 @@ def show(value: object) -> str | None:
 
 
 @pytest.mark.parametrize("fault", WRITE_FAULTS, ids=show)
-@pytest.mark.parametrize("condition", ["new", "replace", "any"])
+@pytest.mark.parametrize("condition", few(["new", "replace", "any"]))
 def test_a_write_survives(server, tmp_path, fault, condition):
     data = BIG if fault.method == "PUT" else SMALL
     (tmp_path / "shard").write_bytes(data)
@@ -270,7 +271,7 @@ READ_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("fault", READ_FAULTS, ids=show)
+@pytest.mark.parametrize("fault", few(READ_FAULTS, 6), ids=show)
 def test_a_read_survives(server, store, tmp_path, fault):
     info = store.put_bytes("a", BIG, 0)
     for read in (
@@ -344,13 +345,16 @@ def test_a_missing_bucket_is_no_empty_bucket(server, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "method", "data"),
-    [
-        *((kind, "", data) for kind in ("reset", "corrupt") for data in (SMALL, BIG)),
-        ("status", "POST", SMALL),
-        ("status", "PUT", BIG),
-        ("short", "PUT", BIG),
-        ("expire", "PUT", BIG),
-    ],
+    few(
+        [
+            *((kind, "", data) for kind in ("reset", "corrupt") for data in (SMALL, BIG)),
+            ("status", "POST", SMALL),
+            ("status", "PUT", BIG),
+            ("short", "PUT", BIG),
+            ("expire", "PUT", BIG),
+        ],
+        2,
+    ),
     ids=lambda value: str(len(value)) if isinstance(value, bytes) else value,
 )
 def test_the_budget_ends(server, tmp_path, kind, method, data, caplog):

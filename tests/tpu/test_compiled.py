@@ -7,6 +7,7 @@ import re
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,16 +33,12 @@ CASES = {
         "size": "0.5B",
         "machine": "v6e-4",
         "layers": 2,
-        "taps": ["residual", "attn", "mlp", "embedding"],
+        "taps": ["attn", "embedding"],
         "answers": True,
         "kept": 512,
     },
-    # Wider, a product of float32 at the highest precision compiles for up to 25 s (test_float32).
-    "float32": {"size": "tiny", "machine": "v6e-4", "dtype": "float32", "batch_size": 1},
     "split": {"size": "7B", "machine": "v5litepod-4", "model_parallel": 4},
-    "sums": {"size": "0.5B", "machine": "v6e-4", "what": "sum_up"},
 }
-STEPS = [name for name in CASES if name != "sums"]
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
 )
@@ -153,11 +150,12 @@ def check_arguments(found: Compiled) -> None:
     assert kept == found.figures["carried"] - counts * rows * bytes_each
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_compiles_without_what_it_does_not_need(compiled, name):
     check_program(compiled[name])
 
 
+@pytest.mark.wide
 def test_a_plan_can_ask_the_compiler():
     demo = ["--dataset_path", "examples/demo/streams/stream_000.jsonl", "--model_path", "examples/demo/model"]
     flags = ["--max_seq_length", "1024", "--accelerator", "v6e-4", "--compile"]
@@ -165,16 +163,22 @@ def test_a_plan_can_ask_the_compiler():
     assert re.search(r"^  compiler +\d+ s: .* of arguments, .* of temporaries, ", said, re.M), said
 
 
-def test_statistics_need_no_collective_and_no_copy_of_the_activations(compiled):
-    found = compiled["sums"]
+def compile_one(folder: Path, **case: Any) -> Compiled:
+    compile_all(folder, {"one": case})
+    return read(folder, "one", case)
+
+
+@pytest.mark.wide
+def test_statistics_need_no_collective_and_no_copy_of_the_activations(tmp_path):
+    found = compile_one(tmp_path, size="0.5B", machine="v6e-4", what="sum_up")
     assert found.collectives() == []
     captured = captured_bytes(program_of(machine_mesh(ACCELERATORS["v6e-4"], 1), "0.5B"))
     assert found.figures["temporaries"] < captured / 100
 
 
 def test_with_answers_and_kept_tokens_less_leaves_the_device(compiled):
-    """512 rows of three taps of two layers and of the embedding, and a log-probability for each token."""
-    wanted = (3 * 2 + 1) * 512 * 896 * 2 + 8192 * 4
+    """512 rows of a tap of two layers and of the embedding, and a log-probability for each token."""
+    wanted = (2 + 1) * 512 * 896 * 2 + 8192 * 4
     assert compiled["options"].figures["outputs"] == pytest.approx(wanted, rel=0.01)
 
 
@@ -209,14 +213,14 @@ def smallest_split(size: str, machine: str, positions: int) -> int | None:
     return None
 
 
-@pytest.mark.slow
-def test_float32(tmp_path):
-    """Of few tokens: the exact form, which float32 takes, compiles for minutes."""
-    cases = {
-        "float32": {"size": "0.5B", "machine": "v6e-4", "layers": 2, "dtype": "float32", "batch_size": 1}
-    }
-    compile_all(tmp_path, cases)
-    check_program(read(tmp_path, "float32", cases["float32"]))
+@pytest.mark.parametrize(
+    "size, layers",
+    [pytest.param("tiny", None, marks=pytest.mark.wide), pytest.param("0.5B", 2, marks=pytest.mark.slow)],
+)
+def test_float32(tmp_path, size, layers):
+    """Of few tokens, and of a tiny model: the exact form, which float32 takes, compiles for minutes."""
+    case = {"size": size, "machine": "v6e-4", "layers": layers, "dtype": "float32", "batch_size": 1}
+    check_program(compile_one(tmp_path, **case))
 
 
 @pytest.mark.slow
