@@ -24,7 +24,6 @@ from qwen_jax.ledger.worker_files import WorkerFiles
 from qwen_jax.storage.folder import FolderStore
 from qwen_jax.storage.gcs import GcsStore
 from tests.fake_gcs import FakeGcs, Fault
-from tests.few import few
 from tests.fleet.fleets import NOW, TOTAL, checkpoint, make_fleet, put, record
 
 
@@ -468,7 +467,7 @@ def run_browser(*arguments: str) -> str:
 
 @pytest.mark.wide
 @pytest.mark.skipif(browser() is None, reason="no Chromium on the PATH or in CHROMIUM")
-@pytest.mark.parametrize("width", few([390, 1000]))
+@pytest.mark.parametrize("width", [390, 1000])
 def test_a_browser_draws_the_page_and_nothing_sticks_out(fleet, tmp_path, width):
     file, picture = tmp_path / "fleet.html", tmp_path / "fleet.png"
     long = WorkerState(99, "failed", message="gs://a-bucket/" + "very-long-" * 50)

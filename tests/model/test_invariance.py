@@ -90,15 +90,15 @@ for devices in (1, int(sys.argv[3])):
     mesh = make_mesh() if devices == 8 else first_devices(devices)
     for dtype in sys.argv[4:]:
         if dtype == "int8":
-            codes = [array.ravel() for arrays in bits(*looked_capture(dtype, mesh)).values() for array in arrays]
-            np.save(f"{sys.argv[2]}/{dtype}_{devices}.npy", np.concatenate([array.view(np.uint8) for array in codes]))
-            continue
-        model = load_model(open_checkpoint(sys.argv[1]), config, config.num_layers, jnp.dtype(dtype), mesh)
-        shape = StepShape(96, 300, devices)
-        program = program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)
-        found = capture_samples(Capture(Compilation(program), model), shape, samples_of(prompts))
-        rows = np.concatenate([joined(sample) for sample in found], axis=1)
-        np.save(f"{sys.argv[2]}/{dtype}_{devices}.npy", rows.view(np.uint8))
+            arrays = [array for arrays in bits(*looked_capture(dtype, mesh)).values() for array in arrays]
+        else:
+            model = load_model(open_checkpoint(sys.argv[1]), config, config.num_layers, jnp.dtype(dtype), mesh)
+            shape = StepShape(96, 300, devices)
+            program = program_of(model, range(config.num_layers), ["residual"], shape, mesh=mesh)
+            found = capture_samples(Capture(Compilation(program), model), shape, samples_of(prompts))
+            arrays = [joined(sample) for sample in found]
+        rows = np.concatenate([array.ravel().view(np.uint8) for array in arrays])
+        np.save(f"{sys.argv[2]}/{dtype}_{devices}.npy", rows)
 """
 
 

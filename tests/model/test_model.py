@@ -12,7 +12,6 @@ from qwen_jax.model.config import parse_config
 from qwen_jax.model.decoder import abstract_model, parameter_count
 from qwen_jax.model.program import Program, block_sums, rows_from
 from qwen_jax.model.published import OTHER_FAMILIES, PUBLISHED, config_fields
-from tests.few import few
 from tests.model.conftest import program_of, run, run_taps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -120,7 +119,7 @@ def test_what_is_carried_on_takes_the_place_of_what_was_carried():
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("dtype", few(["float16", "bfloat16", "float32"]))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_stored_dtype_is_the_rounded_result(small, dtype):
     tokens = small.tokens(2, 15)
     layers = range(small.config.num_layers)

@@ -33,6 +33,7 @@ from qwen_jax.ledger.names import (
 from qwen_jax.run import certify
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume
+from tests.peak_memory import peak_bytes
 
 CHECKPOINT, PROGRESS = checkpoint_name(0), progress_name(0)
 STREAMS, EXPORT, PARTS = "streams.json", "export.json", "parts.json"
@@ -310,12 +311,7 @@ def _reset_peak() -> int:
     """Bytes held now, from which a peak is counted."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+    return peak_bytes()
 
 
 def shrink(folder: Path) -> None:
@@ -352,7 +348,7 @@ def run(folder: Path) -> Iterator[dict[str, Any]]:
                     "file": f"{name}: {what}",
                     "command": command,
                     "outcome": said,
-                    "bytes": _peak() - held,
+                    "bytes": peak_bytes() - held,
                     "seconds": round(time.monotonic() - start, 2),
                 }
             if before is not None:

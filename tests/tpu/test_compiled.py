@@ -33,7 +33,7 @@ CASES = {
         "size": "0.5B",
         "machine": "v6e-4",
         "layers": 2,
-        "taps": ["attn", "embedding"],
+        "taps": ["residual", "attn", "mlp", "embedding"],
         "answers": True,
         "kept": 512,
     },
@@ -177,8 +177,8 @@ def test_statistics_need_no_collective_and_no_copy_of_the_activations(tmp_path):
 
 
 def test_with_answers_and_kept_tokens_less_leaves_the_device(compiled):
-    """512 rows of a tap of two layers and of the embedding, and a log-probability for each token."""
-    wanted = (2 + 1) * 512 * 896 * 2 + 8192 * 4
+    """512 rows of three taps of two layers and of the embedding, and a log-probability for each token."""
+    wanted = (3 * 2 + 1) * 512 * 896 * 2 + 8192 * 4
     assert compiled["options"].figures["outputs"] == pytest.approx(wanted, rel=0.01)
 
 
