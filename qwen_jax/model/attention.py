@@ -10,6 +10,7 @@ what that layer carries; it returns softmax(q k^T / sqrt(H)) v as [T, N, H] in q
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import jax
@@ -67,7 +68,7 @@ def make_form(name: str, platform: str, tokens: int, positions: int) -> Form:
     return Blocked(at_once=_AT_ONCE.get(platform, 1))
 
 
-_AT_ONCE = {"gpu": 64}
+_AT_ONCE = {"gpu": 32}
 """Query blocks that go through together: on a CPU one, whose scores stay in the cache; many fill a GPU."""
 _PAGES = tuple(16 << n for n in range(12))
 _TABLE_ENTRIES = 1 << 16
@@ -85,7 +86,7 @@ class Blocked:
     """
 
     at_once: int = 1
-    queries: int = 128
+    queries: int = 256
     keys: int = 256
     name = "blocked"
     page = 1
@@ -117,6 +118,8 @@ class Blocked:
                 )
                 for old_KPH, new_TKH in zip(carried, (k_TKH, v_TKH), strict=True)
             )
+            # Else what is carried on would be cut from the old ones, and no longer be written in their place.
+            keys, values = jax.lax.optimization_barrier((keys, values))
             P = carried[0].shape[1]
 
             def one(row: jax.Array) -> jax.Array:
@@ -152,7 +155,7 @@ class Blocked:
         last = jnp.where(here_Q == at_Q, at_Q, -1).max()
         at_R1 = jnp.repeat(at_Q, G)[:, None]
 
-        def more(number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def more(masked: bool, number: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             weighted_KRH, largest_KR1, total_KR1 = sums
             first = number * self.keys
             k_KSH, v_KSH = (
@@ -160,11 +163,10 @@ class Blocked:
                 for x_KSH in (keys_KSH, values_KSH)
             )
             scores_KRS = jnp.einsum("KRH,KSH->KRS", q_KRH, k_KSH, preferred_element_type=jnp.float32)
-            visible_RS = first + jnp.arange(self.keys) <= at_R1
-            scores_KRS = jnp.where(visible_RS, scores_KRS * H**-0.5, -jnp.inf)
+            if masked:
+                scores_KRS = jnp.where(first + jnp.arange(self.keys) <= at_R1, scores_KRS, -jnp.inf)
             new_KR1 = jnp.maximum(largest_KR1, scores_KRS.max(axis=-1, keepdims=True))
-            weights_KRS = jnp.exp(scores_KRS - new_KR1)
-            shrink_KR1 = jnp.exp(largest_KR1 - new_KR1)
+            weights_KRS, shrink_KR1 = (jnp.exp((x - new_KR1) * H**-0.5) for x in (scores_KRS, largest_KR1))
             added_KRH = jnp.einsum(
                 "KRS,KSH->KRH", weights_KRS.astype(v_KSH.dtype), v_KSH, preferred_element_type=jnp.float32
             )
@@ -173,7 +175,11 @@ class Blocked:
 
         empty_KR1 = jnp.zeros((K, Q * G, 1), jnp.float32)
         sums = (jnp.zeros((K, Q * G, H), jnp.float32), empty_KR1 - jnp.inf, empty_KR1)
-        weighted_KRH, _, total_KR1 = jax.lax.fori_loop(0, last // self.keys + 1, more, sums)
+        whole = (here_Q[0] + 1) // self.keys  # blocks that every query sees all of
+        sums = jax.lax.fori_loop(0, whole, partial(more, False), sums)
+        weighted_KRH, _, total_KR1 = jax.lax.fori_loop(
+            whole, last // self.keys + 1, partial(more, True), sums
+        )
         return (weighted_KRH / total_KR1).astype(q_KQGH.dtype).reshape(K, Q, G, H)
 
 

@@ -109,19 +109,25 @@ class Attention(nnx.Module):
         """What each head gives, before the output projection."""
         cos_TH, sin_TH, attend, parts = shared
 
-        def own(param: nnx.Param | None) -> jax.Array | None:
+        def projected(weights_NHD: jax.Array, bias_NH: jax.Array | nnx.Param | None) -> jax.Array:
+            N, H, D = weights_NHD.shape
+            x_TE = jnp.einsum("TD,ED->TE", x_TD, weights_NHD.reshape(N * H, D))
+            return _plus(x_TE.reshape(-1, N, H), bias_NH)
+
+        def own(param: nnx.Param | None) -> Any:
             return None if param is None else parts.own_kv_heads(param[...], self.kv_heads)
 
-        q_TNH = _plus(jnp.einsum("TD,NHD->TNH", x_TD, self.q_NHD[...]), self.q_bias_NH)
-        k_TKH = _plus(jnp.einsum("TD,KHD->TKH", x_TD, own(self.k_KHD)), own(self.k_bias_KH))
-        v_TKH = _plus(jnp.einsum("TD,KHD->TKH", x_TD, own(self.v_KHD)), own(self.v_bias_KH))
+        q_TNH = projected(self.q_NHD[...], self.q_bias_NH)
+        k_TKH = projected(own(self.k_KHD), own(self.k_bias_KH))
+        v_TKH = projected(own(self.v_KHD), own(self.v_bias_KH))
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = rotate(q_TNH, cos_TH, sin_TH), rotate(k_TKH, cos_TH, sin_TH)
         return attend(q_TNH, k_TKH, v_TKH, carried)
 
     def out(self, heads_TNH: jax.Array, parts: Parts) -> jax.Array:
-        out_TD = parts.add(jnp.einsum("TNH,DNH->TD", heads_TNH, self.o_DNH[...]))
+        o_DE, heads_TE = (x.reshape(len(x), -1) for x in (self.o_DNH[...], heads_TNH))
+        out_TD = parts.add(jnp.einsum("TE,DE->TD", heads_TE, o_DE))
         return _plus(out_TD, self.o_bias_D)
 
 

@@ -104,18 +104,18 @@ def test_only_the_chosen_layers_are_held():
 
 
 def test_what_is_carried_on_takes_the_place_of_what_was_carried():
-    """Beside it one copy in the loop over layers, which a CPU makes, and one layer's keys and values."""
-    model = abstract_model(published_config("0.5B"), 4, jnp.float32)
+    """Beside it one layer's keys and values, old and new; of what the other layers carry, no copy."""
+    model = abstract_model(published_config("0.5B"), 12, jnp.float32)
 
     def memory(positions: int):
-        program = program_of(model, (3,), ["residual"], StepShape(64, positions))
+        program = program_of(model, (11,), ["residual"], StepShape(64, positions))
         return sum(
             array.size * 4 for array in program.carried()
         ), program.lower_step().compile().memory_analysis()
 
     (_, few), (carried, many) = memory(64), memory(8192)
     assert many.alias_size_in_bytes == carried
-    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 1.3 * carried
+    assert many.temp_size_in_bytes - few.temp_size_in_bytes < 1.1 * carried / 12
 
 
 @pytest.mark.wide
