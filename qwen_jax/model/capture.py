@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen_jax.model.decoder import Decoder
-from qwen_jax.model.program import Program, Sums, TapArrays
+from qwen_jax.model.program import BlockSums, Program, Sums
 from qwen_jax.model.quantise import Stored
 
 log = logging.getLogger(__name__)
@@ -154,26 +154,21 @@ class Capture:
     def compute(self, step: StepInput) -> "Captured":
         """The same, without the copy."""
         program, kept = self._program, step.kept_XR
+        by_row = NamedSharding(program.mesh, P("data"))
         answers = step.answers() if program.with_answers else None
-        inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts)
-        *inputs, counts = jax.device_put(inputs, NamedSharding(program.mesh, P("data")))
+        blocks, *more = zip(*step.blocks(), strict=True)
+        inputs = (step.tokens_XT, step.positions_XT, kept, answers, step.kept_counts, *blocks)
         compiled = self._compilation.step(None if kept is None else kept.shape[1])
-        computed, log_probs, self._carried = compiled(self.params, self._tables, self._carried, *inputs)
-        stored, rows = self._stored(computed)
-        sums = [self._sum_up(rows, counts, *blocks) for blocks in zip(*step.blocks(), strict=True)]
-        self._rows = sums[-1][1]
-        return Captured(stored, [found for found, _ in sums], log_probs, program.taps)
+        taps, sums, log_probs, self._carried, self._rows = compiled(
+            self.params, self._tables, self._carried, self._rows, *jax.device_put(inputs, by_row)
+        )
+        more_sums = [program.sum_up_more(self._rows, taps, *jax.device_put(each, by_row)) for each in more]
+        return Captured({tap: _leaving(taps[tap]) for tap in program.taps}, sums, more_sums, log_probs)
 
-    def _stored(self, computed: dict[str, jax.Array]) -> tuple[dict[str, Any], TapArrays]:
-        """Of each tap the arrays that leave the device (TapRows.stored), and the rows to sum up."""
-        if not self._program.is_quantised:
-            return {tap: (array,) for tap, array in computed.items()}, computed
-        stored = self._program.quantise(computed)
-        return stored, {tap: Stored(computed[tap], stored[tap]) for tap in stored}
 
-    def _sum_up(self, rows: TapArrays, counts: jax.Array, *blocks: np.ndarray) -> Any:
-        by_row = NamedSharding(self._program.mesh, P("data"))
-        return self._program.sum_up(self._rows, rows, counts, *jax.device_put(blocks, by_row))
+def _leaving(rows: jax.Array | Stored[jax.Array]) -> tuple[jax.Array, ...]:
+    """The arrays that leave the device (TapRows.stored)."""
+    return rows.quantised if isinstance(rows, Stored) else (rows,)
 
 
 def zeros_like(shapes: Any) -> Any:
@@ -183,35 +178,36 @@ def zeros_like(shapes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Captured:
-    """What a step gives, perhaps not yet computed."""
+    """What a step gives, perhaps not yet computed. stored: in the order of the program's taps."""
 
     stored: dict[str, tuple[jax.Array, ...]]
-    sums: Sequence[dict[str, Sums]]
+    sums: dict[str, Sums]
+    more_sums: Sequence[BlockSums]
     log_probs_XT: jax.Array | None
-    taps: Sequence[str]
 
     def start_copying(self) -> None:
-        for array in jax.tree.leaves((self.stored, self.sums, self.log_probs_XT)):
+        for array in jax.tree.leaves((self.stored, self.sums, self.more_sums, self.log_probs_XT)):
             array.copy_to_host_async()
 
     def rows(self) -> list[RowResult]:
         """Waits for it. One entry for each row, its arrays views of what each device gave."""
-        stored, sums, log_probs = jax.tree.map(_by_row, (self.stored, list(self.sums), self.log_probs_XT))
+        given = self.stored, self.sums, list(self.more_sums), self.log_probs_XT
+        stored, sums, more_sums, log_probs = jax.tree.map(_by_row, given)
 
         def tap_rows(row: int, tap: str) -> TapRows:
-            found = [sums_of[tap] for sums_of in sums]
-            of_blocks = zip(*(each.of_blocks for each in found), strict=True)
+            of_blocks = zip(sums[tap].of_blocks, *(more[tap] for more in more_sums), strict=True)
             return TapRows(
                 tuple(array[row] for array in stored[tap]),
-                tuple(array[row] for array in found[0].of_rows),
+                tuple(array[row] for array in sums[tap].of_rows),
                 tuple(np.concatenate([array[row] for array in arrays], axis=1) for arrays in of_blocks),
             )
 
         return [
             RowResult(
-                {tap: tap_rows(row, tap) for tap in self.taps}, None if log_probs is None else log_probs[row]
+                {tap: tap_rows(row, tap) for tap in self.stored},
+                None if log_probs is None else log_probs[row],
             )
-            for row in range(len(stored[self.taps[0]][0]))
+            for row in range(len(next(iter(sums.values())).of_rows[0]))
         ]
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax.kinds import ALL_KINDS, EMBEDDING, KINDS
 from qwen_jax.model.attention import Attend, Carried
@@ -249,6 +250,8 @@ class Decoder(nnx.Module):
             own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
             x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, shared, own)
             captured = _with(captured, {tap: kept(seen[tap], tap) for tap in captured}, slot)
+            # As it leaves the device, or TPU's compiler lays the loop's out otherwise and copies all of it at the end.
+            captured = with_layout_constraint(captured, dict.fromkeys(captured, Layout((0, 1, 2))))
             # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
             return (x_TD, captured, _with(carried, own, index)), None
 

@@ -54,9 +54,13 @@ TapArrays = dict[str, jax.Array] | dict[str, Stored[jax.Array]]
 """[X, C, R, D] of each tap; where the stored dtype is quantised, as computed and as stored."""
 
 
+BlockSums = dict[str, tuple[jax.Array, ...]]
+"""Of each tap, of the channels mean_XCED, squares_XCED and max_abs_XCED, and where quantised the largest error,
+max_error_XCED."""
+
+
 class Sums(NamedTuple):
-    """What `sum_up` finds of a tap. of_rows: norms_XCR, and where quantised the three of loss_sums. of_blocks: of the
-    channels mean_XCED, squares_XCED and max_abs_XCED, and where quantised the largest error, max_error_XCED."""
+    """Statistics of a tap. of_rows: norms_XCR, and where quantised the three of loss_sums. of_blocks: see BlockSums."""
 
     of_rows: tuple[jax.Array, ...]
     of_blocks: tuple[jax.Array, ...]
@@ -128,7 +132,7 @@ class Program(Generic[Shape]):
         return jax.tree.map(self._quantised, captured) if self.is_quantised else captured
 
     def rows_to_sum(self, rows: int) -> Any:
-        """The same, as `sum_up` takes them (TapArrays)."""
+        """The same, as they are summed up (TapArrays)."""
         captured, stored = self.captured_rows(rows), self.stored_rows(rows)
         return jax.tree.map(Stored, captured, stored) if self.is_quantised else captured
 
@@ -171,29 +175,33 @@ class Program(Generic[Shape]):
 
     @cached_property
     def step(self) -> jax.stages.Wrapped:
-        """(params, rope tables, carried, tokens_XT, positions_XT, kept_XR, answers) -> ({tap: [X, C, R, D]}, [X, T]
-        log-probabilities or None, carried). Each device works on its own row; carried is donated."""
+        """(params, rope tables, carried, carried rows, tokens_XT, positions_XT, kept_XR, answers, kept counts [X],
+        block starts and counts [X, E]) -> (TapArrays, {tap: Sums}, [X, T] log-probabilities or None, carried, carried
+        rows). Each device works on its own row; what is carried is donated."""
         graph, params = self.model
         by_row, carried = P("data"), tuple(array.sharding.spec for array in self.carried())
         mapped = jax.shard_map(
             partial(self._own_row, graph),
             mesh=self.mesh,
-            in_specs=(specs_of(params), P(), carried, by_row, by_row, by_row, by_row),
-            out_specs=(by_row, by_row, carried),
+            in_specs=(specs_of(params), P(), carried, *(by_row,) * 8),
+            out_specs=(by_row, by_row, by_row, carried, by_row),
             check_vma=False,  # what a loop carries begins alike everywhere and ends by device
         )
-        return jax.jit(mapped, donate_argnums=2)
+        return jax.jit(mapped, donate_argnums=(2, 3))
 
     def lower_step(self, kept: int | None = None) -> jax.stages.Lowered:
         """The step for the devices of the mesh, which need not be there. kept: tokens kept of a row, None for all."""
-        tokens = self._array((self.shape.tokens,), "int32")
+        tokens, count = self._array((self.shape.tokens,), "int32"), self._array((), "int32")
         kept_XR = None if kept is None else self._array((kept,), "int32")
-        answers = (tokens, tokens, self._array((), "int32")) if self.with_answers else None
+        answers = (tokens, tokens, count) if self.with_answers else None
+        blocks = self._array((self.shape.blocks,), "int32")
         everywhere = NamedSharding(self.mesh, P())
         tables = [
             jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=everywhere) for table in self.tables()
         ]
-        return self.step.lower(self.model[1], tuple(tables), self.carried(), tokens, tokens, kept_XR, answers)
+        carried = self.carried(), self.carried_rows()
+        inputs = tokens, tokens, kept_XR, answers, count, blocks, blocks
+        return self.step.lower(self.model[1], tuple(tables), *carried, *inputs)
 
     def _own_row(
         self,
@@ -202,9 +210,11 @@ class Program(Generic[Shape]):
         tables: tuple[jax.Array, jax.Array],
         carried: Carried,
         *inputs: Any,
-    ) -> tuple[dict[str, jax.Array], jax.Array | None, Carried]:
+    ) -> tuple[TapArrays, dict[str, Sums], jax.Array | None, Carried, TapArrays]:
         """What a device does with its row."""
-        carried, (tokens_T, positions_T, kept_R, answers) = jax.tree.map(lambda x: x[0], (carried, inputs))
+        carried, (rows, tokens_T, positions_T, kept_R, answers, count, *blocks) = jax.tree.map(
+            lambda x: x[0], (carried, inputs)
+        )
         cos_TH, sin_TH = (table_PH[positions_T] for table_PH in tables)
         # On TPU and GPU float32 products run in fewer bits unless told otherwise.
         with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
@@ -219,60 +229,62 @@ class Program(Generic[Shape]):
                 kept_R,
             )
             log_probs_T = model.log_probs(last_TD, *answers) if answers is not None else None
-        return jax.tree.map(lambda x: x[None], (captured, log_probs_T, carried))
+        taps, sums, rows = self.finish(rows, captured, count, *blocks)
+        return jax.tree.map(lambda x: x[None], (taps, sums, log_probs_T, carried, rows))
+
+    def finish(
+        self,
+        before: TapArrays,
+        captured: dict[str, jax.Array],
+        count: jax.Array,
+        starts_E: jax.Array,
+        counts_E: jax.Array,
+    ) -> tuple[TapArrays, dict[str, Sums], TapArrays]:
+        """What a step does with its `count` kept tokens: quantises them where asked, and sums them up. before: the rows
+        that a block may begin with; those for the next step come last."""
+        taps: TapArrays = captured
+        if self.is_quantised:
+            taps = {tap: Stored(x_CRD, quantise(x_CRD, self.stored_dtype)) for tap, x_CRD in captured.items()}
+        taps = jax.lax.optimization_barrier(taps)  # so that `sum_up_more` gives the same bits
+        of_blocks = self._block_sums(before, taps, starts_E, counts_E)
+        sums, rows = {}, {}
+        for tap, of_tap in taps.items():
+            norms_CR = jnp.linalg.norm(values_of(of_tap), axis=-1)
+            loss = loss_sums(of_tap) if isinstance(of_tap, Stored) else ()
+            sums[tap] = Sums((norms_CR, *loss), of_blocks[tap])
+            rows[tap] = rows_from(before[tap], of_tap, count - self.shape.block_tokens)
+        return taps, sums, rows
+
+    def _block_sums(
+        self, before: TapArrays, taps: TapArrays, starts_E: jax.Array, counts_E: jax.Array
+    ) -> BlockSums:
+        return {
+            tap: block_sums(
+                partial(rows_from, before[tap], taps[tap]), starts_E, counts_E, self.shape.block_tokens
+            )
+            for tap in taps
+        }
 
     @cached_property
-    def quantise(self) -> jax.stages.Wrapped:
-        """{tap: [X, C, R, D]} -> {tap: Quantised}. A program of its own: the step's is the same for every stored dtype,
-        and what was computed is still there for the sums, which say what is lost."""
-        return jax.jit(self._by_row(partial(_quantise_taps, dtype=self.stored_dtype), 1))
+    def sum_up_more(self) -> jax.stages.Wrapped:
+        """(carried rows, TapArrays, block starts and counts [X, E]) -> BlockSums of the blocks of a step beyond those
+        that it takes, which only very short samples make; they begin in the step."""
+        return self.by_row(self._block_sums, 4)
 
-    def lower_quantise(self, kept: int | None = None) -> jax.stages.Lowered:
-        """As lower_step, for `quantise`."""
-        return self.quantise.lower(self.captured_rows(self.shape.tokens if kept is None else kept))
+    def by_row(self, function: Callable, arguments: int) -> jax.stages.Wrapped:
+        """Done by each device with its own row of the arguments."""
 
-    @cached_property
-    def sum_up(self) -> jax.stages.Wrapped:
-        """(carried rows, TapArrays, kept counts [X], block starts and counts [X, E]) -> ({tap: Sums}, rows to carry).
+        def own_row(*inputs: Any) -> Any:
+            return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], inputs)))
 
-        A program of its own, since it runs more than once where a step holds very many short samples.
-        """
-        return jax.jit(self._by_row(self._sum_own_row, 5))
-
-    def _by_row(self, function: Callable, arguments: int) -> Callable:
-        return jax.shard_map(
-            function,
+        mapped = jax.shard_map(
+            own_row,
             mesh=self.mesh,
             in_specs=(P("data"),) * arguments,
             out_specs=P("data"),
             check_vma=False,
         )
-
-    def lower_sum_up(self, kept: int | None = None) -> jax.stages.Lowered:
-        """As lower_step, for `sum_up`."""
-        stored = self.rows_to_sum(self.shape.tokens if kept is None else kept)
-        counts = self._array((self.shape.blocks,), "int32")
-        return self.sum_up.lower(self.carried_rows(), stored, self._array((), "int32"), counts, counts)
-
-    def _sum_own_row(self, *inputs: Any) -> tuple[dict[str, Sums], TapArrays]:
-        old, stored, count, starts_E, counts_E = jax.tree.map(lambda x: x[0], inputs)
-        size = self.shape.block_tokens
-        sums, rows = {}, {}
-        for tap, of_tap in stored.items():
-            norms_CR = jnp.linalg.norm(values_of(of_tap), axis=-1)
-            loss = loss_sums(of_tap) if isinstance(of_tap, Stored) else ()
-            at = partial(rows_from, old[tap], of_tap)
-            sums[tap] = Sums((norms_CR, *loss), block_sums(at, starts_E, counts_E, size))
-            rows[tap] = at(count - size)
-        return jax.tree.map(lambda x: x[None], (sums, rows))
-
-
-def _quantise_taps(captured: dict[str, jax.Array], dtype: str) -> dict[str, Quantised[jax.Array]]:
-    """Of a device's own row."""
-    return {
-        tap: jax.tree.map(lambda x: x[None], quantise(rows_XCRD[0], dtype))
-        for tap, rows_XCRD in captured.items()
-    }
+        return jax.jit(mapped)
 
 
 def rows_from(before: Any, stored: Any, start: jax.Array) -> Any:

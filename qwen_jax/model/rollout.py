@@ -157,7 +157,8 @@ class Rollout:
         carried = zeros_like(program.carried())
         for step in steps:
             inputs = jax.device_put((step.tokens_XT, step.positions_XT), self._by_row)
-            _, _, carried = program.step(self._params, self._tables, carried, *inputs, None, None)
+            nothing = (None,) * 5  # of what is captured: the program has no taps
+            *_, carried, _ = program.step(self._params, self._tables, carried, {}, *inputs, *nothing)
             begun = jax.device_put((step.start_XB, step.slot_XB, step.count_X), self._by_row)
             slots = self._take(slots, carried, *begun)
         return slots

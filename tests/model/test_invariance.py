@@ -65,6 +65,17 @@ def test_each_alone(setting):
         assert_equal_bits(bits(capture, shape, [prompt]), expected, [prompt])
 
 
+def test_more_samples_than_a_step_sums_up(setting):
+    """Of one to three tokens: those beyond the step's own blocks are summed up by another program."""
+    capture, shape, _ = setting
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 199, length).astype(np.int32) for length in (3, 2, 1) * 10]
+    assert shape.blocks < len(prompts) < sum(map(len, prompts)) < shape.tokens
+    together = bits(capture, shape, prompts)
+    for prompt in prompts[-6:]:
+        assert_equal_bits(bits(capture, shape, [prompt]), together, [prompt])
+
+
 def test_blocks_of_statistics_span_steps(setting):
     """Or the test above would say nothing of them."""
     _, shape, prompts = setting

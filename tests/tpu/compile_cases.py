@@ -50,11 +50,11 @@ def program_of(
 
 
 def compile_case(folder: Path, case: dict[str, Any]) -> None:
-    """kept: tokens of a step that are kept. what: `step`, `quantise` or `sum_up`."""
-    name, kept, what = case.pop("name"), case.pop("kept", None), case.pop("what", "step")
+    """kept: tokens of a step that are kept."""
+    name, kept = case.pop("name"), case.pop("kept", None)
     mesh = absent_mesh(ACCELERATORS[case.pop("machine")], case.pop("model_parallel", 1))
     program = program_of(mesh, **case)
-    found = asdict(compile_now(getattr(program, f"lower_{what}")(kept)))
+    found = asdict(compile_now(program.lower_step(kept)))
     (folder / f"{name}.txt").write_text(found.pop("text"))
     found |= {"weights": program.weight_bytes, "carried": program.carried_bytes}
     (folder / f"{name}.json").write_text(json.dumps(found))
