@@ -126,7 +126,7 @@ def check_collectives(found: Compiled) -> None:
 
 def largest_square(text: str, lengths: set[int]) -> int:
     """How many axes of an array are as long as a step or its keys, at most."""
-    shapes = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    shapes = set(re.findall(r"\b[a-z]+\d+\w*\[([\d,]+)\]", text))
     return max(sum(int(size) in lengths for size in shape.split(",")) for shape in shapes)
 
 
@@ -135,7 +135,7 @@ def check_arguments(found: Compiled) -> None:
     layout = re.search(r"entry_computation_layout=\{\((.*?)\)->", found.text)[1]
     arguments = [
         math.prod(map(int, shape.split(","))) * int(bits) // 8
-        for bits, shape in re.findall(r"[a-z]+(\d+)\[([\d,]+)\]", re.sub(r"/\*.*?\*/", "", layout))
+        for bits, shape in re.findall(r"\b[a-z]+(\d+)\w*\[([\d,]+)\]", re.sub(r"/\*.*?\*/", "", layout))
     ]
     assert sum(arguments) >= found.figures["weights"]
     aliases = re.search(r"input_output_alias=\{(.*?) \}, entry", found.text)
