@@ -201,8 +201,9 @@ STUCK = """
 def stuck():
     while signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the end has begun
         time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-    threading.Event().wait()
+    while True:  # again, since Python may miss one in the moment in which it begins to wait for the threads
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
 """
 
 
