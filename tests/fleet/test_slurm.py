@@ -165,7 +165,7 @@ def test_a_fleet_that_is_requeued_killed_and_cancelled(slurm, tmp_path):
         slurm.call("scontrol", "requeue", f"{job}_{REQUEUED}")
         slurm.until(lambda: slurm.states(job)[KILLED].startswith("PENDING"), seconds=60)
         slurm.until(lambda: slurm.states(job)[REQUEUED].startswith("PENDING"), seconds=60)
-        slurm.start_now(f"{job}_{REQUEUED}")
+        slurm.start_soon(f"{job}_{REQUEUED}")
         slurm.until(lambda: slurm.states(job)[REQUEUED].startswith("COMPLETED"), seconds=300)
         slurm.call("scancel", job)
         slurm.until(lambda: set(slurm.states(job)) and is_over(slurm, job), seconds=60)
