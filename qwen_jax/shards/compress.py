@@ -30,6 +30,8 @@ _DEFLATE_WBITS, _GZIP_WBITS = -15, 31
 _HEAD_BYTES = 16
 _INPUT_BYTES = 64 << 10
 _OUTPUT_BYTES = 1 << 20
+_MOST_MEMBER_BYTES = BLOCK_BYTES + BLOCK_BYTES // 16
+"""Most that a member of ours may have: what cannot be compressed grows by a little."""
 
 # A member's header (RFC 1952): no time, no name, and an extra field of our own, "QM", with the size of the whole
 # member, so that a reader can jump over it. Behind the deflated data: crc32 and length of the content.
@@ -302,8 +304,8 @@ class GzipReader:
     """The content of a gzip file of any number of members, read forwards.
 
     Every output byte is charged to `budget`, but for those that `skip` jumps over. Bad magic, a wrong CRC, a cut and
-    bytes after the last member raise MalformedError. zlib from the standard library, not isal, reads what strangers
-    wrote.
+    bytes after the last member raise MalformedError. isal inflates whole members of our own form; zlib whatever else
+    there is, and what isal does not find right.
     """
 
     def __init__(self, file: BinaryIO, budget: Budget):
@@ -405,17 +407,45 @@ class GzipReader:
         while True:
             if not self._input and not self._refill():
                 return False
-            if not self._in_member:
+            if self._in_member:
+                data = self._step()
+            else:
                 self._budget.work(_MEMBER_WORK)
-                self._inflate, self._in_member = zlib.decompressobj(_GZIP_WBITS), True
-            data = self._step()
+                own = self._own_member()
+                data = self._begin() if own is None else own
             if data:
                 self._budget.charge(len(data))
                 self._output, self._at = data, 0
                 return True
 
-    def _read_on(self) -> None:
-        data = self._file.read(_INPUT_BYTES)
+    def _own_member(self) -> bytes | None:
+        """The next member's content, if it is a whole one as compress_block makes them, which is passed then."""
+        size = self._member_size()
+        if isal_zlib is None or not 0 < size <= _MOST_MEMBER_BYTES:
+            return None
+        if size > len(self._input):
+            self._read_on(size - len(self._input))
+        member = memoryview(self._input)[:size]
+        wanted = _TRAILER.unpack(member[-_TRAILER.size :])
+        # A byte more than there may be: else the end of the data is not looked at.
+        most = min(wanted[1], BLOCK_BYTES) + 1
+        inflate = isal_zlib.decompressobj(_DEFLATE_WBITS)
+        try:
+            content = inflate.decompress(member[_HEADER.size : -_TRAILER.size], most)
+        except isal_zlib.error:
+            return None
+        if not inflate.eof or inflate.unused_data or wanted != (crc32(content), len(content)):
+            return None
+        self._input = self._input[size:]
+        return content
+
+    def _begin(self) -> bytes:
+        """The first bytes of the next member, by zlib."""
+        self._inflate, self._in_member = zlib.decompressobj(_GZIP_WBITS), True
+        return self._step()
+
+    def _read_on(self, size: int = _INPUT_BYTES) -> None:
+        data = self._file.read(size)
         self._budget.earn(len(data))
         self._input += data
 

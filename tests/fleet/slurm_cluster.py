@@ -79,8 +79,8 @@ class Cluster:
         until(condition, seconds, every=0.2)
 
     def start_soon(self, task: str) -> None:
-        """Of one that has been queued again, which Slurm lets wait for two minutes. Not in the second of its end: a node
-        refuses what was allowed before it killed the task, by the second, and the task has then failed."""
+        """Of one that has been queued again, which Slurm lets wait for two minutes. Not in the second of its end: a
+        node refuses what was allowed before it killed the task, by the second, and the task has then failed."""
         self.call("scontrol", "update", f"JobId={task}", "StartTime=now+2")
 
 
