@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.shards import ShardError, load_shard
-from qwen_jax.shards.compress import WORK_FLOOR, Budget
+from qwen_jax.shards.compress import BLOCK_BYTES, WORK_FLOOR, Budget, GzipReader, member_head
 from tests.few import few
 from tests.shards.samples import make_sample, shard_bytes, without_index
 
@@ -296,6 +297,28 @@ def test_damaged_gzip_is_refused():
     refused(GOOD[:-8] + bytes([GOOD[-8] ^ 1]) + GOOD[-7:], "bad gzip data")
     refused(GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "bad gzip data")
     refused(GOOD + GOOD, "goes on after the end")
+
+
+def own_member(content: bytes, behind: bytes = b"") -> bytes:
+    """A member of the form that ours have. behind: bytes between its data and its trailer."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = deflate.compress(content) + deflate.flush() + behind
+    return member_head(len(data) + 8) + data + struct.pack("<II", zlib.crc32(content), len(content))
+
+
+def test_a_member_of_our_form_ends_where_its_data_ends():
+    first, rest = own_member(GOOD_PICKLE[:9]), GOOD_PICKLE[9:]
+    assert load_shard(io.BytesIO(first + own_member(rest)))
+    refused(first + own_member(rest, b"more"), "bad gzip data")
+
+
+def test_a_member_of_our_form_takes_no_more_memory_than_one_may_have():
+    reader = GzipReader(io.BytesIO(own_member(b"x") + own_member(bytes(1 << 26))), Budget())
+    tracemalloc.start()
+    reader.read(10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * BLOCK_BYTES
 
 
 def test_a_shard_cut_between_members_is_refused():
