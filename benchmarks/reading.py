@@ -4,8 +4,9 @@
 
 Shards of the 0.5B model's shape (24 layers of 896, bfloat16), random normals, prompts of 500 to 900 tokens. "The
 file": its bytes read and thrown away, what the disk or the page cache can do. "Inflated": that layer's bytes
-decompressed on all cores and thrown away, the limit of any reader. The bucket is the tests' double in a process of its
-own, which answers after 20 ms and sends 200 MB/s. --torch adds a DataLoader with a worker a core.
+decompressed on all cores and thrown away, the limit of any reader: by zlib, which Python has, and by isal. The bucket
+is the tests' double in a process of its own, which answers after 20 ms and sends 200 MB/s; "fetched alone": that
+layer's bytes, thrown away. --torch adds a DataLoader with a worker a core.
 """
 
 import argparse
@@ -19,20 +20,26 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import ml_dtypes
 import numpy as np
 from common import ROOT, interleave, report
+from isal import isal_zlib
 
 from qwen_jax.reading import iter_activations, load_shard
+from qwen_jax.reading.activations import READERS, open_shards
 from qwen_jax.reading.export import export
+from qwen_jax.reading.samples import fetch
 from qwen_jax.shards import Sample, write_shard
 from qwen_jax.shards.compress import BLOCK_BYTES
 from qwen_jax.shards.parts import read_index, wanted_parts
 
 LAYERS, HIDDEN, SAMPLES = 24, 896, 8
 LAST, BATCH, BUFFER = LAYERS - 1, 4096, 1 << 14
+BY_LOADER = "shuffled by a DataLoader"
 LATENCY_S, RATE, URL = 0.02, 200e6, "gs://bucket/run"
 
 
@@ -59,7 +66,7 @@ def gzip_and_pickle(folder: Path) -> None:
         np.concatenate([record["activation"] for record in shard[LAST]]).astype(np.float32)
 
 
-def inflate(folder: Path) -> None:
+def inflate(folder: Path, library: ModuleType) -> None:
     """What load_shard must at least do for the last layer, on every core."""
 
     def one(path: Path) -> None:
@@ -70,7 +77,7 @@ def inflate(folder: Path) -> None:
                 while at < len(data):
                     # A member says its size (docs/guide.md).
                     size = int.from_bytes(data[at + 16 : at + 20], "little")
-                    zlib.decompress(data[at : at + size], wbits=31, bufsize=BLOCK_BYTES)
+                    library.decompress(data[at : at + size], wbits=31, bufsize=BLOCK_BYTES)
                     at += size
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -140,6 +147,11 @@ def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], 
     def ranged() -> None:
         assert sum(map(len, iter_activations(URL, LAST, BATCH))) == rows
 
+    def fetch_alone() -> None:
+        with ThreadPoolExecutor(2 * READERS) as pool:
+            for shard in pool.map(lambda shard: fetch(*shard, [LAST]), open_shards(URL, LAST)):
+                shard.turn.close()
+
     def fetch_whole() -> None:
         for path in sorted(folder.iterdir()):
             store.download_file(path.name, whole)
@@ -161,6 +173,7 @@ def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], 
 
     return {
         "of shards, that layer alone": ranged,
+        "of that layer's bytes, fetched alone": fetch_alone,
         "of shards, fetched whole": fetch_whole,
         "of safetensors files of that layer": from_safetensors,
         "of Arrow files of that layer": from_arrow,
@@ -170,22 +183,22 @@ def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], 
 def report_files(shards: int, rows: int, size: int, seconds: dict[str, float]) -> None:
     """size: bytes of the shards; seconds: by case."""
     speed = {case: rows / taken for case, taken in seconds.items()}
+    shuffled = [case for case in ("shuffled", BY_LOADER) if case in speed]
     report(
         f"One layer of {LAYERS} out of {shards} shards, {size / 1e9:.2f} GB, {rows:,} rows of width {HIDDEN}",
         [
             ("ours, the first layer", f"{speed['first']:,.0f} rows/s"),
             ("ours, the last layer", f"{speed['last']:,.0f} rows/s"),
-            (f"ours, shuffled, buffer of {BUFFER:,}", f"{speed['shuffled']:,.0f} rows/s"),
-            *(
-                [("ours, shuffled, by a DataLoader", f"{speed['torch']:,.0f} rows/s")]
-                if "torch" in speed
-                else []
-            ),
+            *((f"ours, {case}, buffer of {BUFFER:,}", f"{speed[case]:,.0f} rows/s") for case in shuffled),
             ("gzip.open + pickle.load", f"{speed['peer']:,.0f} rows/s"),
-            ("that layer's bytes inflated on all cores", f"{speed['inflated']:,.0f} rows/s"),
+            ("that layer's bytes inflated on all cores by zlib", f"{speed['zlib']:,.0f} rows/s"),
+            ("the same by isal", f"{speed['isal']:,.0f} rows/s"),
             ("all bytes of the files read", f"{size / seconds['file'] / 1e6:,.0f} MB/s"),
             ("ours, last layer / gzip + pickle", f"{speed['last'] / speed['peer']:.1f}"),
-            ("ours, shuffled / inflated", f"{speed['shuffled'] / speed['inflated']:.2f}"),
+            *(
+                (f"ours, {case} / inflated by {limit}", f"{speed[case] / speed[limit]:.2f}")
+                for case, limit in product(shuffled, ("zlib", "isal"))
+            ),
         ],
     )
 
@@ -213,16 +226,17 @@ def main() -> None:
             "last": lambda: ours(LAST),
             "shuffled": lambda: ours(LAST, BUFFER),
             "peer": lambda: gzip_and_pickle(folder),
-            "inflated": lambda: inflate(folder),
+            "zlib": lambda: inflate(folder, zlib),
+            "isal": lambda: inflate(folder, isal_zlib),
             "file": lambda: [path.read_bytes() for path in folder.iterdir()],
         }
         if args.torch:
-            cases["torch"] = torch_epochs(folder, rows)
+            cases[BY_LOADER] = torch_epochs(folder, rows)
         seconds = interleave(cases, args.rounds)
         with bucket():
             of_bucket = bucket_cases(folder, Path(name), rows)
             if args.torch:
-                of_bucket["of shards, shuffled, by a DataLoader"] = torch_epochs(URL, rows)
+                of_bucket[f"of shards, {BY_LOADER}"] = torch_epochs(URL, rows)
             bucket_seconds = interleave(of_bucket, args.rounds)
     report_files(args.shards, rows, size, seconds)
     report(
