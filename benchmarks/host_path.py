@@ -107,8 +107,10 @@ def raw_bytes(sample: CapturedSample) -> np.ndarray:
     return np.concatenate([array.reshape(-1).view(np.uint8) for array in (*tap.pieces, *tap.beside)])
 
 
-def ours(steps: Sequence[tuple[Step, Computed]], folder: Path) -> None:
-    """What a worker does with the steps, without a bucket."""
+def ours(steps: Sequence[tuple[Step, Computed]], parent: Path) -> None:
+    """What a worker does with the steps, without a bucket, in a folder of its own: to delete what an earlier run left
+    takes time."""
+    folder = Path(tempfile.mkdtemp(dir=parent))
     places = Places(folder, folder / "checkpoint.json", "checkpoint.json", None)
     committer = Committer(RunIdentity(0, "", "", {}, {}), places, range(LAYERS), Ledger(), Fence())
     samples = off_the_device(steps)
@@ -203,7 +205,8 @@ def main() -> None:
             "peer": peer,
         }
         seconds = interleave(cases, args.rounds)
-        compressed = sum(path.stat().st_size for path in Path(folder).glob("shard_*")) / raw.nbytes
+        run = next(Path(folder).glob("*/"))
+        compressed = sum(path.stat().st_size for path in run.glob("shard_*.pkl.gz")) / raw.nbytes
     speed = {name: raw.nbytes / seconds[name] / 1e6 for name in cases}
     speed["peer"] = part_bytes / seconds["peer"] / 1e6
     report_speeds(args.dtype, raw.nbytes, speed, compressed)
