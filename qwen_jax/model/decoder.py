@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax.kinds import ALL_KINDS, EMBEDDING, KINDS
 from qwen_jax.model.attention import Attend, Carried
@@ -249,23 +248,30 @@ class Decoder(nnx.Module):
             layer_params, slot, index = layer
             own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
             x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, shared, own)
-            captured = _with(captured, {tap: kept(seen[tap], tap) for tap in captured}, slot)
-            # As it leaves the device, or TPU's compiler lays the loop's out otherwise and copies all of it at the end.
-            captured = with_layout_constraint(captured, dict.fromkeys(captured, Layout((0, 1, 2))))
+            rows = {tap: kept(seen[tap], tap).reshape(room.shape[1:]) for tap, room in captured.items()}
+            captured = _with(captured, rows, slot)
             # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
             return (x_TD, captured, _with(carried, own, index)), None
 
         inputs = (params, jnp.asarray(slots_L), jnp.arange(num_blocks))
         (last_TD, captured, carried), _ = jax.lax.scan(step, (x_TD, captured, carried), inputs)
-        captured = {tap: array_CRD[: len(layers)] for tap, array_CRD in captured.items()}
+        captured = {
+            tap: room.reshape(len(room), -1, room.shape[-1])[: len(layers)] for tap, room in captured.items()
+        }
         if EMBEDDING in taps:
             captured[EMBEDDING] = embedded_RD[None]
         return captured, last_TD, carried
 
     def _room_for(self, taps: Sequence[str], slots: int, like_RD: jax.Array) -> dict[str, jax.Array]:
-        """Zeros [slots, R, width of the kind] for each tap but the embedding."""
+        """Zeros [slots, R / S, S, width of the kind] for each tap but the embedding.
+
+        S is 8, where that divides R, as TPU tiles what leaves the device: the compiler would lay the loop's array out
+        otherwise, and copy all of it at the end, on TPU7x for each block of the statistics too.
+        """
         widths = {tap: KINDS[tap].width(self.config.dims) for tap in taps if tap != EMBEDDING}
-        return {tap: jnp.zeros((slots, len(like_RD), width), like_RD.dtype) for tap, width in widths.items()}
+        R = len(like_RD)
+        S = _SUBLANES if R % _SUBLANES == 0 else R
+        return {tap: jnp.zeros((slots, R // S, S, width), like_RD.dtype) for tap, width in widths.items()}
 
     def logits(self, x_TD: jax.Array) -> jax.Array:
         """[T, V] float32, of the residual stream after the last block."""
@@ -295,6 +301,7 @@ class Decoder(nnx.Module):
 
 
 _LOGIT_ROWS = 64
+_SUBLANES = 8
 
 
 def _with(stacked: Any, entries: Any, index: jax.Array) -> Any:
