@@ -125,6 +125,12 @@ def write_arrow(path: Path, values: np.ndarray) -> None:
         out.write(pa.record_batch([column], names=["row"]))
 
 
+def fetch_alone() -> None:
+    with ThreadPoolExecutor(2 * READERS) as pool:
+        for shard in pool.map(lambda shard: fetch(*shard, [LAST]), open_shards(URL, LAST)):
+            shard.turn.close()
+
+
 def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], object]]:
     """Uploads the shards, and the last layer as safetensors and Arrow files; a case reads that layer's rows."""
     import pyarrow as pa
@@ -146,11 +152,6 @@ def bucket_cases(folder: Path, root: Path, rows: int) -> dict[str, Callable[[], 
 
     def ranged() -> None:
         assert sum(map(len, iter_activations(URL, LAST, BATCH))) == rows
-
-    def fetch_alone() -> None:
-        with ThreadPoolExecutor(2 * READERS) as pool:
-            for shard in pool.map(lambda shard: fetch(*shard, [LAST]), open_shards(URL, LAST)):
-                shard.turn.close()
 
     def fetch_whole() -> None:
         for path in sorted(folder.iterdir()):

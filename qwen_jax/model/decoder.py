@@ -255,9 +255,7 @@ class Decoder(nnx.Module):
 
         inputs = (params, jnp.asarray(slots_L), jnp.arange(num_blocks))
         (last_TD, captured, carried), _ = jax.lax.scan(step, (x_TD, captured, carried), inputs)
-        captured = {
-            tap: room.reshape(len(room), -1, room.shape[-1])[: len(layers)] for tap, room in captured.items()
-        }
+        captured = {tap: _ungrouped(room)[: len(layers)] for tap, room in captured.items()}
         if EMBEDDING in taps:
             captured[EMBEDDING] = embedded_RD[None]
         return captured, last_TD, carried
@@ -302,6 +300,11 @@ class Decoder(nnx.Module):
 
 _LOGIT_ROWS = 64
 _SUBLANES = 8
+
+
+def _ungrouped(room: jax.Array) -> jax.Array:
+    """[slots, R, width] of what Decoder._room_for made."""
+    return room.reshape(len(room), -1, room.shape[-1])
 
 
 def _with(stacked: Any, entries: Any, index: jax.Array) -> Any:
