@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,12 +13,6 @@ from qwen_jax.settings import Settings, bucket_url, resolve_worker_id, take_sett
 
 log = logging.getLogger(__name__)
 
-_PLACES = (
-    *("worker_id", "output_dir", "checkpoint_dir", "no_checkpointing"),
-    *("upload_to_gcs", "gcs_bucket", "gcs_prefix", "progress_interval_s", "dry_run"),
-)
-"""Flags that say where a record goes, and whether one is written."""
-
 
 class WorkerParser(FlagParser):
     """Writes a record of a start whose flags or variables are wrong, where these at least say where."""
@@ -28,7 +22,7 @@ class WorkerParser(FlagParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        _record({name: self._word(name) for name in _PLACES}, UsageError(message))
+        _record(self._word, UsageError(message))
         super().error(message)
 
     def _word(self, name: str) -> Any:
@@ -52,30 +46,30 @@ def accept(args: dict[str, Any]) -> Settings:
     try:
         settings = take_settings(args)
     except UsageError as error:
-        _record(words, error)
+        _record(words.__getitem__, error)
         raise
     refusals = [finding.error for finding in examine(settings, quick=True) if finding.error is not None]
     for refusal in refusals[1:]:
         log.error("%s", refusal)
     if refusals:
-        _record(words, refusals[0])
+        _record(words.__getitem__, refusals[0])
         raise refusals[0]
     return settings
 
 
-def _record(words: Mapping[str, Any], error: ToolkitError) -> None:
-    """Where worker and folders are known, and something was to be done."""
-    if _is_on(words["dry_run"]) or words["progress_interval_s"] in (0.0, "0"):
+def _record(word: Callable[[str], Any], error: ToolkitError) -> None:
+    """Where worker and folders are known, and something was to be done. word: what was given for a flag, by name."""
+    if _is_on(word("dry_run")) or word("progress_interval_s") in (0.0, "0"):
         return
     from qwen_jax.run.record_writer import RecordPlaces, record_refusal
 
     with suppress(UsageError):
-        worker = resolve_worker_id(words["worker_id"], dict(os.environ))
-        checkpoints = None if _is_on(words["no_checkpointing"]) else Path(words["checkpoint_dir"])
+        worker = resolve_worker_id(word("worker_id"), dict(os.environ))
+        checkpoints = None if _is_on(word("no_checkpointing")) else Path(word("checkpoint_dir"))
         url = None
-        if _is_on(words["upload_to_gcs"]) and words["gcs_bucket"]:
-            url = bucket_url(words["gcs_bucket"], words["gcs_prefix"], worker)
-        output = worker_folder(Path(words["output_dir"]), worker)
+        if _is_on(word("upload_to_gcs")) and word("gcs_bucket"):
+            url = bucket_url(word("gcs_bucket"), word("gcs_prefix"), worker)
+        output = worker_folder(Path(word("output_dir")), worker)
         record_refusal(RecordPlaces(worker, output, checkpoints, url), error)
 
 
