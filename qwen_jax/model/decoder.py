@@ -249,7 +249,7 @@ class Decoder(nnx.Module):
             own = jax.tree.map(lambda all_: jax.lax.dynamic_index_in_dim(all_, index, 0, False), carried)
             x_TD, seen, own = nnx.merge(graph, layer_params)(x_TD, shared, own)
             rows = {tap: kept(seen[tap], tap).reshape(room.shape[1:]) for tap, room in captured.items()}
-            captured = _with(captured, rows, slot)
+            captured = _with(captured, shared.parts.apart(rows), slot)
             # In the scan's state, not in its inputs and outputs, so that it is there once and written in place.
             return (x_TD, captured, _with(carried, own, index)), None
 

@@ -6,6 +6,7 @@ the rest is replicated.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,11 @@ class Parts:
         return (
             x_TN if self.count == 1 else jax.lax.all_gather(x_TN, self.axis, axis=x_TN.ndim - 1, tiled=True)
         )
+
+    def apart(self, x: Any) -> Any:
+        """The same arrays, kept out of any fusion with `add`: TPU7x's compiler crashes where such a one writes to
+        captured rows, which are tiled in another way."""
+        return x if self.count == 1 else jax.lax.optimization_barrier(x)
 
     def kv_heads_each(self, kv_heads: int) -> int:
         """kv heads that each part holds keys for; where there are fewer than parts, several hold the same one."""

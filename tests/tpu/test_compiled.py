@@ -40,8 +40,9 @@ CASES = {
         "kept": 512,
     },
     "split": {"size": "7B", "machine": "v5litepod-4", "model_parallel": 4},
+    "tpu7x": {"size": "0.5B", "machine": "tpu7x-8", "layers": 2, "model_parallel": 2},
 }
-SPLIT = pytest.param("split", marks=pytest.mark.wide)
+SPLIT = [pytest.param(name, marks=pytest.mark.wide) for name in ("split", "tpu7x")]
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
 )
@@ -153,7 +154,7 @@ def check_arguments(found: Compiled) -> None:
     assert kept == found.figures["carried"]
 
 
-@pytest.mark.parametrize("name", ["v4", "options", SPLIT])
+@pytest.mark.parametrize("name", ["v4", "options", *SPLIT])
 def test_a_step_compiles_without_what_it_does_not_need(compiled, name):
     check_program(compiled(name))
 
@@ -190,7 +191,7 @@ def check_formula(found: Compiled) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["v4", SPLIT])
+@pytest.mark.parametrize("name", ["v4", *SPLIT])
 def test_the_plans_formula_agrees_with_the_compiler(compiled, name):
     check_formula(compiled(name))
 
