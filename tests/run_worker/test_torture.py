@@ -2,7 +2,8 @@
 
 import pytest
 
-from qwen_jax.run.failpoints import NAMES
+from qwen_jax.errors import UsageError
+from qwen_jax.run.failpoints import NAMES, VARIABLE, arm
 from tests.run_worker.torture import Torture
 
 
@@ -26,6 +27,13 @@ def test_five_hundred_kills_and_five_hundred_stops(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["nowhere", "opened:0", "opened:x", ":1"])
-def test_an_unknown_failpoint_is_refused(cloud, value):
-    done = cloud.having(QWEN_JAX_FAILPOINT=value).run(expect=2)
-    assert "checkpoint_stored" in done.stderr and repr(value) in done.stderr
+def test_an_unknown_failpoint_is_refused(value):
+    with pytest.raises(UsageError) as refused:
+        arm({VARIABLE: value})
+    assert "checkpoint_stored" in str(refused.value) and repr(value) in str(refused.value)
+
+
+@pytest.mark.wide
+def test_a_worker_starts_with_no_unknown_failpoint(cloud):
+    done = cloud.having(QWEN_JAX_FAILPOINT="nowhere").run(expect=2)
+    assert "checkpoint_stored" in done.stderr and "'nowhere'" in done.stderr
