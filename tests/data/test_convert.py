@@ -14,6 +14,7 @@ from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.convert import CHUNK_ROWS, stream_lines
 from qwen_jax.data.sources import iter_source_rows
 from qwen_jax.errors import StorageError
+from tests.waiting import until
 
 
 def source_line(index: int) -> bytes:
@@ -61,16 +62,29 @@ def test_few_chunks_are_under_way(monkeypatch):
     lines.close()
 
 
+def converting_processes() -> list[int]:
+    """Those that the forkserver has started."""
+    children = [
+        pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()
+    ]
+    servers = [pid for pid in children if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in servers]
+    return [int(pid) for pids in found for pid in pids]
+
+
+def is_asleep(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def test_a_killed_process_is_reported(monkeypatch):
+    """Killed while it waits: one that dies in the middle of sending what it has leaves Python's own pool waiting."""
+
     def rows():
         for index in range(100 * CHUNK_ROWS):
             if index == 10 * CHUNK_ROWS:
-                for child in Path("/proc/self/task").glob("*/children"):
-                    for pid in child.read_text().split():
-                        if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                            grandchildren = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-                            for worker in grandchildren:
-                                os.kill(int(worker), signal.SIGKILL)
+                until(lambda: all(map(is_asleep, converting_processes())))
+                for worker in converting_processes():
+                    os.kill(worker, signal.SIGKILL)
             yield index, source_line(index)
 
     monkeypatch.setattr(convert, "this_machines_cores", lambda: [0, 1])
