@@ -2,14 +2,15 @@
 
 import json
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from multiprocessing.connection import Connection
+from typing import Any, Self, cast
 
 from qwen_jax.data.arc import BadRecord, Row, parse_row_line, record_from_row
 from qwen_jax.data.spread import Spread
@@ -47,7 +48,7 @@ def stream_lines(
     spread: which lines a row gives. taken_for: is told of each usable row what it was taken for.
 
     A few chunks of rows are under way at a time, so memory does not grow with their number.
-    Raises StorageError where the source itself cannot be read on.
+    Raises StorageError where the source itself cannot be read on, or a process that converts dies.
     """
     try:
         convert = partial(_convert_chunk, column_name=column_name, spread=spread)
@@ -57,10 +58,6 @@ def stream_lines(
             else:
                 taken_for(converted.kind)
                 yield from converted.lines
-    except BrokenProcessPool as error:
-        raise StorageError(
-            "a process that converts rows was killed (is the machine out of memory?); start again"
-        ) from error
     except OSError as error:
         raise StorageError(
             f"the dataset cannot be read: {error}; check --dataset_name and its permissions"
@@ -68,9 +65,10 @@ def stream_lines(
 
 
 _Chunk = list[Converted | Rejected]
+_Convert = Callable[[list[Row]], _Chunk]
 
 
-def _converted_chunks(rows: Iterator[Row], convert: Callable[[list[Row]], _Chunk]) -> Iterator[_Chunk]:
+def _converted_chunks(rows: Iterator[Row], convert: _Convert) -> Iterator[_Chunk]:
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     # A small dataset is done before processes have started; so is the first chunk of a large one.
     yield convert(next(chunks, []))
@@ -80,14 +78,70 @@ def _converted_chunks(rows: Iterator[Row], convert: Callable[[list[Row]], _Chunk
     if cores == 1:
         yield from map(convert, chain([second], chunks))
         return
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("forkserver")) as pool:
-        under_way: deque[Future[_Chunk]] = deque()
-        for chunk in chain([second], chunks):
-            under_way.append(pool.submit(convert, chunk))
-            if len(under_way) > 2 * cores:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+    yield from _on_cores(cores, convert, chain([second], chunks))
+
+
+def _on_cores(cores: int, convert: _Convert, chunks: Iterator[list[Row]]) -> Iterator[_Chunk]:
+    with ExitStack() as running:
+        idle = deque(running.enter_context(_Process(convert)) for _ in range(cores))
+        busy: deque[_Process] = deque()
+        for chunk in chunks:
+            if idle:
+                process, converted = idle.popleft(), []
+            else:
+                process = busy.popleft()
+                converted = [process.result()]
+            process.start(chunk)
+            busy.append(process)
+            yield from converted
+        for process in busy:
+            yield process.result()
+
+
+class _Process:
+    """A process that converts one chunk at a time. It has a pipe of its own: of one that several share, as
+    concurrent.futures has it, nobody learns that a process died in the middle of sending."""
+
+    def __init__(self, convert: _Convert) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, convert), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def start(self, chunk: list[Row]) -> None:
+        with self._alive():
+            self._connection.send(chunk)
+
+    def result(self) -> _Chunk:
+        with self._alive():
+            return cast(_Chunk, self._connection.recv())
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise StorageError(
+                f"a process that converts rows died (exit code {self._process.exitcode}; "
+                "is the machine out of memory?); start again"
+            ) from error
+
+
+def _serve(connection: Connection, convert: _Convert) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks.
+    with suppress(EOFError):
+        while True:
+            connection.send(convert(connection.recv()))
 
 
 def _convert_chunk(chunk: list[Row], column_name: str, spread: Spread) -> _Chunk:

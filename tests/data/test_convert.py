@@ -76,19 +76,22 @@ def is_asleep(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
-def test_a_killed_process_is_reported(monkeypatch):
-    """Killed while it waits: one that dies in the middle of sending what it has leaves Python's own pool waiting."""
+@pytest.mark.parametrize("row_bytes", [10, 100_000])
+def test_a_killed_process_is_reported(row_bytes, monkeypatch):
+    """With long rows it is killed in the middle of sending: a pipe does not hold what it has made of them."""
 
     def rows():
         for index in range(100 * CHUNK_ROWS):
-            if index == 10 * CHUNK_ROWS:
-                until(lambda: all(map(is_asleep, converting_processes())))
-                for worker in converting_processes():
-                    os.kill(worker, signal.SIGKILL)
-            yield index, source_line(index)
+            if index == 3 * CHUNK_ROWS:
+                processes = converting_processes()
+                until(lambda: all(map(is_asleep, processes)))
+                for process in processes:
+                    os.kill(process, signal.SIGKILL)
+            line = json.dumps({"examples": [[[[1]], [[2]]]] * 2, "source": "x" * row_bytes})
+            yield index, line.encode() + b"\n"
 
     monkeypatch.setattr(convert, "this_machines_cores", lambda: [0, 1])
-    with pytest.raises(StorageError, match="process that converts rows was killed"):
+    with pytest.raises(StorageError, match="process that converts rows died \\(exit code -9"):
         list(stream_lines(rows(), "examples", lambda _: None))
 
 
