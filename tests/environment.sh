@@ -16,7 +16,7 @@ install() { # folder of the environment, constraints, requirements files
     if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then return; fi
     echo "installing $* into $venv"
     "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "--constraint=$constraints" \
+    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check "--constraint=$constraints" \
         "${@/#/--requirement=}"
     echo "$wanted" >"$venv/.installed"
 }
