@@ -53,6 +53,8 @@ def turned_over(data: bytes) -> bytes:
 class Fault:
     """What goes wrong with the requests it matches: the `nth` one and, `times` in all, those after it.
 
+    name: of the object that a request of one piece stores; any if empty.
+
     Kinds:
         status: answer `status` and do nothing.
         reset: take `keep` bytes of the body (a session stores them), then reset the connection.
@@ -71,6 +73,7 @@ class Fault:
     kind: str
     method: str = ""
     path: str = ""
+    name: str = ""
     nth: int = 1
     times: int = 1
     status: int = 503
@@ -78,8 +81,9 @@ class Fault:
     seen: int = 0
     reply: dict[str, Any] = field(default_factory=dict)
 
-    def strikes(self, method: str, path: str) -> bool:
-        if (self.method and self.method != method) or self.path not in path:
+    def strikes(self, method: str, path: str, body: bytes = b"") -> bool:
+        """body: its beginning."""
+        if (self.method and self.method != method) or self.path not in path or self.name.encode() not in body:
             return False
         self.seen += 1
         return self.nth <= self.seen < self.nth + self.times
@@ -181,10 +185,10 @@ class FakeGcs:
         with self.lock:
             return {name: self._objects[bucket][name].data for name in sorted(self._objects[bucket])}
 
-    def struck(self, method: str, path: str) -> Fault | None:
+    def struck(self, method: str, path: str, body: bytes) -> Fault | None:
         with self.lock:
             self.requests.append((method, path))
-            striking = [fault for fault in self.faults if fault.strikes(method, path)]
+            striking = [fault for fault in self.faults if fault.strikes(method, path, body)]
             return striking[0] if striking else None
 
     def objects(self, bucket: str) -> dict[str, Stored]:
@@ -255,9 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         parts = urlsplit(self.path)
         self.query = {key: values[0] for key, values in parse_qs(parts.query).items()}
-        self.fault = self.fake.struck(self.command, unquote(self.path))
-        kind = self.fault.kind if self.fault else ""
         length = int(self.headers.get("Content-Length", 0))
+        self.fault = self.fake.struck(self.command, unquote(self.path), self.rfile.peek() if length else b"")
+        kind = self.fault.kind if self.fault else ""
         self.body = self.rfile.read(min(length, self.fault.keep) if kind == "reset" else length)
         self.fake.body_bytes += len(self.body)
         if kind != "reset" and len(self.body) < length:

@@ -3,10 +3,14 @@
 One commit is: no other shard of that name on the local disk, the shard's statistics and the shard under their final
 names there, the local metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in
 the bucket, the local checkpoint. Whatever dies between two steps, no marker is ever ahead of durable data.
+
+Up to UPLOADS shards go to the bucket at once, each over a connection of its own; all else is done in their order.
 """
 
 import logging
 import secrets
+import threading
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,6 +34,11 @@ from qwen_jax.storage.atomic import AtomicFile, atomic_write, json_bytes, sync_f
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
+
+UPLOADS = 8
+"""Shards that may be on their way to the bucket at once: one connection is far slower than a machine's network."""
+SHARDS_ON_DISK = UPLOADS + 1
+"""Most shards on the local disk where each is deleted once it is uploaded: those, and one being written."""
 
 
 @dataclass
@@ -58,9 +67,10 @@ class WrittenShard:
 
 
 class Committer:
-    """Makes shards durable, in order.
+    """Makes shards durable: `write`, `name`, `upload` and `commit` for each.
 
-    In two steps, so that one shard can be compressed while the one before it is synced and uploaded.
+    Shards are written, named and committed in order, each step in one thread; they are uploaded in any order, in any
+    number of threads.
     """
 
     def __init__(
@@ -80,6 +90,9 @@ class Committer:
         self._fence = fence
         self._delete_local = delete_local_after_upload and places.store is not None
         self._shards_begun = len(ledger.shards)
+        self._listed = ledger
+        """What the local metadata.json says: `ledger`, and shards on their way to the bucket."""
+        self._marking = threading.RLock()
 
     def open(self) -> None:
         """Marks a new run's folder and bucket as its own, before any shard is there."""
@@ -131,11 +144,12 @@ class Committer:
         truncated, shortened = _shortening_notes([sample.tokenized for sample in shard.samples])
         return WrittenShard(file, info, stats, list(map(_skip_note, shard.skipped)), truncated, shortened)
 
-    def publish(self, shard: WrittenShard) -> None:
-        """Gives a written shard its name, uploads and records it; shards in the order of `write`."""
+    def name(self, shard: WrittenShard) -> Ledger:
+        """Gives a written shard its name on the local disk and lists it there; returns the ledger that ends with it."""
         _delete_stale(shard.file.path)
-        self._write_stats(shard_stats_name(len(self.ledger.shards) + 1), shard.stats)
-        shard.file.finish()
+        self._write_stats(shard_stats_name(len(self._listed.shards) + 1), shard.stats)
+        with timed(f"syncing {shard.file.path.name}"):
+            shard.file.finish()
         failpoint("shard_named")
         entry = ShardEntry(
             filename=shard.file.path.name,
@@ -143,10 +157,36 @@ class Committer:
             crc32c=shard.file.crc32c,
             **vars(shard.info),
         )
-        with timed(f"making {entry.filename} durable"):
-            self._commit(
-                self.ledger.with_shard(entry, shard.skipped, shard.truncated, shard.shortened), entry
-            )
+        ledger = self._listed.with_shard(entry, shard.skipped, shard.truncated, shard.shortened)
+        # Before the upload: should that fail for good, the next start finds the kept shard described here and
+        # uploads it first.
+        self._list(ledger)
+        failpoint("shard_described")
+        return ledger
+
+    def upload(self, ledger: Ledger) -> None:
+        """Stores the ledger's last shard in the bucket, if there is one."""
+        if self._places.store is None:
+            return
+        name, stats_name = ledger.shards[-1].filename, shard_stats_name(len(ledger.shards))
+        with timed(f"uploading {name}"):
+            if (self._places.output_dir / stats_name).exists():
+                # Before the shard, so that a shard that counts as durable has them.
+                self._upload(stats_name)
+            failpoint("stats_uploaded")
+            self._upload(name)
+        failpoint("shard_uploaded")
+
+    def commit(self, ledger: Ledger) -> None:
+        """Records the ledger's last shard, which is uploaded."""
+        if ledger.status == COMPLETED:
+            self._commit_stats(ledger)
+        self._commit_markers(ledger)
+        entry = ledger.shards[-1]
+        if self._delete_local:
+            path = self._places.output_dir / entry.filename
+            with storage_errors("delete", path):
+                path.unlink(missing_ok=True)
         log.info(
             "%s: samples %d to %d, %d tokens, %.1f MB",
             entry.filename,
@@ -155,16 +195,19 @@ class Committer:
             entry.tokens,
             entry.bytes / 1e6,
         )
-        if note := self.ledger.length_note(self._run.max_seq_length):
+        if note := ledger.length_note(self._run.max_seq_length):
             log.info("%s", note)
 
-    def adopt(self, ledger: Ledger) -> None:
-        """Uploads a shard that an earlier run left whole on the local disk; `ledger` already holds it."""
-        log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
-        failpoint("adopting")
-        self._commit(ledger, ledger.shards[-1])
-        self._shards_begun = len(ledger.shards)
-        failpoint("adopted")
+    def adopt(self, ledgers: Sequence[Ledger]) -> None:
+        """Uploads shards that an earlier run left whole on the local disk, the last one of each of `ledgers`."""
+        self._listed = ledgers[-1]
+        for ledger in ledgers:
+            log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
+            failpoint("adopting")
+            self.upload(ledger)
+            self.commit(ledger)
+            failpoint("adopted")
+        self._shards_begun = len(ledgers[-1].shards)
 
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""
@@ -187,27 +230,6 @@ class Committer:
         with atomic_write(self._places.output_dir / name) as file:
             file.write(stats_bytes(stats))
 
-    def _commit(self, ledger: Ledger, entry: ShardEntry) -> None:
-        if self._places.store is not None:
-            # The local metadata comes before the upload: should the upload fail for good, the next start
-            # finds the kept shard described there and uploads it first.
-            write_json(self._places.metadata_path, ledger.metadata(self._run))
-            failpoint("shard_described")
-            stats_name = shard_stats_name(len(ledger.shards))
-            if (self._places.output_dir / stats_name).exists():
-                # Before the shard, so that a shard that counts as durable has them.
-                self._upload(stats_name)
-            failpoint("stats_uploaded")
-            self._upload(entry.filename)
-            failpoint("shard_uploaded")
-        if ledger.status == COMPLETED:
-            self._commit_stats(ledger)
-        self._commit_markers(ledger)
-        if self._delete_local:
-            path = self._places.output_dir / entry.filename
-            with storage_errors("delete", path):
-                path.unlink(missing_ok=True)
-
     def _upload(self, name: str) -> None:
         """Stores a local file as an object that this writer, and no other, has made.
 
@@ -225,18 +247,28 @@ class Committer:
                 # Gone again between the refusal and the look: then nothing may be there next time either.
                 generation = refused.present.generation if refused.present else 0
             # Fails if a rival has committed it, and keeps him from doing so.
-            self._store_markers(self.ledger)
+            with self._marking:
+                self._store_markers(self.ledger)
             log.warning("%s stands in the bucket but no checkpoint covers it; replacing it", name)
 
+    def _list(self, ledger: Ledger) -> None:
+        """Writes the local metadata.json, in which no shard is forgotten that is on its way to the bucket."""
+        with self._marking:
+            if len(ledger.shards) >= len(self._listed.shards):
+                write_json(self._places.metadata_path, ledger.metadata(self._run))
+                self._listed = ledger
+
     def _commit_markers(self, ledger: Ledger, *, bucket: bool = True) -> None:
-        write_json(self._places.metadata_path, ledger.metadata(self._run))
+        self._list(ledger)
         failpoint("metadata_local")
-        if bucket and self._places.store is not None:
-            self._store_markers(ledger)
+        with self._marking:
+            # Before they are written: should that fail, an upload under way may still write them again, and never less.
+            self.ledger = ledger
+            if bucket and self._places.store is not None:
+                self._store_markers(ledger)
         if self._places.checkpoint_path is not None:
             write_json(self._places.checkpoint_path, ledger.checkpoint(self._run))
         failpoint("checkpoint_local")
-        self.ledger = ledger
 
     def _store_markers(self, ledger: Ledger) -> None:
         self._put_marker(METADATA_NAME, json_bytes(ledger.metadata(self._run)))
@@ -258,51 +290,69 @@ class Committer:
 
 
 class BackgroundCommitter:
-    """Runs a Committer beside the device: one thread writes a shard while another publishes the one before.
+    """Runs a Committer beside the device: a thread writes a shard while another names the one before, and up to UPLOADS
+    upload those before that.
 
-    So at most two shards are held in memory, one being filled and one being compressed, and one more on the disk.
+    So at most two shards are held in memory, one being filled and one being compressed.
     A failure is raised by the next call; leaving the `with` block by an exception abandons what waits.
     """
 
     def __init__(self, committer: Committer):
         self._committer = committer
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="compress")
-        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._namer = ThreadPoolExecutor(1, thread_name_prefix="name")
+        self._publishers = ThreadPoolExecutor(UPLOADS, thread_name_prefix="publish")
         self._written: Future[None] | None = None
-        self._published: Future[None] | None = None
+        self._named: Future[Ledger] | None = None
+        self._published: deque[Future[None]] = deque()
 
     def add(self, shard: FilledShard) -> None:
         """Waits until the shard before is written, then starts on this one."""
-        if self._published is not None and self._published.done():
-            self._published.result()  # after a failure nothing more need be compressed
         _result(self._written)
+        self._take_off(most=UPLOADS)  # after a failure nothing more need be compressed
         self._written = self._writer.submit(self._write, shard)
 
     def wait(self) -> None:
         """Returns when all that was added is durable; raises what went wrong."""
         _result(self._written)
-        _result(self._published)
+        for published in self._published:
+            published.result()
 
     @property
     def backlog(self) -> int:
         """Shards being compressed, written or uploaded now."""
-        return sum(step is not None and not step.done() for step in (self._written, self._published))
+        return sum(step is not None and not step.done() for step in (self._written, *self._published))
 
     def _write(self, shard: FilledShard) -> None:
         written = self._committer.write(shard)
         try:
-            _result(self._published)
-            self._published = self._publisher.submit(self._committer.publish, written)
+            _result(self._named)
+            self._take_off(most=UPLOADS - 1)
         except BaseException:
             written.file.discard()
             raise
+        before = self._published[-1] if self._published else None
+        self._named = self._namer.submit(self._committer.name, written)
+        self._published.append(self._publishers.submit(self._publish, self._named, before))
+
+    def _take_off(self, *, most: int) -> None:
+        """Leaves at most so many shards that are not known to be durable; raises what went wrong with an older one."""
+        while self._published and (len(self._published) > most or self._published[0].done()):
+            self._published.popleft().result()
+
+    def _publish(self, named: Future[Ledger], before: Future[None] | None) -> None:
+        ledger = named.result()
+        self._committer.upload(ledger)
+        _result(before)
+        self._committer.commit(ledger)
 
     def __enter__(self) -> "BackgroundCommitter":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._writer.shutdown(cancel_futures=True)
-        self._publisher.shutdown(cancel_futures=True)
+        self._namer.shutdown()
+        self._publishers.shutdown(cancel_futures=True)
 
 
 def _delete_stale(path: Path) -> None:
@@ -314,7 +364,7 @@ def _delete_stale(path: Path) -> None:
             sync_folder(path.parent)
 
 
-def _result(step: Future[None] | None) -> None:
+def _result(step: Future[Any] | None) -> None:
     if step is not None:
         step.result()
 

@@ -24,6 +24,7 @@ from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX
 from qwen_jax.model.source import fetch_model
 from qwen_jax.run.cache import why_not_used
+from qwen_jax.run.commit import SHARDS_ON_DISK
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.settings import Settings
 from qwen_jax.storage.opening import open_store
@@ -35,7 +36,6 @@ PACKAGES = (
     *("safetensors", "ml_dtypes", "huggingface_hub", "google_crc32c"),
 )
 _PLANNED_LINES = 200
-_SHARDS_IN_FLIGHT = 3
 _SKEW_NOTE_S, _SKEW_FAIL_S = 30.0, 300.0
 _ANSWER_S, _BUDGET_S = 5.0, 20.0
 """A person waits: less than a worker's patience."""
@@ -241,7 +241,7 @@ def _disk(settings: Settings) -> str:
     plan = make_plan(settings, Assumptions(plan_samples=_PLANNED_LINES))
     needed, what = plan.compressed_bytes, "what is left of the run"
     if settings.bucket_url and settings.delete_local_after_upload:
-        needed, what = _SHARDS_IN_FLIGHT * settings.shard_bytes, "the shards on their way to the bucket"
+        needed, what = SHARDS_ON_DISK * settings.shard_bytes, "the shards on their way to the bucket"
     else:
         needed = max(
             needed - sum(path.stat().st_size for path in settings.worker_dir.glob(f"{SHARD_PREFIX}*")), 0

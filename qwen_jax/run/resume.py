@@ -112,8 +112,8 @@ def take_up(
         committer.claim()
     elif resumed.bucket_lags or resumed.local_lags:
         committer.mend(resumed.stored if resumed.bucket_lags else None)
-    for ledger in resumed.to_adopt:
-        committer.adopt(ledger)
+    if resumed.to_adopt:
+        committer.adopt(resumed.to_adopt)
     return committer, resumed
 
 

@@ -83,9 +83,8 @@ def test_a_killed_process_is_reported(row_bytes, monkeypatch):
     def rows():
         for index in range(100 * CHUNK_ROWS):
             if index == 3 * CHUNK_ROWS:
-                processes = converting_processes()
-                until(lambda: all(map(is_asleep, processes)))
-                for process in processes:
+                until(lambda: all(map(is_asleep, converting_processes())))
+                for process in converting_processes():
                     os.kill(process, signal.SIGKILL)
             line = json.dumps({"examples": [[[[1]], [[2]]]] * 2, "source": "x" * row_bytes})
             yield index, line.encode() + b"\n"

@@ -225,4 +225,6 @@ def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
 
 def commit(committer: Committer, shard: FilledShard) -> None:
     """Makes one shard durable, with nothing beside it."""
-    committer.publish(committer.write(shard))
+    ledger = committer.name(committer.write(shard))
+    committer.upload(ledger)
+    committer.commit(ledger)

@@ -5,18 +5,21 @@ import json
 import pickle
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qwen_jax.errors import WriterConflictError
+from qwen_jax.errors import StorageError, WriterConflictError
 from qwen_jax.ledger.metadata import RunIdentity
-from qwen_jax.run.commit import Committer
+from qwen_jax.ledger.names import METADATA_NAME, shard_name
+from qwen_jax.run.commit import UPLOADS, BackgroundCommitter, Committer
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume, take_up
 from qwen_jax.storage.folder import FolderStore
+from tests.fake_gcs import Fault
 from tests.run_worker.conftest import captured_sample, commit, tree
 from tests.run_worker.test_restart import wait_until
 from tests.run_worker.torture import CHECKPOINT
@@ -74,9 +77,9 @@ def test_two_on_one_machine(cloud, undisturbed):
 
 @pytest.mark.wide
 def test_stale_local_files_beside_a_newer_bucket(cloud, undisturbed):
-    cloud.killed_at("checkpoint_local:2")
+    cloud.killed_at("shard_described:1")
     shutil.copytree(cloud.root, cloud.root.with_name("stale"))
-    cloud.killed_at("checkpoint_local:2")
+    cloud.killed_at("checkpoint_local:3")
     assert total_shards(cloud) == 3
     cloud.lose_disk()
     shutil.copytree(cloud.root.with_name("stale"), cloud.root, dirs_exist_ok=True)
@@ -89,15 +92,28 @@ def test_stale_local_files_beside_a_newer_bucket(cloud, undisturbed):
 
 
 @pytest.mark.wide
-def test_a_shard_kept_locally_is_uploaded_first_and_no_other_again(cloud, undisturbed):
-    cloud.killed_at("shard_described:2")
-    assert total_shards(cloud) == 1 and "shard_0002.pkl.gz" not in cloud.stored()
+def test_shards_kept_locally_are_uploaded_first_and_no_other_again(cloud, undisturbed):
+    """The second one is stuck on its way; those behind it overtake it, and no marker lists them."""
+    stuck = Fault("stall", "POST", name="shard_0002.pkl.gz")
+    cloud.server.faults = [stuck]
+    process = cloud.start()
+    wait_until(lambda: "shard_0003.pkl.gz" in cloud.stored() and total_shards(cloud) == 1, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert stuck.seen == 1 and "shard_0002.pkl.gz" not in cloud.stored()
+    kept = [shard["filename"] for shard in cloud.metadata()["shards"][1:]]
+    assert len(kept) >= 2
     before = len(cloud.uploads())
     done = cloud.run()
-    assert "uploading shard_0002.pkl.gz, kept by an earlier run" in done.stderr
-    assert cloud.uploads()[before : before + 2] == ["stats_0002.safetensors", "shard_0002.pkl.gz"]
-    assert cloud.uploads()[before:].count("shard_0002.pkl.gz") == 1
-    assert "shard_0001.pkl.gz" not in cloud.uploads()[before:]
+    assert [f"uploading {name}, kept by an earlier run" in done.stderr for name in kept] == [True] * len(kept)
+    again = [name for name in cloud.uploads()[before:] if not name.endswith(".json")]
+    wanted = [
+        part
+        for name in kept
+        for part in (name.replace("shard", "stats").replace("pkl.gz", "safetensors"), name)
+    ]
+    assert list(dict.fromkeys(again))[: len(wanted)] == wanted
+    assert "shard_0001.pkl.gz" not in again
     assert cloud.stored() == undisturbed
     assert_mirrored(cloud, undisturbed)
 
@@ -194,6 +210,56 @@ def test_a_rival_that_replaces_an_uncommitted_shard_keeps_its_owner_from_committ
         commit(owner, one_sample_shard(0, 1.0))
     assert stored_value(tmp_path / "bucket" / "shard_0001.pkl.gz") == 2.0
     assert len(open_committer(tmp_path, "third").ledger.shards) == 1
+
+
+def test_a_commit_that_fails_half_way_is_not_taken_back_by_an_upload_under_way(tmp_path, monkeypatch):
+    """The upload meets a dead predecessor's shard, and writes the markers again before it replaces that."""
+    dead = open_committer(tmp_path, "dead")
+    for number in range(2):
+        dead.upload(dead.name(dead.write(one_sample_shard(number, 2.0))))
+    owner = open_committer(tmp_path, "owner")
+    first, second = (owner.name(owner.write(one_sample_shard(number, 1.0))) for number in range(2))
+    owner.upload(first)
+    put_bytes = FolderStore.put_bytes
+
+    def refused(self, name, data, *args, **options):
+        if name == CHECKPOINT:
+            raise StorageError("down")
+        return put_bytes(self, name, data, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "put_bytes", refused)
+        with pytest.raises(StorageError):
+            owner.commit(first)
+    owner.upload(second)
+    markers = [json.loads((tmp_path / "bucket" / name).read_text()) for name in ("metadata.json", CHECKPOINT)]
+    assert [len(markers[0]["shards"]), markers[1]["total_shards"]] == [1, 1]
+    assert len(open_committer(tmp_path, "third").ledger.shards) == 1
+
+
+def test_uploads_at_once_that_meet_a_dead_predecessors_shards(tmp_path, monkeypatch):
+    """Each of them writes the markers again, while others are committed: one after the other, and never less."""
+    dead = open_committer(tmp_path, "dead")
+    for number in range(UPLOADS):
+        dead.upload(dead.name(dead.write(one_sample_shard(number, 2.0))))
+    listed = []
+    put_bytes = FolderStore.put_bytes
+
+    def slowly(self, name, data, *args, **options):
+        listed.append((name, json.loads(data)["totals"]["shards"]) if name == METADATA_NAME else (name, None))
+        time.sleep(0.002)
+        return put_bytes(self, name, data, *args, **options)
+
+    owner = open_committer(tmp_path, "owner")
+    monkeypatch.setattr(FolderStore, "put_bytes", slowly)
+    with BackgroundCommitter(owner) as background:
+        for number in range(UPLOADS):
+            background.add(one_sample_shard(number, 1.0))
+        background.wait()
+    names, counts = zip(*listed, strict=True)
+    assert names == (METADATA_NAME, CHECKPOINT) * (len(names) // 2) and len(names) > 2 * UPLOADS
+    assert list(counts[::2]) == sorted(counts[::2]) and counts[-2] == UPLOADS
+    assert [stored_value(tmp_path / "bucket" / shard_name(n + 1)) for n in range(UPLOADS)] == [1.0] * UPLOADS
 
 
 def test_a_dead_predecessors_shard_with_other_bits_is_replaced(tmp_path):

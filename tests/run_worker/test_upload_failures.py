@@ -13,9 +13,8 @@ from qwen_jax.storage.checksum import file_crc32c
 from tests.fake_gcs import Fault
 from tests.run_worker.starts import Start
 from tests.run_worker.test_restart import wait_until
+from tests.run_worker.test_rivals import total_shards
 
-# A new run uploads two markers, then per shard the shard and two markers: the sixth is shard 2.
-SECOND_SHARD = 8
 SECOND = ["stats_0002.safetensors", "shard_0002.pkl.gz"]
 
 
@@ -37,8 +36,8 @@ def first_uploads(cloud, before: int) -> list[str]:
     return list(dict.fromkeys(names))[:2]
 
 
-def test_a_bucket_that_is_gone_for_long_ends_with_75_and_the_shard_kept(cloud, undisturbed):
-    cloud.server.faults = [Fault("status", "POST", "/upload/", nth=SECOND_SHARD, times=10**9)]
+def test_a_shard_that_cannot_be_stored_ends_with_75_and_is_kept(cloud, undisturbed):
+    cloud.server.faults = [Fault("status", "POST", name=SECOND[1], times=10**9)]
     done = cloud.having(GCS_RETRY_BUDGET_S="1").run(expect=75)
     kept = cloud.output / "shard_0002.pkl.gz"
     assert f"the local file {kept} is kept" in done.stderr and "start again" in done.stderr
@@ -55,10 +54,10 @@ def test_a_bucket_that_is_gone_for_long_ends_with_75_and_the_shard_kept(cloud, u
 
 @pytest.mark.wide
 def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
-    stall = Fault("stall", "POST", "/upload/", nth=SECOND_SHARD)
+    stall = Fault("stall", "POST", name=SECOND[1])
     cloud.server.faults = [stall]
     process = cloud.start()
-    wait_until(lambda: stall.seen >= SECOND_SHARD, process)
+    wait_until(lambda: stall.seen and total_shards(cloud) == 1, process)
     errors = terminate(process)
     assert "the next start resumes from the last checkpoint" in errors
     before = len(cloud.uploads())
@@ -69,10 +68,10 @@ def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
 
 @pytest.mark.wide
 def test_sigterm_between_retries(cloud, undisturbed):
-    failing = Fault("status", "POST", "/upload/", nth=SECOND_SHARD, times=10**9)
+    failing = Fault("status", "POST", "/upload/", nth=8, times=10**9)
     cloud.server.faults = [failing]
     process = cloud.start()
-    wait_until(lambda: failing.seen > SECOND_SHARD, process)
+    wait_until(lambda: failing.seen > failing.nth, process)
     terminate(process)
     cloud.server.faults.clear()
     cloud.run()

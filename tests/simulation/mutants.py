@@ -13,7 +13,7 @@ from qwen_jax.run import commit, resume
 from qwen_jax.run.commit import Committer
 from qwen_jax.run.places import Places
 from qwen_jax.storage import atomic, gcs
-from qwen_jax.storage.atomic import json_bytes, write_json
+from qwen_jax.storage.atomic import json_bytes
 from qwen_jax.storage.store import PreconditionFailedError
 
 Mutant = Callable[[], contextlib.AbstractContextManager]
@@ -121,13 +121,25 @@ def _() -> Iterator[None]:
 
 @mutant("the markers are written before the shard")
 def _() -> Iterator[None]:
-    def ahead(self: Committer, ledger: Ledger, entry: Any) -> None:
-        self._commit_markers(ledger)
-        if self._places.store is not None:
-            self._upload(shard_stats_name(len(ledger.shards)))
-            self._upload(entry.filename)
+    upload, commit = Committer.upload, Committer.commit
 
-    with instead(Committer, "_commit", ahead):
+    def ahead(self: Committer, ledger: Ledger) -> None:
+        commit(self, ledger)
+        upload(self, ledger)
+
+    with instead(Committer, "upload", lambda *_: None), instead(Committer, "commit", ahead):
+        yield
+
+
+@mutant("the markers of a later shard do not wait for those before")
+def _() -> Iterator[None]:
+    upload, commit = Committer.upload, Committer.commit
+
+    def at_once(self: Committer, ledger: Ledger) -> None:
+        upload(self, ledger)
+        commit(self, ledger)
+
+    with instead(Committer, "upload", at_once):
         yield
 
 
@@ -266,15 +278,18 @@ def _() -> Iterator[None]:
 
 @mutant("a shard is uploaded before its statistics")
 def _() -> Iterator[None]:
-    def late(self: Committer, ledger: Ledger, entry: Any) -> None:
+    commit = Committer.commit
+
+    def without(self: Committer, ledger: Ledger) -> None:
         if self._places.store is not None:
-            write_json(self._places.metadata_path, ledger.metadata(self._run))
-            self._upload(entry.filename)
-        self._commit_markers(ledger)
+            self._upload(ledger.shards[-1].filename)
+
+    def late(self: Committer, ledger: Ledger) -> None:
+        commit(self, ledger)
         if self._places.store is not None:
             self._upload(shard_stats_name(len(ledger.shards)))
 
-    with instead(Committer, "_commit", late):
+    with instead(Committer, "upload", without), instead(Committer, "commit", late):
         yield
 
 

@@ -93,6 +93,8 @@ class Script:
     with_bucket: bool = True
     chunked: bool = False
     delete_local: bool = False
+    at_once: int = 1
+    """Shards that are on their way to the bucket at once."""
 
     @classmethod
     def random(cls, seed: int) -> "Script":
@@ -107,7 +109,8 @@ class Script:
             Event(int(rng.expovariate(1 / pace)), place, kind, rng.randrange(1000))
             for place, kind in zip(places, kinds, strict=True)
         )
-        return cls(bits, events, with_bucket, rng.random() < 0.2, with_bucket and rng.random() < 0.3)
+        chunked, delete_local = rng.random() < 0.2, with_bucket and rng.random() < 0.3
+        return cls(bits, events, with_bucket, chunked, delete_local, rng.randint(1, SHARDS))
 
 
 class Died(BaseException):
@@ -212,9 +215,14 @@ class World:
             delete_local_after_upload=self.script.delete_local,
         )
         self._check_believed(committer, machine)
-        for number in range(len(committer.ledger.shards), SHARDS):
-            committer.publish(committer.write(filled(number, machine.bits)))
-            self._check_believed(committer, machine)
+        while left := range(len(committer.ledger.shards), SHARDS)[: self.script.at_once]:
+            shards = [filled(number, machine.bits) for number in left]
+            named = [committer.name(committer.write(shard)) for shard in shards]
+            for ledger in reversed(named):
+                committer.upload(ledger)
+            for ledger in named:
+                committer.commit(ledger)
+                self._check_believed(committer, machine)
         if committer.ledger.status != "completed":
             last = SkippedSample(LINES - 1, "", "bad", 0, bad_record=True)
             committer.complete(LINES, [last])
