@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,19 @@ def output(command: list[str], **variables: str) -> str:
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stderr}")
     return done.stdout.splitlines()[-1]
+
+
+@contextmanager
+def bucket(**options: float) -> Iterator[None]:
+    """The tests' double of Cloud Storage, in a process of its own. options: its flags."""
+    command = [sys.executable, str(ROOT / "tests" / "fake_gcs.py")]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        os.environ["STORAGE_EMULATOR_HOST"] = server.stdout.readline().strip()
+        try:
+            yield
+        finally:
+            server.terminate()
 
 
 def worker_command(stream: Path, model: Path, folder: Path, *flags: str, checkout: Path = ROOT) -> list[str]:

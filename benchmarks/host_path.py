@@ -35,6 +35,7 @@ from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, FilledShard, captured_samples
 from qwen_jax.run.places import Places
 from qwen_jax.shards.compress import BLOCK_BYTES
+from qwen_jax.storage.store import Store
 
 LAYERS, HIDDEN = 24, 896
 SHAPE = StepShape(tokens=step_tokens(4, 2048, on_cpu=False), positions=2048)
@@ -107,16 +108,17 @@ def raw_bytes(sample: CapturedSample) -> np.ndarray:
     return np.concatenate([array.reshape(-1).view(np.uint8) for array in (*tap.pieces, *tap.beside)])
 
 
-def ours(steps: Sequence[tuple[Step, Computed]], parent: Path) -> None:
-    """What a worker does with the steps, without a bucket, in a folder of its own: to delete what an earlier run left
-    takes time."""
+def ours(
+    steps: Sequence[tuple[Step, Computed]], parent: Path, shards: int = SHARDS, store: Store | None = None
+) -> None:
+    """What a worker does with the steps, in a folder of its own: to delete what an earlier run left takes time."""
     folder = Path(tempfile.mkdtemp(dir=parent))
-    places = Places(folder, folder / "checkpoint.json", "checkpoint.json", None)
+    places = Places(folder, folder / "checkpoint.json", "checkpoint.json", store)
     committer = Committer(RunIdentity(0, "", "", {}, {}), places, range(LAYERS), Ledger(), Fence())
     samples = off_the_device(steps)
     with BackgroundCommitter(committer) as background:
-        for number in range(SHARDS):
-            part = samples[number * len(samples) // SHARDS : (number + 1) * len(samples) // SHARDS]
+        for number in range(shards):
+            part = samples[number * len(samples) // shards : (number + 1) * len(samples) // shards]
             background.add(FilledShard(part, []))
         background.wait()
     committer.complete(len(samples), [])

@@ -13,20 +13,17 @@ import argparse
 import gzip
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 
 import ml_dtypes
 import numpy as np
-from common import ROOT, interleave, report
+from common import bucket, interleave, report
 from isal import isal_zlib
 
 from qwen_jax.reading import iter_activations, load_shard
@@ -97,18 +94,6 @@ def torch_epochs(path: Path | str, rows: int) -> Callable[[], None]:
         assert sum(map(len, loader)) == rows
 
     return epoch
-
-
-@contextmanager
-def bucket() -> Iterator[None]:
-    command = [sys.executable, str(ROOT / "tests" / "fake_gcs.py")]
-    command += ["--latency", str(LATENCY_S), "--rate", str(RATE)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        os.environ["STORAGE_EMULATOR_HOST"] = server.stdout.readline().strip()
-        try:
-            yield
-        finally:
-            server.terminate()
 
 
 def write_arrow(path: Path, values: np.ndarray) -> None:
@@ -234,7 +219,7 @@ def main() -> None:
         if args.torch:
             cases[BY_LOADER] = torch_epochs(folder, rows)
         seconds = interleave(cases, args.rounds)
-        with bucket():
+        with bucket(latency=LATENCY_S, rate=RATE):
             of_bucket = bucket_cases(folder, Path(name), rows)
             if args.torch:
                 of_bucket[f"of shards, {BY_LOADER}"] = torch_epochs(URL, rows)

@@ -147,6 +147,7 @@ class FakeGcs:
         body_bytes: request body bytes that arrived.
         sent_bytes: of objects' content, that were sent.
         latency_s, rate: seconds before each answer, and bytes a second of all answers together (0: as fast as can be).
+        upload_rate: bytes a second of what one connection sends.
         uploads: names of the objects that whole bodies arrived for, stored or refused.
         page_size: objects in a page of a listing.
     """
@@ -155,7 +156,7 @@ class FakeGcs:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.body_bytes = self.sent_bytes = 0
-        self.latency_s = self.rate = 0.0
+        self.latency_s = self.rate = self.upload_rate = 0.0
         self.link = threading.Lock()
         self.uploads: list[str] = []
         self.page_size = page_size
@@ -264,6 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = self.fault.kind if self.fault else ""
         self.body = self.rfile.read(min(length, self.fault.keep) if kind == "reset" else length)
         self.fake.body_bytes += len(self.body)
+        if self.fake.upload_rate:
+            time.sleep(length / self.fake.upload_rate)
         if kind != "reset" and len(self.body) < length:
             return self._reset()  # the client died while it sent this
         if kind == "stall":
@@ -431,12 +434,15 @@ def main() -> None:
     parser.add_argument("--dump", type=Path, help="folder that gets the objects in the end")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=0.0, help="bytes a second of all answers together")
+    parser.add_argument(
+        "--upload_rate", type=float, default=0.0, help="bytes a second of what a connection sends"
+    )
     args = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with FakeGcs([args.bucket], args.port) as server:
-        server.latency_s, server.rate = args.latency, args.rate
+        server.latency_s, server.rate, server.upload_rate = args.latency, args.rate, args.upload_rate
         print(server.url, flush=True)
         stop.wait()
         for name, data in server.tree(args.bucket).items() if args.dump else ():

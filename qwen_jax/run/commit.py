@@ -92,7 +92,10 @@ class Committer:
         self._shards_begun = len(ledger.shards)
         self._listed = ledger
         """What the local metadata.json says: `ledger`, and shards on their way to the bucket."""
+        self._uploaded: dict[int, Ledger] = {}
+        """By how many shards it has: each whose last one is uploaded and waits for one before it."""
         self._marking = threading.RLock()
+        self._marking_failed: BaseException | None = None
 
     def open(self) -> None:
         """Marks a new run's folder and bucket as its own, before any shard is there."""
@@ -176,13 +179,25 @@ class Committer:
             failpoint("stats_uploaded")
             self._upload(name)
         failpoint("shard_uploaded")
+        self._uploaded[len(ledger.shards)] = ledger
 
     def commit(self, ledger: Ledger) -> None:
-        """Records the ledger's last shard, which is uploaded."""
+        """Records the ledger's last shard, which is uploaded, and those that have overtaken it; a second time it does
+        nothing."""
+        done = len(self.ledger.shards)
+        if len(ledger.shards) <= done:
+            return
+        while further := self._uploaded.pop(len(ledger.shards) + 1, None):
+            ledger = further
         if ledger.status == COMPLETED:
             self._commit_stats(ledger)
         self._commit_markers(ledger)
-        entry = ledger.shards[-1]
+        for entry in ledger.shards[done:]:
+            self._committed(entry)
+        if note := ledger.length_note(self._run.max_seq_length):
+            log.info("%s", note)
+
+    def _committed(self, entry: ShardEntry) -> None:
         if self._delete_local:
             path = self._places.output_dir / entry.filename
             with storage_errors("delete", path):
@@ -195,19 +210,24 @@ class Committer:
             entry.tokens,
             entry.bytes / 1e6,
         )
-        if note := ledger.length_note(self._run.max_seq_length):
-            log.info("%s", note)
 
     def adopt(self, ledgers: Sequence[Ledger]) -> None:
         """Uploads shards that an earlier run left whole on the local disk, the last one of each of `ledgers`."""
         self._listed = ledgers[-1]
-        for ledger in ledgers:
-            log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
-            failpoint("adopting")
-            self.upload(ledger)
-            self.commit(ledger)
-            failpoint("adopted")
+        pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="adopt")
+        try:
+            for ledger, uploaded in [(ledger, pool.submit(self._adopt, ledger)) for ledger in ledgers]:
+                uploaded.result()
+                self.commit(ledger)
+                failpoint("adopted")
+        finally:
+            pool.shutdown(cancel_futures=True)
         self._shards_begun = len(ledgers[-1].shards)
+
+    def _adopt(self, ledger: Ledger) -> None:
+        log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
+        failpoint("adopting")
+        self.upload(ledger)
 
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""
@@ -248,7 +268,7 @@ class Committer:
                 generation = refused.present.generation if refused.present else 0
             # Fails if a rival has committed it, and keeps him from doing so.
             with self._marking:
-                self._store_markers(self.ledger)
+                self._mark(self.ledger)
             log.warning("%s stands in the bucket but no checkpoint covers it; replacing it", name)
 
     def _list(self, ledger: Ledger) -> None:
@@ -262,13 +282,23 @@ class Committer:
         self._list(ledger)
         failpoint("metadata_local")
         with self._marking:
-            # Before they are written: should that fail, an upload under way may still write them again, and never less.
-            self.ledger = ledger
             if bucket and self._places.store is not None:
-                self._store_markers(ledger)
+                self._mark(ledger)
+            self.ledger = ledger
         if self._places.checkpoint_path is not None:
             write_json(self._places.checkpoint_path, ledger.checkpoint(self._run))
         failpoint("checkpoint_local")
+
+    def _mark(self, ledger: Ledger) -> None:
+        """Writes the bucket's markers, unless that has failed before: then nobody knows what generations they have, and
+        no other upload under way may take an old one for ours."""
+        if self._marking_failed is not None:
+            raise self._marking_failed
+        try:
+            self._store_markers(ledger)
+        except BaseException as error:
+            self._marking_failed = error
+            raise
 
     def _store_markers(self, ledger: Ledger) -> None:
         self._put_marker(METADATA_NAME, json_bytes(ledger.metadata(self._run)))
@@ -294,11 +324,13 @@ class BackgroundCommitter:
     upload those before that.
 
     So at most two shards are held in memory, one being filled and one being compressed.
-    A failure is raised by the next call; leaving the `with` block by an exception abandons what waits.
+    A failure is raised by the next call; leaving the `with` block by an exception abandons what waits, and sets `stop`,
+    which ends what is tried again.
     """
 
-    def __init__(self, committer: Committer):
+    def __init__(self, committer: Committer, stop: threading.Event | None = None):
         self._committer = committer
+        self._stop = stop or threading.Event()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="compress")
         self._namer = ThreadPoolExecutor(1, thread_name_prefix="name")
         self._publishers = ThreadPoolExecutor(UPLOADS, thread_name_prefix="publish")
@@ -336,12 +368,17 @@ class BackgroundCommitter:
         self._published.append(self._publishers.submit(self._publish, self._named, before))
 
     def _take_off(self, *, most: int) -> None:
-        """Leaves at most so many shards that are not known to be durable; raises what went wrong with an older one."""
+        """Leaves at most so many shards that are not known to be durable; raises what went wrong with one of them."""
+        for published in self._published:
+            if published.done():
+                published.result()
         while self._published and (len(self._published) > most or self._published[0].done()):
             self._published.popleft().result()
 
     def _publish(self, named: Future[Ledger], before: Future[None] | None) -> None:
         ledger = named.result()
+        if before is not None and before.done():
+            before.result()  # after a failure nothing behind it need be uploaded
         self._committer.upload(ledger)
         _result(before)
         self._committer.commit(ledger)
@@ -349,7 +386,11 @@ class BackgroundCommitter:
     def __enter__(self) -> "BackgroundCommitter":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._stop.set()
+            if under_way := self.backlog:
+                log.warning("%s; waiting for %d shards that are being stored", error, under_way)
         self._writer.shutdown(cancel_futures=True)
         self._namer.shutdown()
         self._publishers.shutdown(cancel_futures=True)

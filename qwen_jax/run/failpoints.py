@@ -5,6 +5,7 @@ Off unless the variable QWEN_JAX_FAILPOINT says `name`, or `name:n` for the n-th
 
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ NAMES = {
 
 # Passes that are left until the process kills itself, by name; empty in every ordinary run.
 _armed: dict[str, int] = {}
+_passing = threading.Lock()
 
 
 def arm(environment: Mapping[str, str]) -> None:
@@ -49,9 +51,10 @@ def arm(environment: Mapping[str, str]) -> None:
 def failpoint(name: str) -> None:
     """Dies here by SIGKILL if armed for this name and this pass."""
     if name in _armed:
-        _armed[name] -= 1
-        if _armed[name] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with _passing:
+            _armed[name] -= 1
+            if _armed[name] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def through_failpoint(file: Any) -> Any:

@@ -49,9 +49,9 @@ def run_until_stopped(work: Callable[[threading.Event], T]) -> T:
     previous = {number: signal.signal(number, receive) for number in _ERRORS}
     try:
         threading.Thread(target=run, name="worker", daemon=True).start()
-        while not done.is_set() and not stop.is_set():
+        while not done.is_set() and not received:
             done.wait(0.2)
-        if not done.wait(GRACE_S if stop.is_set() else None):
+        if not done.wait(GRACE_S if received else None):
             _cut_off(received[0], f"after {GRACE_S:.0f} s")
     finally:
         for number, handler in previous.items():

@@ -114,7 +114,7 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     steps = stages.each("prompts", prefetch(lay_into_steps(reader, shape), depth=1))
     samples = stages.each("prompts and the device", captured_samples(steps, capture))
     with (
-        BackgroundCommitter(committer) as background,
+        BackgroundCommitter(committer, stop) as background,
         logging_redirect_tqdm(),
         Progress(first, job.lines, len(committer.ledger.shards), lambda: background.backlog) as progress,
     ):

@@ -255,3 +255,16 @@ def test_a_failure_ends_the_run_and_nothing_behind_it_is_committed(step):
     named = [number for number in begun if committer.begun[f"name {number}"].is_set()]
     unnamed = [number for number in begun if number not in named and f"write {number}" != step]
     assert FakeWritten.discarded == unnamed
+
+
+def test_a_failure_is_raised_though_an_older_shard_is_still_on_its_way_and_stops_what_is_tried_again():
+    committer, stop = FakeCommitter("upload 1"), threading.Event()
+    committer.let_go_of("write", "name", "upload 1")
+    with pytest.raises(OSError, match="upload 1"), BackgroundCommitter(committer, stop) as background:
+        background.add(0)
+        background.add(1)
+        until(lambda: background.backlog == 1)
+        threading.Thread(target=lambda: stop.wait(WAIT_S) and committer.let_go_of("")).start()
+        background.add(2)
+    assert stop.is_set() and committer.done[-1] == "commit 0"
+    assert not committer.begun["write 2"].is_set()

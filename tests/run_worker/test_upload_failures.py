@@ -13,9 +13,9 @@ from qwen_jax.storage.checksum import file_crc32c
 from tests.fake_gcs import Fault
 from tests.run_worker.starts import Start
 from tests.run_worker.test_restart import wait_until
-from tests.run_worker.test_rivals import total_shards
+from tests.run_worker.test_rivals import assert_uploaded_first, kept_shards, total_shards
 
-SECOND = ["stats_0002.safetensors", "shard_0002.pkl.gz"]
+SECOND = "shard_0002.pkl.gz"
 
 
 def terminate(process: Start) -> str:
@@ -29,15 +29,8 @@ def terminate(process: Start) -> str:
     return errors
 
 
-def first_uploads(cloud, before: int) -> list[str]:
-    """The first two files after so many uploads, each once: the markers come between, and what a dead writer had
-    stored and no marker covers is stored again."""
-    names = [name for name in cloud.uploads()[before:] if not name.endswith(".json")]
-    return list(dict.fromkeys(names))[:2]
-
-
 def test_a_shard_that_cannot_be_stored_ends_with_75_and_is_kept(cloud, undisturbed):
-    cloud.server.faults = [Fault("status", "POST", name=SECOND[1], times=10**9)]
+    cloud.server.faults = [Fault("status", "POST", name=SECOND, times=10**9)]
     done = cloud.having(GCS_RETRY_BUDGET_S="1").run(expect=75)
     kept = cloud.output / "shard_0002.pkl.gz"
     assert f"the local file {kept} is kept" in done.stderr and "start again" in done.stderr
@@ -46,23 +39,25 @@ def test_a_shard_that_cannot_be_stored_ends_with_75_and_is_kept(cloud, undisturb
     assert file_crc32c(kept) == (entry["bytes"], entry["crc32c"])
     assert "shard_0002.pkl.gz" not in cloud.stored()
     cloud.server.faults.clear()
-    before = len(cloud.uploads())
+    kept, before = kept_shards(cloud), len(cloud.uploads())
+    assert kept[0] == SECOND
     cloud.run()
-    assert first_uploads(cloud, before) == SECOND
+    assert_uploaded_first(cloud, before, kept)
     assert cloud.stored() == undisturbed
 
 
 @pytest.mark.wide
 def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
-    stall = Fault("stall", "POST", name=SECOND[1])
+    stall = Fault("stall", "POST", name=SECOND)
     cloud.server.faults = [stall]
     process = cloud.start()
     wait_until(lambda: stall.seen and total_shards(cloud) == 1, process)
     errors = terminate(process)
     assert "the next start resumes from the last checkpoint" in errors
-    before = len(cloud.uploads())
+    kept, before = kept_shards(cloud), len(cloud.uploads())
+    assert kept[0] == SECOND
     cloud.run()
-    assert first_uploads(cloud, before) == SECOND
+    assert_uploaded_first(cloud, before, kept)
     assert cloud.stored() == undisturbed
 
 

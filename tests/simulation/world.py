@@ -20,7 +20,7 @@ from unittest import mock
 
 from qwen_jax.data.prompts import SkippedSample
 from qwen_jax.errors import ConfigError, StorageError, WriterConflictError
-from qwen_jax.ledger.metadata import RunIdentity
+from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.run import commit, resume, run_stats
 from qwen_jax.run.places import Places
 from qwen_jax.shards import statistics
@@ -217,16 +217,27 @@ class World:
         self._check_believed(committer, machine)
         while left := range(len(committer.ledger.shards), SHARDS)[: self.script.at_once]:
             shards = [filled(number, machine.bits) for number in left]
-            named = [committer.name(committer.write(shard)) for shard in shards]
-            for ledger in reversed(named):
-                committer.upload(ledger)
-            for ledger in named:
-                committer.commit(ledger)
-                self._check_believed(committer, machine)
+            self._store(committer, machine, [committer.name(committer.write(shard)) for shard in shards])
         if committer.ledger.status != "completed":
             last = SkippedSample(LINES - 1, "", "bad", 0, bad_record=True)
             committer.complete(LINES, [last])
         self._check_believed(committer, machine)
+
+    def _store(self, committer: commit.Committer, machine: Machine, named: list[Ledger]) -> None:
+        """The last one overtakes the others. What is under way when one of them fails goes on."""
+        under_way = [named[-1], *named[:-1]]
+        try:
+            committer.upload(under_way.pop(0))
+            for ledger in named:
+                if ledger in under_way:
+                    committer.upload(under_way.pop(0))
+                committer.commit(ledger)
+                self._check_believed(committer, machine)
+        except (StorageError, WriterConflictError):
+            for ledger in under_way:
+                with contextlib.suppress(StorageError, WriterConflictError):
+                    committer.upload(ledger)
+            raise
 
     def _places(self, machine: Machine) -> Places:
         output = machine.path / "out"
@@ -425,10 +436,14 @@ class Waiting:
 class OneByOne:
     """In the place of a pool of threads."""
 
+    def __init__(self, *size: int, thread_name_prefix: str = ""): ...
+
     def __enter__(self) -> "OneByOne":
         return self
 
     def __exit__(self, *error: object) -> None: ...
+
+    def shutdown(self, **options: object) -> None: ...
 
     def map(self, work: Callable, items: Any) -> Iterator:
         return map(work, items)
@@ -456,6 +471,7 @@ def simulated() -> Iterator[None]:
         mock.patch.object(gcs.GcsStore, "_connect", lambda store: Client(_world().bucket)),
         mock.patch.object(resumable, "requests", SimpleNamespace(Session=lambda: Http(_world().bucket))),
         mock.patch.object(resume, "ThreadPoolExecutor", OneByOne),
+        mock.patch.object(commit, "ThreadPoolExecutor", OneByOne),
         mock.patch.object(commit, "write_shard", write_known_shard),
         mock.patch.object(run_stats, "load_shard", lambda path: path.read_bytes()),
         mock.patch.object(run_stats, "shard_stats", lambda data, kinds: stats_of(data)),
