@@ -139,7 +139,7 @@ class _Process:
 
 def _serve(connection: Connection, convert: _Convert) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks.
-    with suppress(EOFError):
+    with suppress(EOFError, ConnectionError):
         while True:
             connection.send(convert(connection.recv()))
 

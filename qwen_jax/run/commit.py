@@ -69,8 +69,8 @@ class WrittenShard:
 class Committer:
     """Makes shards durable: `write`, `name`, `upload` and `commit` for each.
 
-    Shards are written, named and committed in order, each step in one thread; they are uploaded in any order, in any
-    number of threads.
+    Shards are written, named and committed in order, never two at a time; they are uploaded in any order, in any number
+    of threads.
     """
 
     def __init__(
@@ -173,9 +173,8 @@ class Committer:
             return
         name, stats_name = ledger.shards[-1].filename, shard_stats_name(len(ledger.shards))
         with timed(f"uploading {name}"):
-            if (self._places.output_dir / stats_name).exists():
-                # Before the shard, so that a shard that counts as durable has them.
-                self._upload(stats_name)
+            # Before the shard, so that a shard that counts as durable has them.
+            self._upload(stats_name)
             failpoint("stats_uploaded")
             self._upload(name)
         failpoint("shard_uploaded")
@@ -185,6 +184,7 @@ class Committer:
         """Records the ledger's last shard, which is uploaded, and those that have overtaken it; a second time it does
         nothing."""
         done = len(self.ledger.shards)
+        self._uploaded.pop(len(ledger.shards), None)
         if len(ledger.shards) <= done:
             return
         while further := self._uploaded.pop(len(ledger.shards) + 1, None):
@@ -213,18 +213,26 @@ class Committer:
 
     def adopt(self, ledgers: Sequence[Ledger]) -> None:
         """Uploads shards that an earlier run left whole on the local disk, the last one of each of `ledgers`."""
-        self._listed = ledgers[-1]
+        self._list(ledgers[-1])
         pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="adopt")
+        under_way: deque[tuple[Ledger, Future[None]]] = deque()
         try:
-            for ledger, uploaded in [(ledger, pool.submit(self._adopt, ledger)) for ledger in ledgers]:
-                uploaded.result()
-                self.commit(ledger)
-                failpoint("adopted")
+            for ledger in ledgers:
+                under_way.append((ledger, pool.submit(self._upload_kept, ledger)))
+                if len(under_way) == UPLOADS:
+                    self._adopt(*under_way.popleft())
+            while under_way:
+                self._adopt(*under_way.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
         self._shards_begun = len(ledgers[-1].shards)
 
-    def _adopt(self, ledger: Ledger) -> None:
+    def _adopt(self, ledger: Ledger, uploaded: Future[None]) -> None:
+        uploaded.result()
+        self.commit(ledger)
+        failpoint("adopted")
+
+    def _upload_kept(self, ledger: Ledger) -> None:
         log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
         failpoint("adopting")
         self.upload(ledger)

@@ -16,7 +16,7 @@ from qwen_jax.files import storage_errors
 from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity, ShardEntry, StoredMetadata, parse_metadata
-from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX, STATS_PREFIX, shard_name
+from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX, STATS_PREFIX, shard_name, shard_stats_name
 from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.failpoints import failpoint
@@ -299,15 +299,20 @@ def _verified(ledger: Ledger, is_durable: ShardCheck) -> Ledger:
 
 
 def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[Ledger, ...]:
-    """The steps from the bucket's ledger to the local one, as far as the local files are whole.
+    """The steps from the bucket's ledger to the local one, as far as the local shards are whole and have their
+    statistics: those that lie in the bucket may be about to be deleted.
 
     None at all if the two took different ways: another machine's bits may differ in the last place.
     """
     if local is None or durable.status == COMPLETED or local.shards[: len(durable.shards)] != durable.shards:
         return ()
     further = list(local.shards[len(durable.shards) :])
-    checks = [*_local_check(places)(further), False]
-    first = len(durable.shards) + 1
+    first, described = len(durable.shards) + 1, places.local_stats_names()
+    whole = _local_check(places)(further)
+    checks = [
+        *(each and shard_stats_name(number) in described for number, each in enumerate(whole, first)),
+        False,
+    ]
     return tuple(local.prefix(n) for n in range(first, first + checks.index(False)))
 
 

@@ -242,6 +242,7 @@ def _() -> Iterator[None]:
 TWO_MOMENTS = "a checkpoint and a metadata.json of two moments are believed"
 DELETED = "what a start before it deleted locally may come back when the power fails"
 STALE = "a shard of other bits stands beside new statistics until it is replaced"
+BARE = "a kept shard is uploaded without its statistics, since others lie in the bucket"
 
 
 @mutant(TWO_MOMENTS)
@@ -261,6 +262,21 @@ def _() -> Iterator[None]:
 @mutant(STALE)
 def _() -> Iterator[None]:
     with instead(commit, "_delete_stale", lambda path: None):
+        yield
+
+
+@mutant(BARE)
+def _() -> Iterator[None]:
+    upload, names = Committer._upload, Places.local_stats_names
+
+    def if_there(self: Committer, name: str) -> None:
+        if (self._places.output_dir / name).exists():
+            upload(self, name)
+
+    def all_names(self: Places) -> list[str]:
+        return [*names(self), *map(shard_stats_name, range(10))]
+
+    with instead(Committer, "_upload", if_there), instead(Places, "local_stats_names", all_names):
         yield
 
 

@@ -260,6 +260,13 @@ class World:
         if not self._next.finished:
             return self._next
         left = next((machine for machine in self.machines if not machine.finished), None)
+        if left is None and self._due is None and self.bucket.late:
+            # One more start after what arrives late: a dead --force_restart's markers are no longer true.
+            self.watch.late_arrived = True
+            while self.bucket.late:
+                arrive(self.bucket.late.pop())
+            left = self.machines[0]
+            left.finished = False
         if left is None and self._due is not None:
             left = self.machines[self.step % len(self.machines)]
             left.finished, left.force = False, True
@@ -303,10 +310,6 @@ class World:
         return not others and not self.bucket.late and not self.watch.late_arrived
 
     def _check_end(self) -> None:
-        for work in self.bucket.late:
-            arrive(work)
-        if self.violation is not None:
-            raise self.violation
         machine = self.machines[0]
         if self.script.with_bucket:
             self.watch.check_completed()
@@ -450,7 +453,10 @@ class OneByOne:
 
     def submit(self, work: Callable, *arguments: Any) -> Future:
         future: Future = Future()
-        future.set_result(work(*arguments))
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:  # noqa: BLE001  (it is raised where the result is asked for)
+            future.set_exception(error)
         return future
 
 
