@@ -175,7 +175,9 @@ def test_the_shuffle_buffer_is_held_once(clean):
         return held
 
     bytes_a_row = 64 * 4
-    assert 0.5 * 15_000 * bytes_a_row < peak(15_000) - peak(0) < 1.2 * 15_000 * bytes_a_row
+    # The least of some: how far the threads have read ahead differs from one time to the next.
+    most, none = (min(peak(buffer) for _ in range(4)) for buffer in (15_000, 0))
+    assert 0.5 * 15_000 * bytes_a_row < most - none < 1.2 * 15_000 * bytes_a_row
 
 
 def test_no_row_is_twice_in_a_buffer_smaller_than_a_sample(clean):
