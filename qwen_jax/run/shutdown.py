@@ -44,9 +44,8 @@ def run_until_stopped(work: Callable[[threading.Event], T]) -> T:
         if received and number == signal.SIGINT:
             _cut_off(received[0], "at once")
         received.append(signal.Signals(number))
-        if (
-            len(received) == 1
-        ):  # a second one may come in the middle of this, and the event's lock is not reentrant
+        # A second one may come in the middle of setting it, and the event's lock is not reentrant.
+        if len(received) == 1:
             stop.set()
 
     previous = {number: signal.signal(number, receive) for number in _ERRORS}
