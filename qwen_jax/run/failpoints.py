@@ -1,6 +1,7 @@
 """Named places where a worker kills itself, for tests that prove that dying there does no harm.
 
-Off unless the variable QWEN_JAX_FAILPOINT says `name`, or `name:n` for the n-th time that it is passed.
+Off unless the variable QWEN_JAX_FAILPOINT says `name`, or `name:n` for the n-th time that it is passed. With
+`name:n:stop` it is stopped there (SIGSTOP) instead, until it is sent SIGCONT.
 """
 
 import os
@@ -31,30 +32,36 @@ NAMES = {
     "completing": "all shards are committed, the run is not marked as completed",
 }
 
-# Passes that are left until the process kills itself, by name; empty in every ordinary run.
+_SIGNALS = {"": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+# Passes that are left until the signal, by name; empty in every ordinary run.
 _armed: dict[str, int] = {}
+_signal = signal.SIGKILL
 _passing = threading.Lock()
 
 
 def arm(environment: Mapping[str, str]) -> None:
-    """Reads the variable; raises UsageError for a name or number that does not exist."""
+    """Reads the variable; raises UsageError for what it can not say."""
+    global _signal
     _armed.clear()
     text = environment.get(VARIABLE)
     if not text:
         return
-    name, _, count = text.partition(":")
-    if name not in NAMES or not (count or "1").isdecimal() or int(count or 1) < 1:
-        raise UsageError(f"{VARIABLE} must be NAME or NAME:N with one of {', '.join(NAMES)}; got {text!r}")
-    _armed[name] = int(count or 1)
+    name, _, rest = text.partition(":")
+    count, _, how = rest.partition(":")
+    if name not in NAMES or not (count or "1").isdecimal() or int(count or 1) < 1 or how not in _SIGNALS:
+        names = ", ".join(NAMES)
+        raise UsageError(f"{VARIABLE} must be NAME, NAME:N or NAME:N:stop with one of {names}; got {text!r}")
+    _armed[name], _signal = int(count or 1), _SIGNALS[how]
 
 
 def failpoint(name: str) -> None:
-    """Dies here by SIGKILL if armed for this name and this pass."""
+    """Dies or is stopped here if armed for this name and this pass."""
     if name in _armed:
         with _passing:
             _armed[name] -= 1
             if _armed[name] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), _signal)
 
 
 def through_failpoint(file: Any) -> Any:

@@ -92,6 +92,12 @@ class Workspace:
         """Runs until it kills itself at `name:n`."""
         self.having(QWEN_JAX_FAILPOINT=failpoint).run(expect=-signal.SIGKILL)
 
+    def stopped_at(self, failpoint: str) -> Start:
+        """Starts, and returns once it is stopped at `name:n`; SIGCONT lets it go on."""
+        process = self.having(QWEN_JAX_FAILPOINT=f"{failpoint}:stop").start()
+        process.until_stopped()
+        return process
+
     def lose_disk(self) -> None:
         shutil.rmtree(self.root / "activations")
         shutil.rmtree(self.root / "checkpoints")

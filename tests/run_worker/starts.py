@@ -8,7 +8,10 @@ import multiprocessing
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +73,20 @@ class Start:
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Waits for a condition while the process lives; never for an amount of time."""
+
+        def is_true() -> object:
+            assert self.poll() is None, f"the worker ended before the condition came true: {self.output()}"
+            return condition()
+
+        until(is_true, 120)
+
+    def until_stopped(self) -> None:
+        """Waits until a signal has stopped it."""
+        status = Path(f"/proc/{self.pid}/stat")
+        self.until(lambda: status.read_text().rpartition(")")[2].split()[0] == "T")
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -13,18 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from qwen_jax.shards import load_shard
 from tests.run_worker.conftest import TASKS, Workspace, tree
-from tests.run_worker.starts import ROOT, Start
-from tests.waiting import until
-
-
-def wait_until(condition, process: Start, seconds: float = 120) -> None:
-    """Waits for a condition while the process lives; never for an amount of time."""
-
-    def is_true() -> bool:
-        assert process.poll() is None, f"the worker ended before the condition came true: {process.output()}"
-        return condition()
-
-    until(is_true, seconds)
+from tests.run_worker.starts import ROOT
 
 
 def committed_shards(workspace) -> int:
@@ -33,40 +22,17 @@ def committed_shards(workspace) -> int:
     return json.loads(workspace.checkpoint.read_text())["total_shards"]
 
 
-def interrupt(workspace, signal_number, *flags: str) -> int:
-    """Starts the worker, signals it once the first shard is committed, returns its exit code."""
-    process = workspace.start(*flags)
-    wait_until(lambda: committed_shards(workspace) > 0, process)
-    process.send_signal(signal_number)
-    return process.wait()
+AFTER_THE_FIRST_SHARD = "checkpoint_local:2"
+"""The first checkpoint is that of the empty run."""
 
 
 def test_killed_between_shards_and_restarted(workspace, finished):
-    assert interrupt(workspace, signal.SIGKILL) == -signal.SIGKILL
-    assert 0 < committed_shards(workspace) < len(finished.shards()), "killed too late to prove anything"
+    workspace.killed_at(AFTER_THE_FIRST_SHARD)
+    assert 0 < committed_shards(workspace) < len(finished.shards())
     done = workspace.run()
     assert "resumes at sample" in done.stderr
     assert tree(workspace.output) == tree(finished.output)
     assert workspace.checkpoint.read_bytes() == finished.checkpoint.read_bytes()
-
-
-@pytest.mark.wide
-def test_sigterm_exits_143_and_resumes(workspace, finished):
-    """With the real command line."""
-    assert interrupt(replace(workspace, forked=False), signal.SIGTERM) == 143
-    workspace.run()
-    assert tree(workspace.output) == tree(finished.output)
-
-
-def test_ctrl_c_exits_130_and_resumes(workspace, finished):
-    """With the real command line."""
-    process = replace(workspace, forked=False).start()
-    wait_until(lambda: any(workspace.output.glob("shard_0001*")), process)  # most of the run is left then
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    assert "extract_activations.py: Ctrl-C: stopped; the next start resumes" in process.output()
-    workspace.run()
-    assert tree(workspace.output) == tree(finished.output)
 
 
 @pytest.mark.slow
@@ -220,7 +186,7 @@ def test_activations_beyond_float16_are_refused_not_stored(workspace, tmp_path):
 
 @pytest.mark.wide
 def test_a_changed_batch_size_is_allowed_and_said(workspace, finished):
-    interrupt(workspace, signal.SIGKILL)
+    workspace.killed_at(AFTER_THE_FIRST_SHARD)
     done = workspace.run("--batch_size", "1")
     assert "batch_size was 2, is 1; tokens_per_step was 512, is 256" in done.stderr
     assert "not bit for bit" in done.stderr

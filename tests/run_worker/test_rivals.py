@@ -22,7 +22,6 @@ from qwen_jax.run.resume import resume, take_up
 from qwen_jax.storage.folder import FolderStore
 from tests.fake_gcs import Fault
 from tests.run_worker.conftest import captured_sample, commit, tree
-from tests.run_worker.test_restart import wait_until
 from tests.run_worker.torture import CHECKPOINT
 
 
@@ -51,10 +50,8 @@ def assert_mirrored(worker, undisturbed) -> None:
 
 @pytest.mark.wide
 def test_a_paused_worker_finds_its_successor_and_gives_way(cloud, undisturbed):
-    paused = cloud.elsewhere("paused").start()
-    wait_until(lambda: total_shards(cloud) >= 1, paused)
-    paused.send_signal(signal.SIGSTOP)
-    assert total_shards(cloud) < 5, "paused too late to prove anything"
+    paused = cloud.elsewhere("paused").stopped_at("checkpoint_local:2")
+    assert 1 <= total_shards(cloud) < 5
     cloud.elsewhere("successor").run()
     generations = cloud.generations()
     paused.send_signal(signal.SIGCONT)
@@ -80,9 +77,7 @@ def test_two_at_once(cloud, undisturbed):
 
 @pytest.mark.wide
 def test_two_on_one_machine(cloud, undisturbed):
-    first = cloud.start()
-    wait_until(lambda: total_shards(cloud) >= 0, first)
-    first.send_signal(signal.SIGSTOP)
+    first = cloud.stopped_at("opened:1")
     done = cloud.run(expect=76)
     assert "another process on this machine runs worker 5" in done.stderr
     first.send_signal(signal.SIGCONT)
@@ -112,7 +107,7 @@ def test_shards_kept_locally_are_uploaded_first_and_no_other_again(cloud, undist
     stuck = Fault("stall", "POST", name="shard_0002.pkl.gz")
     cloud.server.faults = [stuck]
     process = cloud.start()
-    wait_until(lambda: "shard_0003.pkl.gz" in cloud.stored() and total_shards(cloud) == 1, process)
+    process.until(lambda: "shard_0003.pkl.gz" in cloud.stored() and total_shards(cloud) == 1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert stuck.seen == 1 and "shard_0002.pkl.gz" not in cloud.stored()

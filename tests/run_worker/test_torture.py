@@ -26,7 +26,7 @@ def test_five_hundred_kills_and_five_hundred_stops(inputs, tmp_path):
     assert result.stops >= 500 and result.overtaken > 100, "most rivals came too late to prove anything"
 
 
-@pytest.mark.parametrize("value", ["nowhere", "opened:0", "opened:x", ":1"])
+@pytest.mark.parametrize("value", ["nowhere", "opened:0", "opened:x", ":1", "opened:1:kill"])
 def test_an_unknown_failpoint_is_refused(value):
     with pytest.raises(UsageError) as refused:
         arm({VARIABLE: value})

@@ -12,7 +12,6 @@ from qwen_jax.run.shutdown import GRACE_S
 from qwen_jax.storage.checksum import file_crc32c
 from tests.fake_gcs import Fault
 from tests.run_worker.starts import Start
-from tests.run_worker.test_restart import wait_until
 from tests.run_worker.test_rivals import assert_uploaded_first, kept_shards, total_shards
 
 SECOND = "shard_0002.pkl.gz"
@@ -51,7 +50,7 @@ def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
     stall = Fault("stall", "POST", name=SECOND)
     cloud.server.faults = [stall]
     process = cloud.start()
-    wait_until(lambda: stall.seen and total_shards(cloud) == 1, process)
+    process.until(lambda: stall.seen and total_shards(cloud) == 1)
     errors = terminate(process)
     assert "the next start resumes from the last checkpoint" in errors
     kept, before = kept_shards(cloud), len(cloud.uploads())
@@ -61,13 +60,20 @@ def test_sigterm_during_a_stalled_upload(cloud, undisturbed):
     assert cloud.stored() == undisturbed
 
 
-@pytest.mark.wide
-def test_sigterm_between_retries(cloud, undisturbed):
-    failing = Fault("status", "POST", "/upload/", nth=8, times=10**9)
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [(signal.SIGINT, "Ctrl-C", 130), pytest.param(signal.SIGTERM, "SIGTERM", 143, marks=pytest.mark.wide)],
+)
+def test_stopped_between_retries(cloud, undisturbed, number, name, code):
+    """With the real command line."""
+    failing = Fault("status", "POST", name=SECOND, times=10**9)
     cloud.server.faults = [failing]
-    process = cloud.start()
-    wait_until(lambda: failing.seen > failing.nth, process)
-    terminate(process)
+    process = replace(cloud, forked=False).start()
+    process.until(lambda: failing.seen > 1 and total_shards(cloud) == 1)
+    process.send_signal(number)
+    assert process.wait(60) == code, process.output()
+    assert f"extract_activations.py: {name}: stopped while waiting to write gs://" in process.output()
+    assert "the local file" in process.output() and "is kept" in process.output()
     cloud.server.faults.clear()
     cloud.run()
     assert cloud.stored() == undisturbed
@@ -77,7 +83,7 @@ def test_sigterm_between_retries(cloud, undisturbed):
 def test_sigterm_during_compilation(cloud, undisturbed):
     cold = replace(cloud, cache=cloud.root / "cold_cache")
     process = cold.start()
-    wait_until(lambda: "compiling the step" in process.output(), process)
+    process.until(lambda: "compiling the step" in process.output())
     terminate(process)
     assert not any(name.startswith("shard_") for name in cloud.stored())
     cloud.run()
@@ -101,7 +107,7 @@ FOREIGN = (
 @pytest.fixture
 def foreign(tmp_path):
     process = Start([sys.executable, "-c", FOREIGN], dict(os.environ), tmp_path / "log", forked=False)
-    wait_until(lambda: "busy" in process.output(), process)
+    process.until(lambda: "busy" in process.output())
     return process
 
 
@@ -112,7 +118,7 @@ def test_sigterm_while_foreign_code_runs_for_long(foreign):
 
 def test_a_second_ctrl_c_ends_at_once(foreign):
     foreign.send_signal(signal.SIGINT)
-    wait_until(lambda: "stopping" in foreign.output(), foreign)
+    foreign.until(lambda: "stopping" in foreign.output())
     started = time.monotonic()
     foreign.send_signal(signal.SIGINT)
     assert foreign.wait(60) == 130 and time.monotonic() - started < GRACE_S
