@@ -38,7 +38,8 @@ from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.published import PUBLISHED
 from qwen_jax.model.weights import EMBEDDING, expected_shapes
-from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
+from qwen_jax.run.background import BackgroundCommitter
+from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.run.pipeline import captured_samples, filled_shards
 from qwen_jax.run.places import Places

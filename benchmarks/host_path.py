@@ -30,7 +30,8 @@ from qwen_jax.data.steps import Step, StepShape, lay_into_steps, step_tokens
 from qwen_jax.kinds import EXACT_CHANNELS, STORED_DTYPES
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.model.capture import RowResult, TapRows
-from qwen_jax.run.commit import BackgroundCommitter, Committer, Fence
+from qwen_jax.run.background import BackgroundCommitter
+from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.run.pipeline import CapturedSample, FilledShard, captured_samples
 from qwen_jax.run.places import Places

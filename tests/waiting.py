@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,3 +16,8 @@ def until(condition: Callable[[], T], seconds: float = 30, every: float = 0.005)
         assert time.monotonic() < deadline, f"not true after {seconds} s: {found!r}"
         time.sleep(every)
     return found
+
+
+def process_state(pid: int) -> str:
+    """What proc(5) calls its state: R runs, S sleeps, T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -4,15 +4,14 @@ One commit is: no other shard of that name on the local disk, the shard's statis
 names there, the local metadata.json, statistics and shard in the bucket, metadata.json in the bucket, the checkpoint in
 the bucket, the local checkpoint. Whatever dies between two steps, no marker is ever ahead of durable data.
 
-Up to UPLOADS shards go to the bucket at once, each over a connection of its own; all else is done in their order.
+Several shards go to the bucket at once, each over a connection of its own (background.py); all else is done in their
+order.
 """
 
 import logging
 import secrets
 import threading
-from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,6 @@ from qwen_jax.storage.atomic import AtomicFile, atomic_write, json_bytes, sync_f
 from qwen_jax.storage.store import PreconditionFailedError
 
 log = logging.getLogger(__name__)
-
-UPLOADS = 8
-"""Shards that may be on their way to the bucket at once: one connection is far slower than a machine's network."""
-SHARDS_ON_DISK = UPLOADS + 1
-"""Most shards on the local disk where each is deleted once it is uploaded: those, and one being written."""
 
 
 @dataclass
@@ -130,6 +124,25 @@ class Committer:
             self._commit_stats(ledger, upload=behind is not None)
         self._commit_markers(ledger, bucket=stored is not None)
 
+    def take_over(self, ledger: Ledger) -> None:
+        """Lists what further shards of `ledger` an earlier run left whole on the local disk: they are uploaded and
+        committed next."""
+        self._list(ledger)
+        self._shards_begun = len(ledger.shards)
+
+    def delete_uploaded(self) -> None:
+        """Deletes the local shards that the bucket has, where that is asked for: a start that dies may leave some."""
+        if self._delete_local:
+            present = set(self._places.local_shard_names())
+            for entry in self.ledger.shards:
+                if entry.filename in present:
+                    self._delete(entry)
+
+    def _delete(self, entry: ShardEntry) -> None:
+        path = self._places.output_dir / entry.filename
+        with storage_errors("delete", path):
+            path.unlink(missing_ok=True)
+
     def write(self, shard: FilledShard) -> WrittenShard:
         """Compresses the next shard into its temporary file."""
         path = self._places.output_dir / shard_name(self._shards_begun + 1)
@@ -199,9 +212,7 @@ class Committer:
 
     def _committed(self, entry: ShardEntry) -> None:
         if self._delete_local:
-            path = self._places.output_dir / entry.filename
-            with storage_errors("delete", path):
-                path.unlink(missing_ok=True)
+            self._delete(entry)
         log.info(
             "%s: samples %d to %d, %d tokens, %.1f MB",
             entry.filename,
@@ -210,32 +221,6 @@ class Committer:
             entry.tokens,
             entry.bytes / 1e6,
         )
-
-    def adopt(self, ledgers: Sequence[Ledger]) -> None:
-        """Uploads shards that an earlier run left whole on the local disk, the last one of each of `ledgers`."""
-        self._list(ledgers[-1])
-        pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="adopt")
-        under_way: deque[tuple[Ledger, Future[None]]] = deque()
-        try:
-            for ledger in ledgers:
-                under_way.append((ledger, pool.submit(self._upload_kept, ledger)))
-                if len(under_way) == UPLOADS:
-                    self._adopt(*under_way.popleft())
-            while under_way:
-                self._adopt(*under_way.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-        self._shards_begun = len(ledgers[-1].shards)
-
-    def _adopt(self, ledger: Ledger, uploaded: Future[None]) -> None:
-        uploaded.result()
-        self.commit(ledger)
-        failpoint("adopted")
-
-    def _upload_kept(self, ledger: Ledger) -> None:
-        log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
-        failpoint("adopting")
-        self.upload(ledger)
 
     def complete(self, lines: int, skipped: Iterable[SkippedSample]) -> None:
         """Marks the run as completed at the end of the stream."""
@@ -327,83 +312,6 @@ class Committer:
         self._fence.generations[name] = info.generation
 
 
-class BackgroundCommitter:
-    """Runs a Committer beside the device: a thread writes a shard while another names the one before, and up to UPLOADS
-    upload those before that.
-
-    So at most two shards are held in memory, one being filled and one being compressed.
-    A failure is raised by the next call; leaving the `with` block by an exception abandons what waits, and sets `stop`,
-    which ends what is tried again.
-    """
-
-    def __init__(self, committer: Committer, stop: threading.Event | None = None):
-        self._committer = committer
-        self._stop = stop or threading.Event()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="compress")
-        self._namer = ThreadPoolExecutor(1, thread_name_prefix="name")
-        self._publishers = ThreadPoolExecutor(UPLOADS, thread_name_prefix="publish")
-        self._written: Future[None] | None = None
-        self._named: Future[Ledger] | None = None
-        self._published: deque[Future[None]] = deque()
-
-    def add(self, shard: FilledShard) -> None:
-        """Waits until the shard before is written, then starts on this one."""
-        _result(self._written)
-        self._take_off(most=UPLOADS)  # after a failure nothing more need be compressed
-        self._written = self._writer.submit(self._write, shard)
-
-    def wait(self) -> None:
-        """Returns when all that was added is durable; raises what went wrong."""
-        _result(self._written)
-        for published in self._published:
-            published.result()
-
-    @property
-    def backlog(self) -> int:
-        """Shards being compressed, written or uploaded now."""
-        return sum(step is not None and not step.done() for step in (self._written, *self._published))
-
-    def _write(self, shard: FilledShard) -> None:
-        written = self._committer.write(shard)
-        try:
-            _result(self._named)
-            self._take_off(most=UPLOADS - 1)
-        except BaseException:
-            written.file.discard()
-            raise
-        before = self._published[-1] if self._published else None
-        self._named = self._namer.submit(self._committer.name, written)
-        self._published.append(self._publishers.submit(self._publish, self._named, before))
-
-    def _take_off(self, *, most: int) -> None:
-        """Leaves at most so many shards that are not known to be durable; raises what went wrong with one of them."""
-        for published in self._published:
-            if published.done():
-                published.result()
-        while self._published and (len(self._published) > most or self._published[0].done()):
-            self._published.popleft().result()
-
-    def _publish(self, named: Future[Ledger], before: Future[None] | None) -> None:
-        ledger = named.result()
-        if before is not None and before.done():
-            before.result()  # after a failure nothing behind it need be uploaded
-        self._committer.upload(ledger)
-        _result(before)
-        self._committer.commit(ledger)
-
-    def __enter__(self) -> "BackgroundCommitter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._stop.set()
-            if under_way := self.backlog:
-                log.warning("%s; waiting for %d shards that are being stored", error, under_way)
-        self._writer.shutdown(cancel_futures=True)
-        self._namer.shutdown()
-        self._publishers.shutdown(cancel_futures=True)
-
-
 def _delete_stale(path: Path) -> None:
     """Deletes a shard that an earlier start left under this name, and no ledger holds: of other bits, it would stand
     beside statistics that are not its own if this start died before it gave the new one its name."""
@@ -411,11 +319,6 @@ def _delete_stale(path: Path) -> None:
         with storage_errors("delete", path):
             path.unlink()
             sync_folder(path.parent)
-
-
-def _result(step: Future[Any] | None) -> None:
-    if step is not None:
-        step.result()
 
 
 def _skip_note(sample: SkippedSample) -> dict:

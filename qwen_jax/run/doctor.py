@@ -23,8 +23,8 @@ from qwen_jax.ledger.checkpoint import CheckpointRecord, parse_checkpoint
 from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX
 from qwen_jax.model.source import fetch_model
+from qwen_jax.run.background import SHARDS_ON_DISK
 from qwen_jax.run.cache import why_not_used
-from qwen_jax.run.commit import SHARDS_ON_DISK
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.settings import Settings
 from qwen_jax.storage.opening import open_store

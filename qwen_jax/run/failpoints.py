@@ -28,7 +28,6 @@ NAMES = {
     "checkpoint_stored": "the bucket's checkpoint is up to date, the local one is not",
     "checkpoint_local": "one commit is complete",
     "adopting": "a shard that an earlier run kept is about to be uploaded",
-    "adopted": "it is committed",
     "completing": "all shards are committed, the run is not marked as completed",
 }
 

@@ -8,7 +8,9 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from qwen_jax.errors import ConfigError, WriterConflictError
@@ -18,6 +20,7 @@ from qwen_jax.ledger.checks import DamagedError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity, ShardEntry, StoredMetadata, parse_metadata
 from qwen_jax.ledger.names import METADATA_NAME, SHARD_PREFIX, STATS_PREFIX, shard_name, shard_stats_name
 from qwen_jax.ledger.schema import COMPLETED
+from qwen_jax.run.background import Publisher
 from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.failpoints import failpoint
 from qwen_jax.run.fingerprint import check_fingerprint
@@ -90,8 +93,12 @@ def take_up(
     *,
     force_restart: bool = False,
     delete_local_after_upload: bool = False,
+    stop: Event | None = None,
 ) -> tuple[Committer, Resumed]:
-    """Finds where to go on, and brings the places to one state; raises what `resume` and `discard` do."""
+    """Finds where to go on, and brings the places to one state; raises what `resume` and `discard` do.
+
+    stop: is set where a kept shard cannot be stored, so that nothing else is tried again.
+    """
     if force_restart:
         discard(run, places)
     resumed = resume(run, places)
@@ -112,9 +119,25 @@ def take_up(
         committer.claim()
     elif resumed.bucket_lags or resumed.local_lags:
         committer.mend(resumed.stored if resumed.bucket_lags else None)
+    committer.delete_uploaded()
     if resumed.to_adopt:
-        committer.adopt(resumed.to_adopt)
+        _adopt(committer, resumed.to_adopt, stop)
     return committer, resumed
+
+
+def _adopt(committer: Committer, ledgers: Sequence[Ledger], stop: Event | None) -> None:
+    """Stores shards that an earlier run left whole on the local disk, the last one of each of `ledgers`."""
+    committer.take_over(ledgers[-1])
+    with Publisher(committer, stop) as publisher:
+        for ledger in ledgers:
+            publisher.add(partial(_kept, ledger))
+        publisher.wait()
+
+
+def _kept(ledger: Ledger) -> Ledger:
+    log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
+    failpoint("adopting")
+    return ledger
 
 
 def resume(run: RunIdentity, places: Places) -> Resumed:

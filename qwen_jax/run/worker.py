@@ -18,8 +18,9 @@ from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.model.capture import Capture, Compilation
 from qwen_jax.model.weights import load_model
 from qwen_jax.prefetch import prefetch
+from qwen_jax.run.background import BackgroundCommitter
 from qwen_jax.run.cache import use_cache
-from qwen_jax.run.commit import BackgroundCommitter, Committer
+from qwen_jax.run.commit import Committer
 from qwen_jax.run.device_check import checked
 from qwen_jax.run.devices import device_errors
 from qwen_jax.run.exclusive import exclusive
@@ -74,6 +75,7 @@ def open_committer(job: Job, stop: Event) -> Committer:
         job.layers,
         force_restart=settings.force_restart,
         delete_local_after_upload=settings.delete_local_after_upload,
+        stop=stop,
     )
     _report_start(job, places, committer.ledger, resumed.is_new)
     if committer.ledger.status != COMPLETED:

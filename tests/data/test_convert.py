@@ -13,8 +13,9 @@ from qwen_jax.data import convert
 from qwen_jax.data.arc import BadRecord
 from qwen_jax.data.convert import CHUNK_ROWS, stream_lines
 from qwen_jax.data.sources import iter_source_rows
+from qwen_jax.data.spread import Spread
 from qwen_jax.errors import StorageError
-from tests.waiting import until
+from tests.waiting import process_state, until
 
 
 def source_line(index: int) -> bytes:
@@ -72,10 +73,6 @@ def converting_processes() -> list[int]:
     return [int(pid) for pids in found for pid in pids]
 
 
-def is_asleep(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-
-
 @pytest.mark.parametrize("row_bytes", [10, 100_000])
 def test_a_killed_process_is_reported(row_bytes, monkeypatch):
     """With long rows it is killed in the middle of sending: a pipe does not hold what it has made of them."""
@@ -83,7 +80,7 @@ def test_a_killed_process_is_reported(row_bytes, monkeypatch):
     def rows():
         for index in range(100 * CHUNK_ROWS):
             if index == 3 * CHUNK_ROWS:
-                until(lambda: all(map(is_asleep, converting_processes())))
+                until(lambda: all(process_state(pid) == "S" for pid in converting_processes()))
                 for process in converting_processes():
                     os.kill(process, signal.SIGKILL)
             line = json.dumps({"examples": [[[[1]], [[2]]]] * 2, "source": "x" * row_bytes})
@@ -92,6 +89,20 @@ def test_a_killed_process_is_reported(row_bytes, monkeypatch):
     monkeypatch.setattr(convert, "this_machines_cores", lambda: [0, 1])
     with pytest.raises(StorageError, match="process that converts rows died \\(exit code -9"):
         list(stream_lines(rows(), "examples", lambda _: None))
+
+
+class Broken(Spread):
+    """As a bug of ours would: fails for what comes after the first chunk."""
+
+    def lines(self, record, index):
+        return {}[index] if index >= CHUNK_ROWS else super().lines(record, index)
+
+
+def test_an_error_of_ours_in_a_process_is_not_taken_for_the_machines(monkeypatch):
+    monkeypatch.setattr(convert, "this_machines_cores", lambda: [0, 1])
+    rows = ((index, source_line(index)) for index in range(3 * CHUNK_ROWS))
+    with pytest.raises(RuntimeError, match="its error stands above"):
+        list(stream_lines(rows, "examples", lambda _: None, Broken()))
 
 
 def test_a_small_dataset_starts_no_process(tmp_path):

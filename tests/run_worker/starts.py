@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.waiting import until
+from tests.waiting import process_state, until
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,8 +85,7 @@ class Start:
 
     def until_stopped(self) -> None:
         """Waits until a signal has stopped it."""
-        status = Path(f"/proc/{self.pid}/stat")
-        self.until(lambda: status.read_text().rpartition(")")[2].split()[0] == "T")
+        self.until(lambda: process_state(self.pid) == "T")
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

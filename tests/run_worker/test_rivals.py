@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 from qwen_jax.errors import StorageError, WriterConflictError
 from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.ledger.names import METADATA_NAME, shard_name, shard_number, shard_stats_name
-from qwen_jax.run.commit import UPLOADS, BackgroundCommitter, Committer
+from qwen_jax.run.background import UPLOADS, BackgroundCommitter
+from qwen_jax.run.commit import Committer
 from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume, take_up
@@ -290,6 +292,37 @@ def test_uploads_at_once_that_meet_a_dead_predecessors_shards(tmp_path, monkeypa
     assert names == (METADATA_NAME, CHECKPOINT) * (len(names) // 2) and len(names) > 2 * UPLOADS
     assert list(counts[::2]) == sorted(counts[::2]) and counts[-2] == UPLOADS
     assert [stored_value(tmp_path / "bucket" / shard_name(n + 1)) for n in range(UPLOADS)] == [1.0] * UPLOADS
+
+
+def test_a_start_deletes_local_shards_that_the_bucket_has_where_that_is_asked_for(tmp_path):
+    owner = open_committer(tmp_path, "owner")
+    for number in range(2):
+        commit(owner, one_sample_shard(number, 1.0))
+    owner.name(owner.write(one_sample_shard(2, 1.0)))
+    places = places_of(tmp_path, "owner", "bucket")
+    assert places.local_shard_names() == [shard_name(n) for n in (1, 2, 3)]
+    resumed, _ = take_up(IDENTITY, places, (0,), delete_local_after_upload=True)
+    assert places.local_shard_names() == [] and len(resumed.ledger.shards) == 3
+    assert all((tmp_path / "bucket" / shard_name(n)).exists() for n in (1, 2, 3))
+    commit(resumed, one_sample_shard(3, 1.0))
+    assert (tmp_path / "bucket" / shard_name(4)).exists()
+
+
+def test_a_kept_shard_that_cannot_be_stored_ends_the_start_and_what_is_tried_again(tmp_path, monkeypatch):
+    owner = open_committer(tmp_path, "owner")
+    for number in range(2):
+        owner.name(owner.write(one_sample_shard(number, 1.0)))
+    stop = threading.Event()
+
+    def put_file(self, name, *args, **options):
+        if name == shard_name(1):
+            assert stop.wait(30), "the others go on for ever"
+        raise StorageError(name)
+
+    monkeypatch.setattr(FolderStore, "put_file", put_file)
+    with pytest.raises(StorageError):
+        take_up(IDENTITY, places_of(tmp_path, "owner", "bucket"), (0,), stop=stop)
+    assert stop.is_set()
 
 
 def test_a_dead_predecessors_shard_with_other_bits_is_replaced(tmp_path):

@@ -46,8 +46,8 @@ FAULTS = [
 FAULTS_A_LIFE = 12
 UNITS = [
     ["opened"],
-    ["shard_described", "adopting", "adopted"],
-    *([name] for name in NAMES if name not in ("opened", "shard_described", "adopting", "adopted")),
+    ["shard_described", "adopting", "checkpoint_local"],
+    *([name] for name in NAMES if name not in ("opened", "shard_described", "adopting")),
 ]
 """Failpoints that must be hit; those of a unit one after the other, with the disk kept between."""
 

@@ -46,14 +46,13 @@ RARE = {
     BARE: (
         Script(
             bits=(0, 0),
-            delete_local=True,
             at_once=3,
             events=(
                 Event(18, "", "kill", 951),
                 Event(19, "put c", "force", 428),
                 Event(4, "put c", "switch", 185),
-                Event(7, "", "power", 537),
-                Event(7, "put sh", "late", 697),
+                Event(6, "", "power", 537),
+                Event(5, "put sh", "late", 697),
                 Event(62, "put c", "switch", 286),
                 Event(6, "", "switch", 727),
             ),

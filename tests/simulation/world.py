@@ -21,7 +21,7 @@ from unittest import mock
 from qwen_jax.data.prompts import SkippedSample
 from qwen_jax.errors import ConfigError, StorageError, WriterConflictError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
-from qwen_jax.run import commit, resume, run_stats
+from qwen_jax.run import background, commit, resume, run_stats
 from qwen_jax.run.places import Places
 from qwen_jax.shards import statistics
 from qwen_jax.storage import atomic, checksum, gcs, resumable
@@ -477,7 +477,7 @@ def simulated() -> Iterator[None]:
         mock.patch.object(gcs.GcsStore, "_connect", lambda store: Client(_world().bucket)),
         mock.patch.object(resumable, "requests", SimpleNamespace(Session=lambda: Http(_world().bucket))),
         mock.patch.object(resume, "ThreadPoolExecutor", OneByOne),
-        mock.patch.object(commit, "ThreadPoolExecutor", OneByOne),
+        mock.patch.object(background, "ThreadPoolExecutor", OneByOne),
         mock.patch.object(commit, "write_shard", write_known_shard),
         mock.patch.object(run_stats, "load_shard", lambda path: path.read_bytes()),
         mock.patch.object(run_stats, "shard_stats", lambda data, kinds: stats_of(data)),
