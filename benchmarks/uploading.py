@@ -15,7 +15,7 @@ from unittest import mock
 from common import bucket, interleave, report
 from host_path import ours, synthetic_steps
 
-from qwen_jax.run import commit
+from qwen_jax.run import background
 from qwen_jax.run.memory import reuse_freed_memory
 from qwen_jax.storage.opening import open_store
 
@@ -35,14 +35,14 @@ def main() -> None:
         folder = Path(name)
 
         def uploading(at_once: int) -> None:
-            with mock.patch.object(commit, "UPLOADS", at_once):
+            with mock.patch.object(background, "UPLOADS", at_once):
                 # A prefix of its own: nothing of an earlier round is there.
                 prefix = Path(tempfile.mkdtemp(dir=folder)).name
                 ours(steps, folder, args.shards, open_store(f"gs://bucket/{prefix}"))
 
         cases = {
             "one at a time": lambda: uploading(1),
-            f"{commit.UPLOADS} at once": lambda: uploading(commit.UPLOADS),
+            f"{background.UPLOADS} at once": lambda: uploading(background.UPLOADS),
             "without a bucket": lambda: ours(steps, folder, args.shards),
         }
         seconds = interleave(cases, args.rounds)
