@@ -131,8 +131,8 @@ class _Process:
             yield
         except (EOFError, OSError) as error:
             self._process.join()
-            code = self._process.exitcode or 0
-            if code >= 0:
+            code = self._process.exitcode
+            if code == 1:  # as Python ends by an exception
                 raise RuntimeError("a process that converts rows failed; its error stands above") from error
             raise StorageError(
                 f"a process that converts rows died (exit code {code}; is the machine out of memory?); start again"

@@ -1,6 +1,7 @@
 """Statistics of all rows of many shards."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from qwen_jax.bar import with_bar
 from qwen_jax.errors import BadDataError
@@ -15,10 +16,11 @@ def merged_stats(runs: Sequence[Run]) -> Stats:
 
     Raises BadDataError for runs whose kinds, layers or widths differ, and where there is no row.
     """
-    found = [stats for run in runs for stats in _of_run(run)]
-    if not found:
+    found = (stats for run in runs for stats in _of_run(run))
+    first = next(found, None)
+    if first is None:
         raise BadDataError(f"{', '.join(run.where for run in runs)}: no sample is stored there yet")
-    return merge_stats(found)
+    return merge_stats(chain([first], found))
 
 
 def groups_alike(runs: Sequence[Run]) -> list[list[Run]]:

@@ -214,8 +214,10 @@ def _statistics(run: DescribedRun) -> Iterator[Fault]:
         return
     try:
         whole = parse_stats(data, where)
-        parts = list(_shards_stats(run))
-        if len(parts) == len(run.shards) and stats_bytes(merge_stats(parts)) != data:
+        parts, merged = 0, None
+        for part in _shards_stats(run):
+            parts, merged = parts + 1, part if merged is None else merge_stats([merged, part])
+        if merged is not None and parts == len(run.shards) and stats_bytes(merged) != data:
             yield Fault(where, f"is not the sum of the shards' statistics; {again}")
     except BadDataError as error:
         yield Fault(where, str(error))

@@ -24,8 +24,8 @@ class Publisher:
     """Names, uploads and commits shards: one is named while up to UPLOADS are uploaded, and each is committed after the
     one before.
 
-    A failure is raised by the next call; leaving the `with` block by an exception abandons what waits, and sets `stop`,
-    which ends what is tried again.
+    A failure is raised by the next call. At the end of the `with` block what is under way is stored, if it can be;
+    after an exception `stop` is set, which ends what is tried again.
     """
 
     def __init__(self, committer: Committer, stop: threading.Event | None = None):
@@ -48,11 +48,10 @@ class Publisher:
     def wait(self, *, most: int = 0) -> None:
         """Returns when at most so many are not known to be durable; raises what went wrong with any of them."""
         while True:
-            for published in self._published:
-                if published.done():
-                    published.result()
-            while self._published and self._published[0].done():
-                self._published.popleft().result()
+            done = [published for published in self._published if published.done()]
+            for published in done:
+                published.result()
+                self._published.remove(published)
             if len(self._published) <= most:
                 return
             wait(self._published, return_when=FIRST_COMPLETED)

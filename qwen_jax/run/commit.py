@@ -88,7 +88,8 @@ class Committer:
         """What the local metadata.json says: `ledger`, and shards on their way to the bucket."""
         self._uploaded: dict[int, Ledger] = {}
         """By how many shards it has: each whose last one is uploaded and waits for one before it."""
-        self._marking = threading.RLock()
+        self._listing = threading.Lock()
+        self._marking = threading.Lock()
         self._marking_failed: BaseException | None = None
 
     def open(self) -> None:
@@ -132,11 +133,12 @@ class Committer:
 
     def delete_uploaded(self) -> None:
         """Deletes the local shards that the bucket has, where that is asked for: a start that dies may leave some."""
-        if self._delete_local:
-            present = set(self._places.local_shard_names())
-            for entry in self.ledger.shards:
-                if entry.filename in present:
-                    self._delete(entry)
+        present = set(self._places.local_shard_names()) if self._delete_local else set()
+        uploaded = [entry for entry in self.ledger.shards if entry.filename in present]
+        if uploaded:
+            log.info("deleting %d shards here that are in the bucket", len(uploaded))
+        for entry in uploaded:
+            self._delete(entry)
 
     def _delete(self, entry: ShardEntry) -> None:
         path = self._places.output_dir / entry.filename
@@ -162,8 +164,12 @@ class Committer:
 
     def name(self, shard: WrittenShard) -> Ledger:
         """Gives a written shard its name on the local disk and lists it there; returns the ledger that ends with it."""
-        _delete_stale(shard.file.path)
-        self._write_stats(shard_stats_name(len(self._listed.shards) + 1), shard.stats)
+        try:
+            _delete_stale(shard.file.path)
+            self._write_stats(shard_stats_name(len(self._listed.shards) + 1), shard.stats)
+        except BaseException:
+            shard.file.discard()
+            raise
         with timed(f"syncing {shard.file.path.name}"):
             shard.file.finish()
         failpoint("shard_named")
@@ -266,7 +272,7 @@ class Committer:
 
     def _list(self, ledger: Ledger) -> None:
         """Writes the local metadata.json, in which no shard is forgotten that is on its way to the bucket."""
-        with self._marking:
+        with self._listing:
             if len(ledger.shards) >= len(self._listed.shards):
                 write_json(self._places.metadata_path, ledger.metadata(self._run))
                 self._listed = ledger

@@ -16,10 +16,10 @@ LINE_EVERY_S = 30.0
 class Progress:
     """Counts samples and shards of the whole run, and shows them with the rates of this start and an ETA."""
 
-    def __init__(self, done: int, total: int, shards: int, backlog: Callable[[], int]):
-        """done, total: stream lines dealt with before this start, and in all. shards: those before this start.
+    def __init__(self, done: int, total: int, shards: Callable[[], int], backlog: Callable[[], int]):
+        """done, total: stream lines dealt with before this start, and in all.
 
-        backlog: how many shards are not yet durable.
+        shards, backlog: how many are durable, and how many are about to be.
         """
         self._done, self._total = done, total
         self._first, self._shards = done, shards
@@ -43,7 +43,6 @@ class Progress:
 
     def shard(self) -> None:
         """One more shard was handed over for writing."""
-        self._shards += 1
         self._last_shard_at = time.time()
 
     def finish(self) -> None:
@@ -59,7 +58,7 @@ class Progress:
             RUNNING,
             self._done,
             self._total,
-            self._shards - self._backlog(),
+            self._shards(),
             self._tokens,
             self._raw_bytes,
             self._started_at,
@@ -71,7 +70,7 @@ class Progress:
         seconds = max(time.monotonic() - self._started, 1e-9)
         return (
             f"{self._tokens / seconds:.0f} tokens/s, {self._raw_bytes / seconds / 1e6:.1f} MB/s, "
-            f"{self._shards} shards, backlog {self._backlog()}"
+            f"{self._shards()} shards, backlog {self._backlog()}"
         )
 
     def _print_line(self) -> None:

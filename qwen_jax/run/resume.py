@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resumed:
-    """ledger: what is durable; to_adopt: the ledgers after each further shard that only lies locally.
+    """ledger: what is durable; kept: that and the further shards that only lie locally.
 
     bucket_lags, local_lags: the markers there do not say what is durable, and no adoption will write them.
     stored: what the bucket's metadata.json says, or may say until all of `ledger` is in place; None without one.
@@ -42,7 +42,7 @@ class Resumed:
     """
 
     ledger: Ledger
-    to_adopt: tuple[Ledger, ...]
+    kept: Ledger
     fence: Fence
     is_new: bool
     stored: Ledger | None
@@ -50,6 +50,10 @@ class Resumed:
     local_lags: bool
     settings: dict[str, Any]
     written_by: dict[str, str | int]
+
+    @property
+    def adopts(self) -> bool:
+        return len(self.kept.shards) > len(self.ledger.shards)
 
 
 @dataclass(frozen=True)
@@ -115,29 +119,31 @@ def take_up(
     failpoint("resumed")
     if resumed.is_new:
         committer.open()
-    elif resumed.to_adopt:
+    elif resumed.adopts:
         committer.claim()
     elif resumed.bucket_lags or resumed.local_lags:
         committer.mend(resumed.stored if resumed.bucket_lags else None)
-    committer.delete_uploaded()
-    if resumed.to_adopt:
-        _adopt(committer, resumed.to_adopt, stop)
+    if resumed.adopts:
+        _adopt(committer, resumed.kept, stop)
+    if committer.ledger.status != COMPLETED:
+        committer.delete_uploaded()
     return committer, resumed
 
 
-def _adopt(committer: Committer, ledgers: Sequence[Ledger], stop: Event | None) -> None:
-    """Stores shards that an earlier run left whole on the local disk, the last one of each of `ledgers`."""
-    committer.take_over(ledgers[-1])
+def _adopt(committer: Committer, kept: Ledger, stop: Event | None) -> None:
+    """Stores the shards of `kept` that are not durable: an earlier run left them whole on the local disk."""
+    durable = len(committer.ledger.shards)
+    committer.take_over(kept)
     with Publisher(committer, stop) as publisher:
-        for ledger in ledgers:
-            publisher.add(partial(_kept, ledger))
+        for shards in range(durable + 1, len(kept.shards) + 1):
+            publisher.add(partial(_upto, kept, shards))
         publisher.wait()
 
 
-def _kept(ledger: Ledger) -> Ledger:
-    log.info("uploading %s, kept by an earlier run", ledger.shards[-1].filename)
+def _upto(kept: Ledger, shards: int) -> Ledger:
+    log.info("uploading %s, kept by an earlier run", shard_name(shards))
     failpoint("adopting")
-    return ledger
+    return kept.prefix(shards)
 
 
 def resume(run: RunIdentity, places: Places) -> Resumed:
@@ -165,20 +171,20 @@ def resume(run: RunIdentity, places: Places) -> Resumed:
         # may be about to replace it, and not know that anybody counts on it. Adopting it stores it anew.
         ledgers = [ledger.prefix(min(claims[0].covered, len(ledger.shards))) for ledger in ledgers]
     ledger = max((_verified(ledger, is_durable) for ledger in ledgers), key=_reach, default=Ledger())
-    adopt = _adoptable(ledger, claims[-1].ledger, places) if places.store is not None else ()
-    _refuse_lost(claims, len(ledger.shards) + len(adopt), places, fence)
+    kept = _kept(ledger, claims[-1].ledger, places) if places.store is not None else ledger
+    _refuse_lost(claims, len(kept.shards), places, fence)
     is_new = all(claim.says_nothing for claim in claims)
     if not is_new and claims[0].checkpoint is None and places.checkpoint_path is not None:
         log.warning("checkpoint of worker %d rebuilt from %d shards", run.worker_id, len(ledger.shards))
     lags = [
-        not adopt and not claim.agrees(ledger, checkpointing=places.checkpoint_path is not None)
+        kept == ledger and not claim.agrees(ledger, checkpointing=places.checkpoint_path is not None)
         for claim in claims
     ]
     before = next((claim.metadata for claim in claims if claim.metadata is not None), None)
     settings, writer = (before.settings, before.written_by) if before is not None else ({}, {})
     in_bucket = places.store is not None
     stored = (claims[0].ledger or ledger.reopened(len(ledger.shards))) if in_bucket else None
-    return Resumed(ledger, adopt, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings, writer)
+    return Resumed(ledger, kept, fence, is_new, stored, in_bucket and lags[0], lags[-1], settings, writer)
 
 
 def _refuse_lost(claims: list[_Claim], found: int, places: Places, fence: Fence) -> None:
@@ -321,14 +327,14 @@ def _verified(ledger: Ledger, is_durable: ShardCheck) -> Ledger:
     return ledger.prefix(checks.index(False))
 
 
-def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[Ledger, ...]:
-    """The steps from the bucket's ledger to the local one, as far as the local shards are whole and have their
-    statistics: those that lie in the bucket may be about to be deleted.
+def _kept(durable: Ledger, local: Ledger | None, places: Places) -> Ledger:
+    """The bucket's ledger, and the local one's further shards as far as they are whole and have their statistics:
+    those that lie in the bucket may be about to be deleted.
 
-    None at all if the two took different ways: another machine's bits may differ in the last place.
+    No further ones if the two took different ways: another machine's bits may differ in the last place.
     """
     if local is None or durable.status == COMPLETED or local.shards[: len(durable.shards)] != durable.shards:
-        return ()
+        return durable
     further = list(local.shards[len(durable.shards) :])
     first, described = len(durable.shards) + 1, places.local_stats_names()
     whole = _local_check(places)(further)
@@ -336,7 +342,8 @@ def _adoptable(durable: Ledger, local: Ledger | None, places: Places) -> tuple[L
         *(each and shard_stats_name(number) in described for number, each in enumerate(whole, first)),
         False,
     ]
-    return tuple(local.prefix(n) for n in range(first, first + checks.index(False)))
+    further_kept = checks.index(False)
+    return local.prefix(len(durable.shards) + further_kept) if further_kept else durable
 
 
 def discard(run: RunIdentity, places: Places) -> None:

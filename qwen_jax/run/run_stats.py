@@ -33,7 +33,7 @@ class StoredStats:
         """Over all of `shards`, at least one, in order."""
         if self._places.store is not None:
             self._stored = {info.name: info for info in self._places.store.list(STATS_PREFIX)}
-        return merge_stats([self._of_shard(number, shard) for number, shard in enumerate(shards, 1)])
+        return merge_stats(self._of_shard(number, shard) for number, shard in enumerate(shards, 1))
 
     def _of_shard(self, number: int, shard: ShardEntry) -> Stats:
         stats = first_whole(self._copies(shard_stats_name(number)), shard.tokens)

@@ -118,7 +118,9 @@ def run(job: Job, committer: Committer, stop: Event, records: ProgressWriter) ->
     with (
         BackgroundCommitter(committer, stop) as background,
         logging_redirect_tqdm(),
-        Progress(first, job.lines, len(committer.ledger.shards), lambda: background.backlog) as progress,
+        Progress(
+            first, job.lines, lambda: len(committer.ledger.shards), lambda: background.backlog
+        ) as progress,
     ):
         records.follow(partial(progress.record, settings.worker_id))
         for shard in filled_shards(_watched(samples, progress, stop), settings.shard_bytes, reader):

@@ -270,9 +270,12 @@ def _exact_sums(records_C: Sequence[Mapping], key: str) -> RowSums:
     return RowSums(norms_CR, np.array(norms_CR.shape[1:]), mean_CED, squares_CED, max_abs_CED)
 
 
-def merge_stats(stats: Sequence[Stats]) -> Stats:
-    """All together, in the order given; raises BadDataError where kinds, layers or widths differ, or for none."""
-    if not stats:
+def merge_stats(stats: Iterable[Stats]) -> Stats:
+    """All together, in the order given, one at a time; raises BadDataError where kinds, layers or widths differ, or for
+    none."""
+    remaining = iter(stats)
+    first = next(remaining, None)
+    if first is None:
         raise BadDataError("there are no statistics to merge")
 
     def both(a: Stats, b: Stats) -> Stats:
@@ -280,7 +283,7 @@ def merge_stats(stats: Sequence[Stats]) -> Stats:
             raise BadDataError(f"statistics of {', '.join(a)} cannot be merged with those of {', '.join(b)}")
         return {kind: a[kind].merge(b[kind]) for kind in a}
 
-    return reduce(both, stats)
+    return reduce(both, remaining, first)
 
 
 def stats_bytes(stats: Stats) -> bytes:

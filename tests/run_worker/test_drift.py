@@ -328,7 +328,7 @@ def test_force_restart_names_and_deletes_all_of_it_and_nothing_else(prepared, ca
     assert f"--force_restart: deleting {places * (2 * SHARDS + 2)} files: " in caplog.text
     assert str(prepared.markers[0]) in caplog.text
     resumed = prepared.resume()
-    assert resumed.ledger == Ledger() and not resumed.to_adopt
+    assert resumed.ledger == resumed.kept == Ledger()
     assert resumed.is_new == (prepared.places.store is None)
     assert note.exists()
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -312,17 +313,67 @@ def test_a_kept_shard_that_cannot_be_stored_ends_the_start_and_what_is_tried_aga
     owner = open_committer(tmp_path, "owner")
     for number in range(2):
         owner.name(owner.write(one_sample_shard(number, 1.0)))
-    stop = threading.Event()
+    stop, first_under_way = threading.Event(), threading.Event()
+    put_file = FolderStore.put_file
 
-    def put_file(self, name, *args, **options):
+    def failing(self, name, *args, **options):
         if name == shard_name(1):
-            assert stop.wait(30), "the others go on for ever"
-        raise StorageError(name)
+            first_under_way.set()
+            assert stop.wait(30), "it is tried again for ever"
+        if name == shard_name(2):
+            assert first_under_way.wait(30)
+            raise StorageError(name)
+        return put_file(self, name, *args, **options)
 
-    monkeypatch.setattr(FolderStore, "put_file", put_file)
-    with pytest.raises(StorageError):
+    monkeypatch.setattr(FolderStore, "put_file", failing)
+    with pytest.raises(StorageError, match="shard_0002"):
         take_up(IDENTITY, places_of(tmp_path, "owner", "bucket"), (0,), stop=stop)
-    assert stop.is_set()
+    assert stop.is_set() and len(open_committer(tmp_path, "another").ledger.shards) == 1
+
+
+def test_a_finished_run_keeps_what_it_kept_here(tmp_path):
+    owner = open_committer(tmp_path, "owner")
+    commit(owner, one_sample_shard(0, 1.0))
+    owner.complete(1, [])
+    places = places_of(tmp_path, "owner", "bucket")
+    take_up(IDENTITY, places, (0,), delete_local_after_upload=True)
+    assert places.local_shard_names() == [shard_name(1)]
+
+
+def test_a_shard_gets_its_name_while_the_markers_of_another_are_on_their_way(tmp_path, monkeypatch):
+    owner = open_committer(tmp_path, "owner")
+    first = owner.name(owner.write(one_sample_shard(0, 1.0)))
+    owner.upload(first)
+    begun, let_go = threading.Event(), threading.Event()
+    put_bytes = FolderStore.put_bytes
+
+    def stuck(self, *args, **options):
+        begun.set()
+        assert let_go.wait(30)
+        return put_bytes(self, *args, **options)
+
+    monkeypatch.setattr(FolderStore, "put_bytes", stuck)
+    with ThreadPoolExecutor(2) as pool:
+        committed = pool.submit(owner.commit, first)
+        assert begun.wait(30)
+        named = pool.submit(lambda: owner.name(owner.write(one_sample_shard(1, 1.0))))
+        try:
+            assert len(named.result(30).shards) == 2 and not committed.done()
+        finally:
+            let_go.set()
+    assert len(owner.ledger.shards) == 1
+
+
+def test_a_shard_whose_statistics_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
+    owner = open_committer(tmp_path, "owner")
+    written = owner.write(one_sample_shard(0, 1.0))
+    (tmp_path / "owner" / shard_stats_name(1)).mkdir()
+    with pytest.raises(StorageError, match="stats_0001"):
+        owner.name(written)
+    assert (
+        not list((tmp_path / "owner").glob("*.tmp"))
+        and not places_of(tmp_path, "owner", "bucket").local_shard_names()
+    )
 
 
 def test_a_dead_predecessors_shard_with_other_bits_is_replaced(tmp_path):
@@ -432,4 +483,4 @@ def test_local_shards_that_took_another_way_are_not_adopted(tmp_path):
     commit(open_committer(tmp_path, "heir"), one_sample_shard(0, 2.0))
     resumed = resume(IDENTITY, places_of(tmp_path, "old", "bucket"))
     assert len(resumed.ledger.shards) == 1
-    assert resumed.to_adopt == () and resumed.local_lags
+    assert resumed.kept == resumed.ledger and resumed.local_lags

@@ -21,7 +21,7 @@ from unittest import mock
 from qwen_jax.data.prompts import SkippedSample
 from qwen_jax.errors import ConfigError, StorageError, WriterConflictError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
-from qwen_jax.run import background, commit, resume, run_stats
+from qwen_jax.run import commit, resume, run_stats
 from qwen_jax.run.places import Places
 from qwen_jax.shards import statistics
 from qwen_jax.storage import atomic, checksum, gcs, resumable
@@ -222,6 +222,12 @@ class World:
             last = SkippedSample(LINES - 1, "", "bad", 0, bad_record=True)
             committer.complete(LINES, [last])
         self._check_believed(committer, machine)
+
+    def adopt(self, committer: commit.Committer, kept: Ledger, _stop: object) -> None:
+        """In the place of resume's: some kept shards at once, as of new ones."""
+        committer.take_over(kept)
+        while left := range(len(committer.ledger.shards), len(kept.shards))[: self.script.at_once]:
+            self._store(committer, self.current.machine, [kept.prefix(number + 1) for number in left])
 
     def _store(self, committer: commit.Committer, machine: Machine, named: list[Ledger]) -> None:
         """The last one overtakes the others. What is under way when one of them fails goes on."""
@@ -477,7 +483,7 @@ def simulated() -> Iterator[None]:
         mock.patch.object(gcs.GcsStore, "_connect", lambda store: Client(_world().bucket)),
         mock.patch.object(resumable, "requests", SimpleNamespace(Session=lambda: Http(_world().bucket))),
         mock.patch.object(resume, "ThreadPoolExecutor", OneByOne),
-        mock.patch.object(background, "ThreadPoolExecutor", OneByOne),
+        mock.patch.object(resume, "_adopt", lambda *arguments: _world().adopt(*arguments)),
         mock.patch.object(commit, "write_shard", write_known_shard),
         mock.patch.object(run_stats, "load_shard", lambda path: path.read_bytes()),
         mock.patch.object(run_stats, "shard_stats", lambda data, kinds: stats_of(data)),
