@@ -21,8 +21,8 @@ SHARDS_ON_DISK = UPLOADS + 1
 
 
 class Publisher:
-    """Names, uploads and commits shards: one is named while up to UPLOADS are uploaded, and each is committed after the
-    one before.
+    """Names, uploads and commits shards, up to UPLOADS of them at once: they are named one after the other, uploaded
+    beside one another, and each is committed after the one before.
 
     A failure is raised by the next call. At the end of the `with` block what is under way is stored, if it can be;
     after an exception `stop` is set, which ends what is tried again.

@@ -25,6 +25,7 @@ from qwen_jax.run.commit import Committer, Fence
 from qwen_jax.run.failpoints import failpoint
 from qwen_jax.run.fingerprint import check_fingerprint
 from qwen_jax.run.places import Places
+from qwen_jax.run.shutdown import raise_if
 from qwen_jax.storage.atomic import sync_folder
 from qwen_jax.storage.checksum import file_crc32c
 from qwen_jax.storage.store import ObjectInfo
@@ -101,7 +102,8 @@ def take_up(
 ) -> tuple[Committer, Resumed]:
     """Finds where to go on, and brings the places to one state; raises what `resume` and `discard` do.
 
-    stop: is set where a kept shard cannot be stored, so that nothing else is tried again.
+    stop: set from another thread, it ends the storing of kept shards by TerminatedError; it is set where one of them
+    cannot be stored, so that nothing else is tried again.
     """
     if force_restart:
         discard(run, places)
@@ -124,18 +126,19 @@ def take_up(
     elif resumed.bucket_lags or resumed.local_lags:
         committer.mend(resumed.stored if resumed.bucket_lags else None)
     if resumed.adopts:
-        _adopt(committer, resumed.kept, stop)
+        _adopt(committer, resumed.kept, stop or Event())
     if committer.ledger.status != COMPLETED:
         committer.delete_uploaded()
     return committer, resumed
 
 
-def _adopt(committer: Committer, kept: Ledger, stop: Event | None) -> None:
+def _adopt(committer: Committer, kept: Ledger, stop: Event) -> None:
     """Stores the shards of `kept` that are not durable: an earlier run left them whole on the local disk."""
     durable = len(committer.ledger.shards)
     committer.take_over(kept)
     with Publisher(committer, stop) as publisher:
         for shards in range(durable + 1, len(kept.shards) + 1):
+            raise_if(stop)
             publisher.add(partial(_upto, kept, shards))
         publisher.wait()
 

@@ -66,6 +66,12 @@ def run_until_stopped(work: Callable[[threading.Event], T]) -> T:
     return result
 
 
+def raise_if(stop: threading.Event) -> None:
+    """Raises TerminatedError once `stop` is set."""
+    if stop.is_set():
+        raise TerminatedError("stopped; the next start resumes from the last checkpoint")
+
+
 def _cut_off(received: signal.Signals, when: str) -> None:
     name = _NAMES[received]
     log.warning("%s: cut off %s; the next start resumes from the last checkpoint", name, when)

@@ -12,7 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from qwen_jax.data.prompts import SkippedSample, load_tokenizer, most_prompt_bytes
 from qwen_jax.data.steps import lay_into_steps
-from qwen_jax.errors import BadDataError, TerminatedError
+from qwen_jax.errors import BadDataError
 from qwen_jax.ledger.metadata import Ledger
 from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.model.capture import Capture, Compilation
@@ -35,6 +35,7 @@ from qwen_jax.run.record_writer import ProgressWriter, record_writer
 from qwen_jax.run.resume import take_up
 from qwen_jax.run.rollout import prompt_maker
 from qwen_jax.run.sample_reader import SampleReader
+from qwen_jax.run.shutdown import raise_if
 from qwen_jax.run.stages import Stages, timed
 from qwen_jax.run.written_by import differences
 from qwen_jax.settings import Settings
@@ -148,8 +149,7 @@ def _nothing_to_store(job: Job, skipped: list[SkippedSample]) -> BadDataError:
 def _watched(samples: Iterator[CapturedSample], progress: Progress, stop: Event) -> Iterator[CapturedSample]:
     """Passes samples on; shows progress; ends the run once `stop` is set."""
     for sample in samples:
-        if stop.is_set():
-            raise TerminatedError("stopped; the next start resumes from the last checkpoint")
+        raise_if(stop)
         progress.sample(sample.sample_idx, len(sample.tokenized.token_ids), sample.nbytes)
         yield sample
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_jax.errors import StorageError, WriterConflictError
+from qwen_jax.errors import StorageError, TerminatedError, WriterConflictError
 from qwen_jax.ledger.metadata import RunIdentity
 from qwen_jax.ledger.names import METADATA_NAME, shard_name, shard_number, shard_stats_name
 from qwen_jax.run.background import UPLOADS, BackgroundCommitter
@@ -329,6 +329,23 @@ def test_a_kept_shard_that_cannot_be_stored_ends_the_start_and_what_is_tried_aga
     with pytest.raises(StorageError, match="shard_0002"):
         take_up(IDENTITY, places_of(tmp_path, "owner", "bucket"), (0,), stop=stop)
     assert stop.is_set() and len(open_committer(tmp_path, "another").ledger.shards) == 1
+
+
+def test_a_start_that_is_stopped_stores_no_further_kept_shards(tmp_path, monkeypatch):
+    owner = open_committer(tmp_path, "owner")
+    for number in range(3 * UPLOADS):
+        owner.name(owner.write(one_sample_shard(number, 1.0)))
+    stop = threading.Event()
+    put_file = FolderStore.put_file
+
+    def last_of_all(self, *args, **options):
+        stop.set()
+        return put_file(self, *args, **options)
+
+    monkeypatch.setattr(FolderStore, "put_file", last_of_all)
+    with pytest.raises(TerminatedError, match="the next start resumes"):
+        take_up(IDENTITY, places_of(tmp_path, "owner", "bucket"), (0,), stop=stop)
+    assert 1 <= len(open_committer(tmp_path, "another").ledger.shards) <= UPLOADS + 1
 
 
 def test_a_finished_run_keeps_what_it_kept_here(tmp_path):
