@@ -43,7 +43,6 @@ MEMBER_HEAD_BYTES = _HEADER.size
 
 DEFAULT_FLOOR_BYTES = 256 << 20
 DEFAULT_RATIO = 64
-HARD_CAP_BYTES = 64 << 30
 WORK_FLOOR = 500_000
 """Steps that any file may cost; each of its bytes adds one. A step is about a microsecond: an opcode."""
 _MEMBER_WORK = 64
@@ -264,25 +263,27 @@ class MalformedError(ValueError):
 class Budget:
     """What reading may cost in bytes of memory and steps of work, so that a small file cannot ask for all of it.
 
-    Without `max_bytes` the limit grows with the compressed bytes read: DEFAULT_FLOOR_BYTES +
-    DEFAULT_RATIO per byte, at most HARD_CAP_BYTES (hidden states compress about 2 to 1). Work: see WORK_FLOOR.
+    Without `max_bytes` the limit grows with the compressed bytes of the input: DEFAULT_FLOOR_BYTES + DEFAULT_RATIO
+    per byte (hidden states compress about 2 to 1). Work: see WORK_FLOOR.
+
+    size: of the whole input, which counts from the start: what samples share comes first, and of samples of one row it
+    takes nearly all of the work and few of the bytes. None where it is not known: then what is read counts.
     """
 
-    def __init__(self, max_bytes: int | None = None):
+    def __init__(self, max_bytes: int | None = None, size: int | None = None):
         self._ratio = DEFAULT_RATIO if max_bytes is None else 0
         self.limit = DEFAULT_FLOOR_BYTES if max_bytes is None else max_bytes
         self.used = 0
         self.work_left = WORK_FLOOR
+        self._counts_reads = True
+        self.earn(size or 0)
+        self._counts_reads = size is None
 
     def earn(self, compressed: int) -> None:
-        """Raises the limits for `compressed` bytes of input."""
-        self.pass_over(compressed)
-        if self._ratio:
-            self.limit = min(self.limit + self._ratio * compressed, HARD_CAP_BYTES)
-
-    def pass_over(self, compressed: int) -> None:
-        """Raises that of work for `compressed` bytes which are there, but not read."""
-        self.work_left += compressed
+        """Raises the limits for `compressed` bytes that were read, unless all count already."""
+        if self._counts_reads:
+            self.work_left += compressed
+            self.limit += self._ratio * compressed
 
     def work(self, steps: int) -> None:
         """Takes steps off; raises MalformedError when they are not there. A shard has far fewer than bytes."""
@@ -387,7 +388,6 @@ class GzipReader:
                 self._file.seek(start)
             return 0
         self._budget.work(_MEMBER_WORK)
-        self._budget.pass_over(max(behind, 0))
         self._input = self._input[size:]
         return content
 

@@ -238,8 +238,8 @@ def _shard_errors(name: str) -> Iterator[None]:
 def _load(
     file: BinaryIO, name: str, layers: Collection[int | str] | None, max_bytes: int | None, raw: bool
 ) -> dict[int | str, list[dict]]:
-    budget = Budget(max_bytes)
     source = file if layers is None or not file.seekable() else _wanted(file, layers, name)
+    budget = Budget(max_bytes, _input_bytes(source))
     keys = (*RECORD_KEYS, *OPTIONAL_KEYS, EMBEDDING)
     data = Unpickler(GzipReader(source, budget), budget, keys, layers).load()
     if isinstance(source, PartReader):
@@ -247,6 +247,18 @@ def _load(
     shard = _to_shard(_only(data, layers, name), budget)
     del data
     return shard if raw else _restored(shard, budget)
+
+
+def _input_bytes(source: BinaryIO) -> int | None:
+    """What there is to read; None where nobody knows before the end."""
+    if isinstance(source, PartReader):
+        return source.size
+    if not source.seekable():
+        return None
+    at = source.tell()
+    size = source.seek(0, os.SEEK_END) - at
+    source.seek(at)
+    return size
 
 
 def _restored(shard: dict[int | str, list[dict]], budget: Budget) -> dict[int | str, list[dict]]:

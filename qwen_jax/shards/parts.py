@@ -115,9 +115,10 @@ def ranges(parts: Sequence[Part], most: int) -> list[tuple[int, int]]:
 
 class PartReader:
     """Some parts of a file, one behind the other, as a file that goes forwards. A part whose bytes are not those that
-    the index says raises MalformedError before its last ones are given out."""
+    the index says raises MalformedError before its last ones are given out. size: bytes of all parts."""
 
     def __init__(self, file: BinaryIO, parts: Sequence[Part]):
+        self.size = sum(part.size for part in parts)
         self._file = file
         self._parts = iter(parts)
         self._part = Part(HEAD, 0, 0, 0)
