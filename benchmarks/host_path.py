@@ -119,8 +119,10 @@ def ours(
     samples = off_the_device(steps)
     with BackgroundCommitter(committer) as background:
         for number in range(shards):
-            part = samples[number * len(samples) // shards : (number + 1) * len(samples) // shards]
-            background.add(FilledShard(part, []))
+            shard = FilledShard()
+            for sample in samples[number * len(samples) // shards : (number + 1) * len(samples) // shards]:
+                shard.add(sample)
+            background.add(shard)
         background.wait()
     committer.complete(len(samples), [])
 

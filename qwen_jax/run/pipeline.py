@@ -1,8 +1,8 @@
 """From prompts to filled shards: generators that each do one step, joined in worker.py."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,12 +13,15 @@ from qwen_jax.errors import ConfigError
 from qwen_jax.model.capture import RowResult, TapRows
 from qwen_jax.run.sample_reader import SampleReader
 from qwen_jax.shards import EMBEDDING, QuantisedRows, Rows, Sample
-from qwen_jax.shards.statistics import KindStats, RowErrors, RowSums, Stats
+from qwen_jax.shards.statistics import RowErrors, RowSums, Stats, StatsPool
 
 # Steps that the device may be ahead of the host: one computing while one is copied.
 STEPS_IN_FLIGHT = 2
 # The part of a step's kept memory that must be wanted for it to be kept instead of copied.
 MIN_REAL_SHARE = 0.8
+_NOTHING = np.zeros((0, 0))
+NO_SUMS = RowSums(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
+"""Of a sample whose sums are in a pool."""
 
 
 class Pending(Protocol):
@@ -108,21 +111,26 @@ class CapturedSample:
         return extras
 
 
-@dataclass(frozen=True)
+@dataclass
 class FilledShard:
-    """A shard's samples in order, and the lines skipped since the shard before."""
+    """A shard's samples in order, and the lines skipped since the shard before. nbytes: raw, of its activations."""
 
-    samples: Sequence[CapturedSample]
-    skipped: Sequence[SkippedSample]
+    samples: list[CapturedSample] = field(default_factory=list)
+    skipped: Sequence[SkippedSample] = ()
+    nbytes: int = 0
+    pools: dict[str, StatsPool] = field(default_factory=lambda: defaultdict(StatsPool))
+
+    def add(self, sample: CapturedSample) -> None:
+        """The next sample; its sums go into the pools."""
+        for name, tap in sample.taps.items():
+            self.pools[name].add(tap.sums)
+        taps = {name: replace(tap, sums=NO_SUMS) for name, tap in sample.taps.items()}
+        self.samples.append(replace(sample, taps=taps))
+        self.nbytes += sample.nbytes
 
     def stats(self, layers: Sequence[int]) -> Stats:
         """layers: those of the shard."""
-        return {
-            name: KindStats.of_samples(
-                () if name == EMBEDDING else layers, [sample.taps[name].sums for sample in self.samples]
-            )
-            for name in self.samples[0].taps
-        }
+        return {name: pool.stats(() if name == EMBEDDING else layers) for name, pool in self.pools.items()}
 
 
 @dataclass
@@ -226,13 +234,13 @@ def filled_shards(
     samples: Iterable[CapturedSample], shard_bytes: int, reader: SampleReader
 ) -> Iterator[FilledShard]:
     """Groups samples into shards; a shard closes when its raw activation bytes reach `shard_bytes`."""
-    filled: list[CapturedSample] = []
-    raw_bytes = 0
+    shard = FilledShard()
     for sample in samples:
-        filled.append(sample)
-        raw_bytes += sample.nbytes
-        if raw_bytes >= shard_bytes:
-            yield FilledShard(filled, reader.take_skipped(sample.sample_idx))
-            filled, raw_bytes = [], 0
-    if filled:
-        yield FilledShard(filled, reader.take_skipped(filled[-1].sample_idx))
+        shard.add(sample)
+        if shard.nbytes >= shard_bytes:
+            shard.skipped = reader.take_skipped(sample.sample_idx)
+            yield shard
+            shard = FilledShard()
+    if shard.samples:
+        shard.skipped = reader.take_skipped(shard.samples[-1].sample_idx)
+        yield shard

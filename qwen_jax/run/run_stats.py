@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from qwen_jax.errors import WriterConflictError
+from qwen_jax.files import storage_errors
 from qwen_jax.ledger.metadata import ShardEntry
 from qwen_jax.ledger.names import STATS_PREFIX, shard_stats_name
 from qwen_jax.run.places import Places
@@ -65,4 +66,5 @@ class StoredStats:
         try:
             return shard_stats(load_shard(copy), self._kinds)
         finally:
-            copy.unlink()
+            with storage_errors("delete", copy):
+                copy.unlink()

@@ -7,7 +7,7 @@ every durable shard and of nothing else; merged, they are `stats.safetensors`.
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Self
 
@@ -24,6 +24,8 @@ MASSIVE = 100.0
 """A channel is massive where its largest absolute value exceeds the median channel's root mean square by this factor.
 
 Its largest value, since massive activations stand at few tokens of a prompt (Sun et al. 2024)."""
+POOL_BYTES = 16 << 20
+"""Sums of samples (RowSums) that are held before they are merged."""
 _PARTS = {"mean": 2, "variance": 2, "max_abs": 2, "norm_mean": 1, "norm_max": 1}
 """The tensors of a kind in a statistics file, in the order of KindStats' arrays, and their dimensions."""
 _LOSS_PARTS = {"row_squares": 1, "error_squares": 1, "cosine_distance": 1, "max_error": 2}
@@ -138,9 +140,17 @@ class KindStats:
     norm_max_C: np.ndarray
     loss: Loss | None = None
 
-    @classmethod
-    def of_samples(cls, layers: Sequence[int], samples: Sequence[RowSums]) -> Self:
+    @staticmethod
+    def of_samples(layers: Sequence[int], samples: Iterable[RowSums]) -> "KindStats":
         """Of samples in the order of the shard, summed in float64."""
+        pool = StatsPool()
+        for sums in samples:
+            pool.add(sums)
+        return pool.stats(layers)
+
+    @classmethod
+    def of_few(cls, samples: Sequence[RowSums]) -> Self:
+        """The same at once, of no layers yet: it takes several times the memory of the sums."""
         counts_E = np.concatenate([sums.counts_E for sums in samples])
         means_ECD, squares_ECD, max_abs_ECD = (
             np.concatenate([getattr(sums, name) for sums in samples], axis=1).swapaxes(0, 1)
@@ -152,7 +162,7 @@ class KindStats:
         max_abs_CD, count = max_abs_ECD.max(axis=0).astype(np.float64), int(counts_E.sum())
         errors = [sums.errors for sums in samples if sums.errors is not None]
         loss = Loss.of_samples(errors) if errors else None
-        return cls(tuple(layers), count, mean_CD, variance_CD, max_abs_CD, total_C / count, largest_C, loss)
+        return cls((), count, mean_CD, variance_CD, max_abs_CD, total_C / count, largest_C, loss)
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -221,6 +231,31 @@ class KindStats:
         }
 
 
+class StatsPool:
+    """Makes the statistics of samples that come one after another, and holds the sums of few: of samples of one row
+    they are larger than the rows. What is merged when depends on the samples alone, so the bits do too."""
+
+    def __init__(self) -> None:
+        self._merged: KindStats | None = None
+        self._waiting: list[RowSums] = []
+        self._bytes = 0
+
+    def add(self, sums: RowSums) -> None:
+        """The next sample."""
+        if self._bytes >= POOL_BYTES:
+            self._merged, self._waiting, self._bytes = self._all(), [], 0
+        self._waiting.append(sums)
+        self._bytes += sum(array.nbytes for array in sums.arrays)
+
+    def stats(self, layers: Sequence[int]) -> KindStats:
+        """Of all samples so far, at least one. layers: of the entries."""
+        return replace(self._all(), layers=tuple(layers))
+
+    def _all(self) -> KindStats:
+        few = KindStats.of_few(self._waiting)
+        return few if self._merged is None else self._merged.merge(few)
+
+
 Stats = dict[str, KindStats]
 """Statistics by kind, the main one first."""
 
@@ -252,7 +287,7 @@ def shard_stats(shard: Mapping[int | str, Sequence[Mapping]], kinds: Sequence[st
 def _recompute(layers: Sequence[int], records_CS: Sequence[Sequence[Mapping]], key: str) -> KindStats:
     """One layer and sample at a time, since in float64 a shard is four times its size."""
     return KindStats.of_samples(
-        layers, [_exact_sums(of_sample, key) for of_sample in zip(*records_CS, strict=True)]
+        layers, (_exact_sums(of_sample, key) for of_sample in zip(*records_CS, strict=True))
     )
 
 

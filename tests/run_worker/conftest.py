@@ -229,6 +229,13 @@ def captured_sample(index: int, activations_CTD: np.ndarray) -> CapturedSample:
     return CapturedSample(tokenized, {"residual": tap})
 
 
+def filled(*samples: CapturedSample) -> FilledShard:
+    shard = FilledShard()
+    for sample in samples:
+        shard.add(sample)
+    return shard
+
+
 def commit(committer: Committer, shard: FilledShard) -> None:
     """Makes one shard durable, with nothing beside it."""
     ledger = committer.name(committer.write(shard))

@@ -24,10 +24,9 @@ from qwen_jax.run import device_check, worker
 from qwen_jax.run.device_check import TINY, check_model, checked, few_layers
 from qwen_jax.run.doctor import THOROUGH
 from qwen_jax.run.job import prepare
-from qwen_jax.run.pipeline import FilledShard
 from qwen_jax.run.written_by import says_passed
 from qwen_jax.settings import add_settings, take_settings
-from tests.run_worker.conftest import captured_sample, commit
+from tests.run_worker.conftest import captured_sample, commit, filled
 from tests.scripts.conftest import ROOT
 
 SMALL = replace(TINY, hidden_size=32, intermediate_size=48, head_dim=8, num_layers=2)
@@ -191,5 +190,5 @@ def test_a_worker_records_it(workspace, monkeypatch):
     job.settings.checkpoint_dir.mkdir()
     committer = worker.open_committer(job, Event())
     samples = [captured_sample(0, np.ones((job.config.num_layers, 3, 4), np.float32))]
-    commit(committer, FilledShard(samples, []))
+    commit(committer, filled(*samples))
     assert workspace.metadata()["written_by"]["device_check"] == "passed"

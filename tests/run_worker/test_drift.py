@@ -14,12 +14,12 @@ from qwen_jax.errors import BadDataError, ConfigError, StorageError
 from qwen_jax.ledger.metadata import Ledger, RunIdentity
 from qwen_jax.ledger.schema import COMPLETED
 from qwen_jax.run.commit import Committer
-from qwen_jax.run.pipeline import CapturedSample, FilledShard
+from qwen_jax.run.pipeline import CapturedSample
 from qwen_jax.run.places import Places
 from qwen_jax.run.resume import Resumed, discard, resume
 from qwen_jax.storage.folder import FolderStore
 from tests.few import few
-from tests.run_worker.conftest import ROOT, captured_sample, commit
+from tests.run_worker.conftest import ROOT, captured_sample, commit, filled
 from tests.run_worker.torture import CHECKPOINT
 
 FIELDS = [
@@ -92,7 +92,7 @@ def prepare(identity: RunIdentity, root: Path, *, with_bucket: bool) -> Prepared
     committer = Committer(identity, places, (0, 1), resumed.ledger, resumed.fence)
     committer.open()
     for number in range(SHARDS):
-        commit(committer, FilledShard([small_sample(2 * number), small_sample(2 * number + 1)], []))
+        commit(committer, filled(small_sample(2 * number), small_sample(2 * number + 1)))
     return Prepared(identity, places)
 
 

@@ -1,5 +1,6 @@
 """Two workers with one id, and places that disagree: the bucket always ends as a single run's."""
 
+import errno
 import gzip
 import json
 import logging
@@ -24,7 +25,7 @@ from qwen_jax.run.places import Places
 from qwen_jax.run.resume import resume, take_up
 from qwen_jax.storage.folder import FolderStore
 from tests.fake_gcs import Fault
-from tests.run_worker.conftest import captured_sample, commit, tree
+from tests.run_worker.conftest import captured_sample, commit, filled, tree
 from tests.run_worker.torture import CHECKPOINT
 
 
@@ -188,7 +189,7 @@ def open_committer(root: Path, machine: str, bucket: str = "bucket") -> Committe
 
 def one_sample_shard(index: int, value: float) -> FilledShard:
     activations = np.full((1, 2, 4), value, np.float32)
-    return FilledShard([captured_sample(index, activations)], [])
+    return filled(captured_sample(index, activations))
 
 
 def stored_value(path) -> float:
@@ -346,6 +347,24 @@ def test_a_start_that_is_stopped_stores_no_further_kept_shards(tmp_path, monkeyp
     with pytest.raises(TerminatedError, match="the next start resumes"):
         take_up(IDENTITY, places_of(tmp_path, "owner", "bucket"), (0,), stop=stop)
     assert 1 <= len(open_committer(tmp_path, "another").ledger.shards) <= UPLOADS + 1
+
+
+def test_a_copy_of_a_shard_that_cannot_be_deleted_is_a_storage_error(tmp_path, monkeypatch):
+    """Statistics are computed from a copy of the bucket's shard where there are none."""
+    owner = open_committer(tmp_path, "owner")
+    commit(owner, one_sample_shard(0, 1.0))
+    (tmp_path / "bucket" / shard_stats_name(1)).unlink()
+    unlink = Path.unlink
+
+    def fails(path, **options):
+        if path.suffix == ".tmp":
+            raise OSError(errno.EIO, "broken")
+        unlink(path, **options)
+
+    elsewhere = open_committer(tmp_path, "elsewhere")
+    monkeypatch.setattr(Path, "unlink", fails)
+    with pytest.raises(StorageError, match="shard_0001"):
+        elsewhere.complete(1, [])
 
 
 def test_a_finished_run_keeps_what_it_kept_here(tmp_path):

@@ -1,6 +1,7 @@
 """Statistics of parts, merged, are those of all rows together; a channel that is massive at few rows is found."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from qwen_jax.errors import BadDataError
+from qwen_jax.shards import statistics
 from qwen_jax.shards.statistics import (
     MASSIVE,
     KindStats,
@@ -145,6 +147,26 @@ def test_losses_of_parts_are_those_of_all_rows():
     np.testing.assert_allclose(merged.loss.cosine_distance_C, (1 - cosines).mean(axis=1), rtol=1e-4)
     (again,) = parse_stats(stats_bytes({"mlp": merged}), "here").values()
     assert again.summary() == merged.summary() and "max_error_channel" in merged.summary()["3"]
+
+
+def test_the_sums_of_few_samples_are_held(monkeypatch):
+    """Of samples of one row they are larger than the rows."""
+    rng = np.random.default_rng(0)
+    samples = [rng.normal(0, 1, (2, 1, 16)) for _ in range(200)]
+    at_once = of_rows(samples)
+    one = sum(array.nbytes for array in row_sums(samples[0].astype(np.float32)).arrays)
+    monkeypatch.setattr(statistics, "POOL_BYTES", 5 * one)
+    pool, seen, most = statistics.StatsPool(), [], 0
+    for sample in samples:
+        sums = row_sums(sample.astype(np.float32))
+        seen.append(weakref.ref(sums))
+        pool.add(sums)
+        del sums
+        most = max(most, sum(each() is not None for each in seen))
+    assert 2 <= most <= 6
+    for ours, theirs in zip(pool.stats(LAYERS).arrays, at_once.arrays, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+    assert (pool.stats(LAYERS).count, pool.stats(LAYERS).layers) == (200, LAYERS)
 
 
 def test_where_one_part_does_not_say_what_was_lost_all_do_not():

@@ -28,7 +28,9 @@ class KnownShard(FilledShard):
 def filled(number: int, bits: int) -> FilledShard:
     """The shard after `number` others, as a machine of these bits computes it."""
     activations = np.full((1, 2, 4), 1.0 + number + bits / 8, np.float32)
-    return KnownShard([captured_sample(number, activations)], [])
+    shard = KnownShard()
+    shard.add(captured_sample(number, activations))
+    return shard
 
 
 _stats: dict[int, Stats] = {}
