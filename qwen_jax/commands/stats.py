@@ -28,7 +28,7 @@ def run(args: Namespace) -> int:
     groups = groups_alike([run for path in args.paths for run in open_runs(path)])
     if output is not None and len(groups) > 1:
         raise UsageError(
-            "--output takes the statistics of runs with the same kinds and layers; name those alone"
+            "--output takes the statistics of runs with the same kinds, layers and model; name those alone"
         )
     say(f"{'kind':<10} {'layer':>9} {'rows':>12} {'mean norm':>10} {'max norm':>10}  massive channels")
     for group in groups:

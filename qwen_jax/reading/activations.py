@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from qwen_jax.errors import UsageError
-from qwen_jax.reading.runs import Run, open_runs, runs_with_layer
+from qwen_jax.reading.runs import Run, open_runs, refuse_mixed, runs_with_layer
 from qwen_jax.reading.samples import Fetched, Layer, fetch, row_arrays, samples_in
 from qwen_jax.roles import RoleSet
 
@@ -115,13 +115,14 @@ def iter_activations(
         shards lies in temporary files.
 
     Raises:
-        UsageError: arguments that do not fit together, a layer or kind that is not stored, fewer shards than
-        processes. ShardError and BadDataError, while iterating: see load_shard.
+        UsageError: arguments that do not fit together, a layer or kind that is not stored, runs whose rows are of
+        different kinds, models or stored dtypes, fewer shards than processes. ShardError and BadDataError, while
+        iterating: see load_shard.
     """
     reading = Reading(
         layer, batch_size, shuffle_buffer, seed, shards_at_once, keep, kind, as_float32, with_tokens
     )
-    shards = share_of(open_shards(path, layer), process_index, process_count)
+    shards = share_of(open_shards(path, layer, kind), process_index, process_count)
     return reading.batches(shards, epochs, cursor)
 
 
@@ -129,9 +130,12 @@ Shard = tuple[Run, str]
 """A run and the name of one of its shards."""
 
 
-def open_shards(path: str | Path, layer: Layer) -> list[Shard]:
-    """The shards at `path` that store the layer, or may; raises UsageError where none does."""
-    return [(run, name) for run in runs_with_layer(open_runs(path), layer) for name in run.shards]
+def open_shards(path: str | Path, layer: Layer, kind: str | None) -> list[Shard]:
+    """The shards at `path` that store the layer, or may; raises UsageError where none does, and where their rows are of
+    different kinds, models or dtypes."""
+    runs = runs_with_layer(open_runs(path), layer)
+    refuse_mixed(runs, layer, kind)
+    return [(run, name) for run in runs for name in run.shards]
 
 
 def share_of(shards: Sequence[Shard], process_index: int, process_count: int) -> Sequence[Shard]:
@@ -198,7 +202,7 @@ class Reading:
             order["shards_at_once"] = self.shards_at_once
         about = [[run.worker_id, name, (run.entry(name) or {}).get("crc32c")] for run, name in shards]
         arguments = [[self.layer, self.kind, said, order], about]
-        return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(arguments, default=int).encode()).hexdigest()[:16]
 
 
 class ActivationBatches:
@@ -226,6 +230,8 @@ class ActivationBatches:
         """Each batch, with the cursor behind it."""
         for epoch in range(start.epoch, epochs):
             done = start.batches if epoch == start.epoch else 0
+            if done and done == source.reading.known_batches(source.shards):
+                continue
             for number, columns in enumerate(_batches(source, epoch, done), done + 1):
                 yield Cursor(epoch, number, start.arguments), columns
 
@@ -314,8 +320,10 @@ def _read_ahead(source: _Source, numbers: Iterable[int]) -> Iterator[list[Column
     is_finalizing = sys.is_finalizing
     try:
         fetched = _ahead(lambda number: fetchers.submit(source.fetch, number), numbers, READERS)
-        for rows in _ahead(lambda file: readers.submit(source.read, file), fetched, READERS):
-            yield rows.result()
+        # By map, which keeps no shard alive that was given out.
+        yield from map(
+            Future.result, _ahead(lambda file: readers.submit(source.read, file), fetched, READERS)
+        )
     finally:
         if not is_finalizing():  # else Python has joined the threads, and its modules may be gone
             fetchers.shutdown(cancel_futures=True)
@@ -329,24 +337,23 @@ def _ahead(begin: Callable[[Any], Future], items: Iterable[Any], count: int) -> 
         begun.append(begin(item))
         if len(begun) > count:
             yield begun.popleft()
-    yield from begun
+    while begun:
+        yield begun.popleft()
 
 
 def _mixed(shards: Iterable[list[Columns]], at_once: int, rng: np.random.Generator) -> Iterator[Columns]:
     """The rows of `at_once` shards in turn, each in random order; a shard that is used up makes room for the next."""
     drawn: deque[Iterator[Columns]] = deque()
     for shard in shards:
-        drawn.append(_drawn(shard, rng))
+        drawn.append(_drawn(_join(shard), rng) if shard else iter(()))
+        del shard  # it is there as a copy now
         if len(drawn) == at_once:
             yield from _until_one_ends(drawn)
     while drawn:
         yield from _until_one_ends(drawn)
 
 
-def _drawn(shard: list[Columns], rng: np.random.Generator) -> Iterator[Columns]:
-    if not shard:
-        return
-    columns = _join(shard)
+def _drawn(columns: Columns, rng: np.random.Generator) -> Iterator[Columns]:
     order = rng.permutation(len(columns[0]))
     for start in range(0, len(order), _PIECE_ROWS):
         yield _take(columns, order[start : start + _PIECE_ROWS])

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from qwen_jax.reading.runs import (
     Run,
     local_output,
     open_runs,
+    refuse_mixed,
     runs_with_layer,
     stored_layers,
 )
@@ -99,7 +102,7 @@ def export(
     if to not in FORMATS:
         raise UsageError(f"no format {to!r}; choose from {', '.join(FORMATS)}")
     output = local_output(output, "--output")
-    runs, layers = _choose(path, layers)
+    runs, layers = _choose(path, layers, kind)
     shards = [(run, name) for run in runs for name in run.shards]
     counts = [_rows(run, name) for run, name in shards]
     kind = kind or runs[0].kinds[0]
@@ -136,7 +139,9 @@ def _about(to: str, kind: str, context_size: int) -> dict[str, Any]:
     return about | {"context_size": context_size} if to == "hf_dataset" else about
 
 
-def _choose(path: str | Path, layers: Sequence[Layer] | None) -> tuple[list[Run], tuple[Layer, ...]]:
+def _choose(
+    path: str | Path, layers: Sequence[Layer] | None, kind: str | None
+) -> tuple[list[Run], tuple[Layer, ...]]:
     """The runs to export and their layers."""
     runs = [run for run in open_runs(path) if run.shards]
     if not runs:
@@ -144,6 +149,8 @@ def _choose(path: str | Path, layers: Sequence[Layer] | None) -> tuple[list[Run]
     if layers is None:
         layers = tuple(dict.fromkeys(layer for run in runs for layer in stored_layers(run)))
     having = [runs_with_layer(runs, layer) for layer in layers]
+    for layer, each in zip(layers, having, strict=True):
+        refuse_mixed(each, layer, kind)
     if any(each != having[0] for each in having):
         raise UsageError(
             f"layers {', '.join(map(str, layers))} are stored by different workers; export those of each worker to a "
@@ -272,18 +279,20 @@ class NpyWriter:
         self._output = output
         self._rows = rows
         self._list = output / "parts.json"
-        self._done: list[list] = self._listed() if self._list.exists() else []
+        self._done = self._listed() if self._list.exists() else {}
+        self._unlisted = 0
 
-    def _listed(self) -> list[list]:
+    def _listed(self) -> dict[tuple[Layer, str], None]:
+        """As the keys of a dict, which are found at once and stay in order."""
         try:
-            return parse(read_bounded(self._list), EXPORTED_PARTS)
+            return dict.fromkeys(map(tuple, parse(read_bounded(self._list), EXPORTED_PARTS)))
         except DamagedError as error:
             raise BadDataError(
                 f"{self._list} is damaged ({error}); delete its folder, or choose another"
             ) from error
 
     def has(self, layer: Layer, name: str) -> bool:
-        return [layer, name] in self._done
+        return (layer, name) in self._done
 
     def rows(self, count: int) -> int:
         return count
@@ -291,9 +300,17 @@ class NpyWriter:
     def write(self, part: Part) -> None:
         for key, array in part.arrays.items():
             self._put(layer_folder(part.layer) if key == "activations" else key, part.first_row, array)
-        self._done.append([part.layer, part.name])
+        self._done[part.layer, part.name] = None
+        self._unlisted += 1
+        # Each time one in a hundred is new: to write a long list for each part takes longer than the parts. What is
+        # not listed is written again.
+        if self._unlisted > len(self._done) // 100:
+            self._write_list()
+
+    def _write_list(self) -> None:
         with atomic_write(self._list) as file:
-            file.write(json_bytes(self._done))
+            file.write(json_bytes(list(self._done)))
+        self._unlisted = 0
 
     def _put(self, name: str, first_row: int, array: np.ndarray) -> None:
         path = self._output / f"{name}.npy"
@@ -305,8 +322,19 @@ class NpyWriter:
                 shape = (self._rows, *array.shape[1:])
                 self._check_space(path, dtype.itemsize * math.prod(shape))
                 whole = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+                self._take_space(path)
             whole[first_row : first_row + len(array)] = array
             whole.flush()
+
+    def _take_space(self, path: Path) -> None:
+        """At once: a page of a mapped file that the disk has no room for ends the process by a signal."""
+        if hasattr(os, "posix_fallocate"):  # absent on macOS
+            try:
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError:
+                path.unlink()
+                raise
 
     def _check_space(self, path: Path, needed: int) -> None:
         free = shutil.disk_usage(self._output).free
@@ -316,7 +344,7 @@ class NpyWriter:
             )
 
     def finish(self, layers: Sequence[Layer]) -> None:
-        pass
+        self._write_list()
 
 
 class HfDatasetWriter:
@@ -377,7 +405,7 @@ class HfDatasetWriter:
 
         for layer in layers:
             folder = self._output / layer_folder(layer)
-            files = sorted(path.name for path in folder.glob("*.arrow"))
+            files = sorted((path.name for path in folder.glob("*.arrow")), key=_numbers)
             info = DatasetInfo(features=Dataset.from_file(str(folder / files[0])).features)
             info.write_to_directory(str(folder))
             state: dict[str, Any] = {
@@ -390,6 +418,11 @@ class HfDatasetWriter:
                 "_split": None,
             }
             (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _numbers(name: str) -> list[int]:
+    """Those in the name of a part: as texts, worker_10 comes before worker_9."""
+    return list(map(int, re.findall(r"\d+", name)))
 
 
 FORMATS: dict[str, Any] = {

@@ -24,11 +24,12 @@ def merged_stats(runs: Sequence[Run]) -> Stats:
 
 
 def groups_alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs with the same kinds and layers together, in the order of the first of each."""
+    """Runs with the same kinds, layers and model together, in the order of the first of each."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        layers = run.metadata["layers"] if run.metadata else None
-        groups.setdefault((str(run.kinds), str(layers)), []).append(run)
+        said = run.metadata
+        of_run = (said["layers"], said["model"]["weights_digest"]) if said else None
+        groups.setdefault((str(run.kinds), str(of_run)), []).append(run)
     return list(groups.values())
 
 

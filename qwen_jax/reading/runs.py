@@ -265,6 +265,25 @@ def runs_with_layer(runs: Sequence[Run], layer: int | str) -> list[Run]:
     return having
 
 
+def refuse_mixed(runs: Sequence[Run], layer: int | str, kind: str | None) -> None:
+    """Raises UsageError for runs whose rows of a layer are no one set of rows. kind: None is each run's main one."""
+
+    def about(run: DescribedRun) -> dict[str, str]:
+        said = run.metadata
+        of_layer = {} if layer == EMBEDDING else {"kind": kind or run.kinds[0]}
+        digest = said["model"]["weights_digest"]
+        return {**of_layer, "weights_digest": digest, "activation_dtype": said["activation_dtype"]}
+
+    known = [run for run in runs if isinstance(run, DescribedRun)]
+    for run in known[1:]:
+        first, other = about(known[0]), about(run)
+        for what in [each for each in first if first[each] != other[each]]:
+            raise UsageError(
+                f"{known[0].where} and {run.where} hold rows of another {what}, {first[what]} and {other[what]}; read "
+                "them apart" + (", or name a kind that both store" if what == "kind" else "")
+            )
+
+
 def stored_layers(run: Run) -> list[int | str]:
     """The layers of a run, "embedding" last; without metadata those of its first shard."""
     if isinstance(run, DescribedRun):

@@ -65,7 +65,7 @@ class ActivationDataset(IterableDataset):
         )
         here = _rank_here()
         share = share_of(
-            open_shards(path, layer),
+            open_shards(path, layer, kind),
             here[0] if rank is None else rank,
             here[1] if world_size is None else world_size,
         )
@@ -108,7 +108,8 @@ class ActivationDataset(IterableDataset):
     def _shards_of_worker(self) -> Sequence[Shard]:
         """Opened by the process that reads them, and no others than when the data set was made."""
         worker = get_worker_info()
-        there = {_address(shard): shard for shard in open_shards(self._path, self._reading.layer)}
+        reading = self._reading
+        there = {_address(shard): shard for shard in open_shards(self._path, reading.layer, reading.kind)}
         gone = [address for address in self._addresses if address not in there]
         if gone:
             raise BadDataError(f"{gone[0]} is no longer there; make the data set again")

@@ -199,6 +199,8 @@ def load_shard(
         ShardError: not a whole, well-formed shard, or without one of `layers`; the message names the file and what
             is wrong.
     """
+    if layers is not None and not layers:
+        raise ShardError("layers names none; give at least one, or None for all")
     if not isinstance(path_or_file, str | os.PathLike):
         name = name or str(getattr(path_or_file, "name", "the open file"))
         with _shard_errors(name):

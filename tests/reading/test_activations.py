@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 
 from qwen_jax.__main__ import main
 from qwen_jax.errors import UsageError
-from qwen_jax.reading import Rows, iter_activations, iter_samples
+from qwen_jax.reading import Rows, activations, iter_activations, iter_samples
 from qwen_jax.reading.activations import READERS
+from qwen_jax.reading.export import export
 from qwen_jax.reading.runs import open_runs
+from qwen_jax.reading.torch import ActivationDataset
 from qwen_jax.roles import RoleSet
 from qwen_jax.shards import ShardError, load_shard
 from tests.few import few
@@ -243,6 +246,66 @@ def test_many_workers_are_read_one_after_another(copy, clean, tmp_path):
     assert [run.where.rpartition("/")[2] for run in open_runs(tmp_path)] == ["worker_2", "worker_10"]
     rows = np.concatenate(list(iter_activations(tmp_path, 1, 4096)))
     np.testing.assert_array_equal(rows, np.concatenate([all_rows(clean, 1)] * 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda said: said.update(activation_types=["mlp"]), "kind, residual and mlp.*name a kind"),
+        (lambda said: said["model"].update(weights_digest="0" * 64), "weights_digest"),
+        (lambda said: said.update(activation_dtype="bfloat16"), "activation_dtype, float32 and bfloat16"),
+    ],
+)
+def test_rows_of_different_kinds_models_or_dtypes_are_not_mixed(copy, clean, tmp_path, change, said):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "worker_0").symlink_to(clean)
+    copy.metadata(change)
+    copy.folder.rename(tmp_path / "runs" / "worker_1")
+    for read in (
+        lambda path: iter_activations(path, 1, 100),
+        lambda path: ActivationDataset(path, 1, 100),
+        lambda path: export(path, "npy", tmp_path / "out", layers=[1]),
+    ):
+        with pytest.raises(UsageError, match=f"worker_0 and .*worker_1 hold rows of another {said}"):
+            read(tmp_path / "runs")
+
+
+def test_the_end_of_an_epoch_is_gone_on_from_without_reading_it(clean, shards_read):
+    batches = len(list(iter_activations(clean, 3, 700, 2000, seed=1)))
+    done = iter_at(lambda: iter_activations(clean, 3, 700, 2000, seed=1), batches)
+    shards_read.clear()
+    after = list(iter_activations(clean, 3, 700, 2000, seed=1, epochs=2, cursor=done))
+    assert len(shards_read) == 4
+    both = list(iter_activations(clean, 3, 700, 2000, seed=1, epochs=2))
+    np.testing.assert_array_equal(np.concatenate(after), np.concatenate(both[batches:]))
+
+
+def test_shards_at_once_are_held_once(clean, monkeypatch):
+    """As they come, and as the copy from which rows are drawn, each would be there twice."""
+    alive, most = [], 0
+    read = activations._Source.read
+
+    def counted(self, fetched):
+        columns = read(self, fetched)
+        alive.extend(weakref.ref(array) for array, *_ in columns)
+        return columns
+
+    monkeypatch.setattr(activations._Source, "read", counted)
+    samples = 0
+    for _ in iter_activations(clean, 3, 256, 256, shards_at_once=4):
+        samples = len(alive)
+        most = max(most, sum(each() is not None for each in alive)) if samples == 36 else most
+    assert samples == 36 and most == 0
+
+
+def test_a_layer_may_be_a_numpy_integer(clean):
+    layer = np.int64(3)
+    np.testing.assert_array_equal(next(iter_activations(clean, layer, 64)), all_rows(clean, 3)[:64])
+
+
+def test_no_layer_at_all_is_refused_as_such(clean):
+    with pytest.raises(ShardError, match="names none"):
+        next(iter_samples(clean, layers=[]))
 
 
 def test_errors_of_the_reading_thread_arrive(copy):

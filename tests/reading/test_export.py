@@ -1,5 +1,8 @@
 """Every format holds exactly the stored rows, goes on after an interruption, and is read by its own tools."""
 
+import errno
+import json
+import os
 import shutil
 
 import datasets
@@ -8,12 +11,12 @@ import pytest
 from safetensors import safe_open
 
 from qwen_jax.__main__ import main
-from qwen_jax.errors import BadDataError, UsageError
+from qwen_jax.errors import BadDataError, StorageError, UsageError
 from qwen_jax.reading import iter_samples
-from qwen_jax.reading.export import FORMATS, SafetensorsWriter, export
+from qwen_jax.reading.export import FORMATS, NpyWriter, Part, SafetensorsWriter, export
 from qwen_jax.shards import load_shard
 from tests.few import few
-from tests.reading.conftest import STREAMS, all_rows, extract
+from tests.reading.conftest import STREAMS, Copy, all_rows, extract
 from tests.run_worker.conftest import tree
 
 
@@ -85,6 +88,43 @@ def test_an_interrupted_export_goes_on_and_ends_the_same(clean, tmp_path, monkey
     assert tree(cut) == tree(whole)
     again = export(clean, to, cut)
     assert again.parts_kept == again.parts
+
+
+def test_npy_takes_its_space_at_once(clean, tmp_path, monkeypatch):
+    """A mapped page that the disk has no room for ends the process without a word."""
+    export(clean, "npy", tmp_path / "whole")
+    for path in (tmp_path / "whole").glob("layer_*.npy"):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="layer_01.npy"):
+        export(clean, "npy", tmp_path / "full")
+    assert not (tmp_path / "full" / "layer_01.npy").exists()
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_list_of_many_parts_is_written_a_few_times(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(NpyWriter, "_write_list", lambda self: written.append(setattr(self, "_unlisted", 0)))
+    writer = NpyWriter(tmp_path, 1, "residual", 1)
+    for number in range(2000):
+        writer.write(Part(3, f"shard_{number}", 0, {}))
+    assert 100 <= len(written) < 450
+    assert writer.has(3, "shard_7") and not writer.has(4, "shard_7")
+
+
+def test_entries_of_workers_come_in_the_order_of_their_numbers(clean, copy, tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    shutil.copytree(clean, runs / "worker_9")
+    Copy(runs / "worker_9").metadata(lambda metadata: metadata.update(worker_id=9))
+    shutil.copytree(clean, runs / "worker_10")
+    Copy(runs / "worker_10").metadata(lambda metadata: metadata.update(worker_id=10))
+    export(runs, "hf_dataset", tmp_path / "out", layers=[3], context_size=100)
+    files = json.loads((tmp_path / "out" / "layer_03" / "state.json").read_text())["_data_files"]
+    assert [each["filename"].partition("-")[0] for each in files] == ["worker_9"] * 4 + ["worker_10"] * 4
 
 
 def test_layers_may_come_later(clean, tmp_path):
