@@ -1,6 +1,6 @@
 """A run that uploads: one shard at a time, and as many at once as a worker does; against the connections' speed.
 
-    python benchmarks/uploading.py [--gigabytes 1.5] [--shards 24] [--rate 50e6] [--rounds 3]
+    python benchmarks/uploading.py [--gigabytes 0.75] [--shards 12] [--rate 50e6] [--rounds 3]
 
 Everything between the device and a completed run (host_path.py) with a bucket, the tests' double in a process of its
 own, which takes `--rate` bytes a second over each connection and answers after 20 ms. "Without a bucket" is what
@@ -24,8 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gigabytes", type=float, default=1.5)
-    parser.add_argument("--shards", type=int, default=24)
+    parser.add_argument("--gigabytes", type=float, default=0.75)
+    parser.add_argument("--shards", type=int, default=12)
     parser.add_argument("--rate", type=float, default=50e6)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
