@@ -1,5 +1,6 @@
 """The files that workers leave, to be read where they lie: in folders of this machine, or in a store."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -30,7 +31,8 @@ class FolderFiles:
         self.where = str(path)
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+        with os.scandir(self.path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file())
 
     def read(self, name: str) -> bytes | None:
         try:

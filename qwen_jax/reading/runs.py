@@ -1,6 +1,7 @@
 """Where shards lie: one worker's folder, many workers', a bucket, or a single file."""
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -353,7 +354,8 @@ def _folders(path: Path, deep: int) -> Iterator[Path]:
     """A folder and those below it, `deep` levels down, by number."""
     yield path
     if deep:
-        below = (each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+        with os.scandir(path) as entries:
+            below = [Path(each) for each in entries if each.is_dir() and not each.name.startswith(".")]
         for folder in sorted(below, key=_by_number):
             yield from _folders(folder, deep - 1)
 
@@ -361,9 +363,8 @@ def _folders(path: Path, deep: int) -> Iterator[Path]:
 def _runs_in_bucket(url: str) -> list[Run]:
     from qwen_jax.storage.opening import open_store
 
-    above, _, name = url.rpartition("/")
-    if shard_number(name) is not None:
-        return [read_run(BucketFiles(open_store(above)), name)]
+    if (shard := bucket_shard(url)) is not None:
+        return [read_run(*shard)]
     names: dict[str, list[str]] = {}
     for info in open_store(url).list():
         folder, _, name = info.name.rpartition("/")
@@ -373,6 +374,14 @@ def _runs_in_bucket(url: str) -> list[Run]:
         read_run(BucketFiles(open_store(f"{url.rstrip('/')}/{folder}".removesuffix("/."))))
         for folder in folders
     ]
+
+
+def bucket_shard(url: str) -> tuple[BucketFiles, str] | None:
+    """A shard's files and name, by its address; None where that is no shard's."""
+    from qwen_jax.storage.opening import open_store
+
+    above, _, name = url.rpartition("/")
+    return None if shard_number(name) is None else (BucketFiles(open_store(above)), name)
 
 
 def _has_run(names: Iterable[str]) -> bool:

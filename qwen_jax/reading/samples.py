@@ -12,7 +12,7 @@ from qwen_jax import shards
 from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.ledger.names import METADATA_NAME
 from qwen_jax.prefetch import prefetch
-from qwen_jax.reading.runs import Run, is_bucket_url, open_runs
+from qwen_jax.reading.runs import Run, bucket_shard, is_bucket_url, open_runs
 from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
 Layer = int | str
@@ -32,10 +32,11 @@ def load_shard(
     """As qwen_jax.shards.load_shard, which see; takes a shard's gs:// address too."""
     if not isinstance(path_or_file, str | Path) or not is_bucket_url(path_or_file):
         return shards.load_shard(path_or_file, layers=layers, max_bytes=max_bytes)
-    (run,) = open_runs(path_or_file)
-    if not run.is_part:
+    shard = bucket_shard(str(path_or_file))
+    if shard is None:
         raise UsageError(f"{path_or_file} is no shard; iter_samples reads folders")
-    with run.files.local(run.shards[0], layers) as path:
+    files, name = shard
+    with files.local(name, layers) as path:
         return shards.load_shard(path, layers=layers, max_bytes=max_bytes, name=str(path_or_file))
 
 

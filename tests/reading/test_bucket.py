@@ -44,6 +44,11 @@ def test_one_shard_by_its_address(bucket, clean):
         np.testing.assert_array_equal(one["activation"], other["activation"])
     with pytest.raises(UsageError, match="is no shard"):
         load_shard(URL)
+    bucket.put_bytes("metadata.json", b"{torn")
+    try:
+        assert list(load_shard(address, layers=[3])) == [3]
+    finally:
+        bucket.put_file("metadata.json", clean / "metadata.json")
 
 
 def test_what_is_written_on_the_local_disk_is_no_address(bucket, tmp_path):
