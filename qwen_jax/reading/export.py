@@ -1,5 +1,6 @@
 """Shards in the formats of other tools: one layer at a time, one shard in memory, resumable."""
 
+import errno
 import json
 import math
 import os
@@ -332,9 +333,13 @@ class NpyWriter:
             try:
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError:
-                path.unlink()
-                raise
+            except OSError as error:
+                if error.errno not in (
+                    errno.EOPNOTSUPP,
+                    errno.EINVAL,
+                ):  # else the file system knows no such thing
+                    path.unlink()
+                    raise
 
     def _check_space(self, path: Path, needed: int) -> None:
         free = shutil.disk_usage(self._output).free
