@@ -12,7 +12,7 @@ from qwen_jax import shards
 from qwen_jax.errors import BadDataError, UsageError
 from qwen_jax.ledger.names import METADATA_NAME
 from qwen_jax.prefetch import prefetch
-from qwen_jax.reading.runs import Run, bucket_shard, is_bucket_url, open_runs
+from qwen_jax.reading.runs import Run, bucket_shard, is_bucket_url, open_runs, runs_with_layer
 from qwen_jax.shards import EMBEDDING, KIND_KEYS
 
 Layer = int | str
@@ -47,11 +47,15 @@ def iter_samples(
 
     A sample: `sample_idx`, `task_id`, `text_preview`, `token_ids`, those of the optional arrays that are stored
     (docs/guide.md), `worker_id` (None where there is no metadata.json), and `activations`: `{layer: [n, hidden]}` in
-    the stored dtype, float32 of a quantised one. layers: those to read, by default all. kind: which of several stored
+    the stored dtype, float32 of a quantised one. layers: those to read, by default all; workers that do not store them
+    are left out. kind: which of several stored
     kinds; None is the main one. One shard is held in memory at a time, and the next one is fetched meanwhile. Raises
-    ShardError for what is no whole shard, UsageError for a kind that is not stored.
+    ShardError for what is no whole shard, UsageError for a kind, or a layer, that is not stored.
     """
-    wanted = [(run, name, layers) for run in open_runs(path) for name in run.shards]
+    runs = open_runs(path)
+    for layer in layers or ():
+        runs = runs_with_layer(runs, layer)
+    wanted = [(run, name, layers) for run in runs for name in run.shards]
     for shard in fetched(wanted):
         yield from samples_in(shard, layers, kind)
 

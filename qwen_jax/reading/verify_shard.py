@@ -63,8 +63,9 @@ class ShardFaults:
                 self.can_be_made_again = True
                 return found
             with self._run.files.local(self.name) as path:
-                stored = load_shard(path, raw=True)
-                check_index(path, stored)
+                name = f"{self._run.where}/{self.name}"
+                stored = load_shard(path, raw=True, name=name)
+                check_index(path, stored, name)
         except ShardError as error:
             return [str(error)]
         first = next(iter(stored.values()))

@@ -218,9 +218,10 @@ def shard_layers(path: str | os.PathLike) -> list[int | str]:
         return stored_keys(read_index(file)) or list(load_shard(path))
 
 
-def check_index(path: str | os.PathLike, layers: Iterable[int | str]) -> None:
-    """Raises ShardError where the shard says that its parts are others than they are. layers: those that it holds."""
-    with _shard_errors(os.fspath(path)), open(path, "rb") as file:
+def check_index(path: str | os.PathLike, layers: Iterable[int | str], name: str) -> None:
+    """Raises ShardError where the shard says that its parts are others than they are. layers: those that it holds.
+    name: what messages call the shard."""
+    with _shard_errors(name), open(path, "rb") as file:
         parts = read_index(file)
         PartReader(file, parts).finish()
         if parts and stored_keys(parts) != list(layers):

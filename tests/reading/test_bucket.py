@@ -84,6 +84,12 @@ def test_faults_in_a_bucket_are_found(bucket):
     assert bucket.get_bytes("shard_0003.pkl.gz")[0] == data
 
 
+def test_a_torn_shard_is_called_by_its_address(bucket):
+    open_store("gs://bucket/loose").put_bytes("shard_0001.pkl.gz", b"no gzip")
+    faults = verify_runs(open_runs("gs://bucket/loose")).faults
+    assert any("gs://bucket/loose/shard_0001.pkl.gz is not a whole shard" in str(fault) for fault in faults)
+
+
 def test_an_empty_address_says_what_to_give(bucket):
     with pytest.raises(BadDataError, match="holds no shards and no metadata.json; give"):
         open_runs("gs://bucket/elsewhere")

@@ -268,6 +268,7 @@ def test_workers_with_other_layers(clean, copy, tmp_path):
     with pytest.raises(UsageError, match="layers 1, 3, 5, 6 are stored by different workers"):
         export(tmp_path / "both", "npy", tmp_path / "out")
     assert export(tmp_path / "both", "npy", tmp_path / "out", layers=[3]).rows == len(all_rows(clean, 3))
+    assert {sample["worker_id"] for sample in iter_samples(tmp_path / "both", layers=[3])} == {0}
 
 
 def test_a_shard_alone_is_named_by_the_metadata_beside_it(two_kinds, tmp_path):

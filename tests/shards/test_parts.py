@@ -151,11 +151,11 @@ def test_a_shard_without_an_index_is_read_and_says_its_layers(tmp_path):
     for data in (SHARD, without_index(SHARD)):
         path.write_bytes(data)
         assert shard_layers(path) == [*LAYERS, EMBEDDING]
-        check_index(path, WHOLE)
+        check_index(path, WHOLE, "it")
         assert_same_shard(load_shard(path, layers=[3]), {3: WHOLE[3]})
     with pytest.raises(ShardError, match="other layers"):
         path.write_bytes(SHARD)
-        check_index(path, LAYERS)
+        check_index(path, LAYERS, "it")
 
 
 def test_more_layers_than_an_index_holds_are_stored_without_one():
