@@ -115,9 +115,8 @@ def iter_activations(
         shards lies in temporary files.
 
     Raises:
-        UsageError: arguments that do not fit together, a layer or kind that is not stored, runs whose rows are of
-        different kinds, models or stored dtypes, fewer shards than processes. ShardError and BadDataError, while
-        iterating: see load_shard.
+        UsageError: arguments that do not fit together, a layer or kind that is not stored, runs of different kinds,
+        models or stored dtypes, too few shards. ShardError and BadDataError, while iterating: see load_shard.
     """
     reading = Reading(
         layer, batch_size, shuffle_buffer, seed, shards_at_once, keep, kind, as_float32, with_tokens
