@@ -129,7 +129,7 @@ Shard = tuple[Run, str]
 """A run and the name of one of its shards."""
 
 
-def open_shards(path: str | Path, layer: Layer, kind: str | None) -> list[Shard]:
+def open_shards(path: str | Path, layer: Layer, kind: str | None = None) -> list[Shard]:
     """The shards at `path` that store the layer, or may; raises UsageError where none does, and where their rows are of
     different kinds, models or dtypes."""
     runs = runs_with_layer(open_runs(path), layer)
