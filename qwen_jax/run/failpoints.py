@@ -40,7 +40,7 @@ _passing = threading.Lock()
 
 
 def arm(environment: Mapping[str, str]) -> None:
-    """Reads the variable; raises UsageError for what it can not say."""
+    """Reads the variable; raises UsageError for what it cannot say."""
     global _signal
     _armed.clear()
     text = environment.get(VARIABLE)

@@ -5,7 +5,7 @@ shards, with a warning, or refused.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -326,8 +326,12 @@ def _local_check(places: Places) -> ShardCheck:
 
 def _verified(ledger: Ledger, is_durable: ShardCheck) -> Ledger:
     """The longest prefix of `ledger` whose shards all exist as described."""
-    checks = [*is_durable(list(ledger.shards)), False]
-    return ledger.prefix(checks.index(False))
+    return ledger.prefix(_first(is_durable(list(ledger.shards))))
+
+
+def _first(checks: Iterable[bool]) -> int:
+    """How many are true before one is not."""
+    return [*checks, False].index(False)
 
 
 def _kept(durable: Ledger, local: Ledger | None, places: Places) -> Ledger:
@@ -339,14 +343,10 @@ def _kept(durable: Ledger, local: Ledger | None, places: Places) -> Ledger:
     if local is None or durable.status == COMPLETED or local.shards[: len(durable.shards)] != durable.shards:
         return durable
     further = list(local.shards[len(durable.shards) :])
-    first, described = len(durable.shards) + 1, places.local_stats_names()
-    whole = _local_check(places)(further)
-    checks = [
-        *(each and shard_stats_name(number) in described for number, each in enumerate(whole, first)),
-        False,
-    ]
-    further_kept = checks.index(False)
-    return local.prefix(len(durable.shards) + further_kept) if further_kept else durable
+    described = set(places.local_stats_names())
+    whole = enumerate(_local_check(places)(further), len(durable.shards) + 1)
+    kept = _first(each and shard_stats_name(number) in described for number, each in whole)
+    return local.prefix(len(durable.shards) + kept) if kept else durable
 
 
 def discard(run: RunIdentity, places: Places) -> None:

@@ -275,15 +275,17 @@ class Budget:
         self.limit = DEFAULT_FLOOR_BYTES if max_bytes is None else max_bytes
         self.used = 0
         self.work_left = WORK_FLOOR
-        self._counts_reads = True
-        self.earn(size or 0)
         self._counts_reads = size is None
+        self._raise(size or 0)
 
     def earn(self, compressed: int) -> None:
         """Raises the limits for `compressed` bytes that were read, unless all count already."""
         if self._counts_reads:
-            self.work_left += compressed
-            self.limit += self._ratio * compressed
+            self._raise(compressed)
+
+    def _raise(self, compressed: int) -> None:
+        self.work_left += compressed
+        self.limit += self._ratio * compressed
 
     def work(self, steps: int) -> None:
         """Takes steps off; raises MalformedError when they are not there. A shard has far fewer than bytes."""

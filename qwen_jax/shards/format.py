@@ -16,7 +16,15 @@ from qwen_jax.kinds import EMBEDDING, NOTES
 from qwen_jax.ledger.checks import MOST
 from qwen_jax.shards.compress import Budget, Buffer, GzipReader, MalformedError, ParallelGzipWriter, Writable
 from qwen_jax.shards.dtypes import ACTIVATION_DTYPES, QUANTISED_DTYPES, SPELLINGS, Name
-from qwen_jax.shards.parts import HEAD, PartReader, index_member, read_index, stored_keys, wanted_parts
+from qwen_jax.shards.parts import (
+    HEAD,
+    PartReader,
+    bytes_left,
+    index_member,
+    read_index,
+    stored_keys,
+    wanted_parts,
+)
 from qwen_jax.shards.rows import (
     ALL_QUANTISED_KEYS,
     KIND_KEYS,
@@ -256,12 +264,7 @@ def _input_bytes(source: BinaryIO) -> int | None:
     """What there is to read; None where nobody knows before the end."""
     if isinstance(source, PartReader):
         return source.size
-    if not source.seekable():
-        return None
-    at = source.tell()
-    size = source.seek(0, os.SEEK_END) - at
-    source.seek(at)
-    return size
+    return bytes_left(source) if source.seekable() else None
 
 
 def _restored(shard: dict[int | str, list[dict]], budget: Budget) -> dict[int | str, list[dict]]:

@@ -82,10 +82,17 @@ def _parts(entries: bytes, end: int) -> list[Part]:
     return parts
 
 
+def bytes_left(file: BinaryIO) -> int:
+    """From where a file that can seek is to its end."""
+    start = file.tell()
+    end = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    return end - start
+
+
 def read_index(file: BinaryIO) -> list[Part]:
     """As parse_index, of a file that can seek, which is left where it was."""
-    start = file.tell()
-    size = file.seek(0, os.SEEK_END) - start
+    start, size = file.tell(), bytes_left(file)
     file.seek(start + max(0, size - TAIL_BYTES))
     tail = file.read(TAIL_BYTES)
     file.seek(start)
